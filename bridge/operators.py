@@ -1,0 +1,248 @@
+"""The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need values.
+
+None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would make
+forward-mode derivatives silently zero).
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..kernels.agreement import NSTATS
+from ..kernels.dense import BLOCK, mlp_layout
+from . import sweeps
+from .arrays import capturing
+from .registry import find, prepare
+from .sweeps import Backward, Cotangents, LossWeights
+
+CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of another size
+takes another summation order, and a policy amplifies it."""
+
+
+def _check_finite(x0: Tensor) -> None:
+    if x0.numel() == 0 or capturing(x0.device):
+        return
+    # one reduction in the good case; a sum could overflow
+    finite = torch.isfinite(x0)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite.all(dim=1)).flatten().tolist()
+        shown = ", ".join(str(i) for i in bad[:8]) + (", ..." if len(bad) > 8 else "")
+        raise ValueError(
+            f"x0: {len(bad)} of {x0.shape[0]} worlds hold NaN or infinity (world {shown}; world {bad[0]} is "
+            f"{x0[bad[0]].tolist()}), expected finite initial states; remove or repair these rows"
+        )
+
+
+@custom_op("warp_sims::simulate", mutates_args=())
+def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
+    """States (horizon + 1, nworld, state_size) under given controls."""
+    if check:
+        _check_finite(x0)
+    return sweeps.simulate(prepare(system, x0.dtype, x0.device), x0.contiguous(), controls.contiguous())
+
+
+@simulate.register_fake
+def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
+    return x0.new_empty((controls.shape[0] + 1, *x0.shape))
+
+
+@custom_op("warp_sims::loss", mutates_args=())
+def loss(system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float) -> Tensor:
+    """Built-in loss of a trajectory, a scalar."""
+    p = prepare(system, states.dtype, states.device)
+    return sweeps.loss(p, states.contiguous(), controls.contiguous(), LossWeights(final, running, control))
+
+
+@loss.register_fake
+def _(system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float) -> Tensor:
+    return states.new_empty(())
+
+
+@custom_op("warp_sims::mlp_rollout", mutates_args=())
+def mlp_rollout(
+    system: int,
+    sizes: list[int],
+    parameters: list[Tensor],
+    x0: Tensor,
+    horizon: int,
+    final: float,
+    running: float,
+    control: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fused forward sweep: states, controls, loss, hidden activations, packed parameters."""
+    _check_finite(x0)
+    p = prepare(system, x0.dtype, x0.device)
+    packed = sweeps.pack(tuple(sizes), parameters)
+    states, controls, hidden = sweeps.mlp_rollout(p, tuple(sizes), packed, x0.contiguous(), horizon)
+    return states, controls, sweeps.loss(p, states, controls, LossWeights(final, running, control)), hidden, packed
+
+
+@mlp_rollout.register_fake
+def _(
+    system: int,
+    sizes: list[int],
+    parameters: list[Tensor],
+    x0: Tensor,
+    horizon: int,
+    final: float,
+    running: float,
+    control: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    nworld = x0.shape[0]
+    layout = mlp_layout(tuple(sizes), x0.element_size())
+    return (
+        x0.new_empty((horizon + 1, nworld, sizes[0])),
+        x0.new_empty((horizon, nworld, sizes[-1])),
+        x0.new_empty(()),
+        x0.new_empty(((nworld + BLOCK - 1) // BLOCK * BLOCK * horizon, layout.row)),
+        x0.new_empty(layout.packed),
+    )
+
+
+@custom_op("warp_sims::mlp_backward", mutates_args=())
+def mlp_backward(
+    system: int,
+    sizes: list[int],
+    base: str,
+    check: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    packed: Tensor,
+    hidden: Tensor,
+    states: Tensor,
+    controls: Tensor,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld, state_size)."""
+    return sweeps.mlp_backward(
+        prepare(system, states.dtype, states.device),
+        Backward(base, check, decay, LossWeights(final, running, control)),
+        tuple(sizes),
+        packed,
+        hidden,
+        states,
+        controls,
+        Cotangents(adj_loss, adj_states, adj_controls),
+    )
+
+
+@mlp_backward.register_fake
+def _(
+    system: int,
+    sizes: list[int],
+    base: str,
+    check: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    packed: Tensor,
+    hidden: Tensor,
+    states: Tensor,
+    controls: Tensor,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    fields = 2 if check else 1
+    parameters = mlp_layout(tuple(sizes), states.element_size()).unpack.size
+    return states.new_empty((fields, parameters)), states.new_empty((fields, states.shape[1], states.shape[2]))
+
+
+@custom_op("warp_sims::adjoint", mutates_args=())
+def adjoint(
+    system: int,
+    base: str,
+    check: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    states: Tensor,
+    controls: Tensor,
+    recomputed: Tensor | None,
+    tolerance: float,
+    jac: Tensor | None,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Adjoint sweep: cotangents of the controls (fields, horizon, nworld, control_size) and of x0.
+
+    `recomputed` are the controls as the policy gives them for all stored states at once; they must be the stored ones.
+    """
+    if recomputed is not None:
+        _check_recomputed(recomputed, controls, tolerance)
+    return sweeps.adjoint(
+        prepare(system, states.dtype, states.device),
+        Backward(base, check, decay, LossWeights(final, running, control)),
+        states.contiguous(),
+        controls.contiguous(),
+        None if jac is None else jac.contiguous(),
+        Cotangents(adj_loss, adj_states, adj_controls),
+    )
+
+
+@adjoint.register_fake
+def _(
+    system: int,
+    base: str,
+    check: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    states: Tensor,
+    controls: Tensor,
+    recomputed: Tensor | None,
+    tolerance: float,
+    jac: Tensor | None,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    fields = 2 if check else 1
+    return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
+
+
+def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float) -> None:
+    if controls.numel() == 0 or capturing(controls.device):
+        return
+    if torch.allclose(recomputed, controls, rtol=0.0, atol=tolerance * (1.0 + _largest(controls)), equal_nan=True):
+        return
+    off = (recomputed - controls).abs()
+    off = torch.where(off.isnan(), torch.inf, off)
+    t, world, c = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+    raise ValueError(
+        f"policy: for the state of step {t}, world {world} it gave control {float(controls[t, world, c])!r} in the forward pass and "
+        f"{float(recomputed[t, world, c])!r} when recomputed with all steps in one batch; expected a policy that acts row by row and "
+        "deterministically (no batch normalisation in training mode, no dropout, no state of its own); call policy.eval() or remove "
+        "what mixes rows or draws random numbers"
+    )
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[torch.isfinite(x)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+@custom_op("warp_sims::combine", mutates_args=())
+def combine(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
+    """Component-wise comparison of two flat gradients: the combined one, and the sums named in kernels/agreement.py."""
+    return sweeps.combine(base.contiguous(), check.contiguous(), keep_check)
+
+
+@combine.register_fake
+def _(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base), base.new_empty(NSTATS, dtype=torch.float64)
+
+
+def sizes_of(system: int) -> tuple[int, int]:
+    """State and control size of a registered system."""
+    s = find(system)
+    return s.state_size, s.control_size

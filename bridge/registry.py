@@ -1,0 +1,82 @@
+"""Systems by number: torch operators carry numbers and strings, not objects.
+
+Append-only: a number, once given, stands for the same system for the life of the process.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import warp as wp
+
+from ..kernels.rollout import SystemKernels, make_mlp_rollout, make_system_kernels
+from ..kernels.system import DeviceFunctions
+from .arrays import WARP_DTYPE, warp_device
+
+
+class SystemLike(Protocol):
+    """What the bridge needs of a system; `warp_sims.System` is one."""
+
+    @property
+    def state_size(self) -> int: ...
+    @property
+    def control_size(self) -> int: ...
+    def device_functions(self, dtype: Any) -> DeviceFunctions: ...
+    def parameters(self, dtype: Any) -> Any: ...
+
+
+_systems: list[SystemLike] = []
+_numbers: dict[Any, int] = {}
+
+
+def register(system: SystemLike) -> int:
+    """Returns the number of a system; equal systems share one."""
+    number = _numbers.get(system)
+    if number is None:
+        number = _numbers[system] = len(_systems)
+        _systems.append(system)
+    return number
+
+
+def find(number: int) -> SystemLike:
+    """Returns the system that has this number."""
+    return _systems[number]
+
+
+class Prepared(NamedTuple):
+    """A system's kernels and parameters for one dtype and device."""
+
+    state_size: int
+    control_size: int
+    dtype: Any
+    """Warp's scalar type."""
+    device: Any
+    """Warp's device."""
+    functions: DeviceFunctions
+    params: Any
+    """The filled struct."""
+    kernels: SystemKernels
+
+    @property
+    def mlp_rollout(self) -> wp.Kernel:
+        """Forward sweep with a perceptron fused in."""
+        return make_mlp_rollout(self.functions, self.dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """Returns what a launch for this system, dtype and device needs."""
+    system = find(number)
+    scalar = WARP_DTYPE[dtype]
+    functions = system.device_functions(scalar)
+    return Prepared(
+        system.state_size,
+        system.control_size,
+        scalar,
+        warp_device(device),
+        functions,
+        system.parameters(scalar),
+        make_system_kernels(functions, scalar),
+    )

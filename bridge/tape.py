@@ -1,0 +1,66 @@
+"""The launches of a rollout recorded on a Warp tape: `tape.backward()` runs the hand-written adjoints."""
+
+from collections.abc import Sequence
+
+import torch
+import warp as wp
+from torch import Tensor
+
+from . import operators, sweeps
+from .arrays import tensor_of
+from .registry import prepare
+from .rollout import Policy, Spec, split, torch_backward, torch_forward
+from .sweeps import Backward, Cotangents, LossWeights
+
+_NO_LOSS = LossWeights(0.0, 0.0, 0.0)
+
+
+def _array(tensor: Tensor) -> wp.array:
+    """Warp array over a tensor's memory, with a gradient of its own."""
+    array = wp.from_torch(tensor, requires_grad=False)
+    array.requires_grad = True
+    return array
+
+
+def record(
+    tape: wp.Tape,
+    spec: Spec,
+    sizes: tuple[int, ...] | None,
+    policy: Policy,
+    parameters: Sequence[Tensor],
+    x0: Tensor,
+    x0_array: wp.array | None,
+) -> tuple[wp.array, wp.array]:
+    """Runs the forward pass and records the backward pass; returns states and controls as arrays with `.grad`.
+
+    Cotangents accumulate into `x0_array.grad`, if there is one, and into `.grad` of the parameters.
+    """
+    with torch.no_grad():
+        values = [q.detach() for q in parameters]
+        hidden = packed = None
+        if sizes is None:
+            states, controls, _ = torch_forward(policy, spec, x0, values)
+        else:
+            states, controls, _, hidden, packed = operators.mlp_rollout(
+                spec.system, list(sizes), values, x0, spec.horizon, 0.0, 0.0, 0.0
+            )
+    states_array, controls_array = _array(states), _array(controls)
+
+    def backward() -> None:
+        g = Cotangents(None, tensor_of(states_array.grad), tensor_of(controls_array.grad))
+        with torch.no_grad():
+            if hidden is None or packed is None or sizes is None:
+                grads, adj_x0 = torch_backward(policy, spec, states, controls, values, *g)
+            else:
+                p = prepare(spec.system, states.dtype, states.device)
+                back = Backward(spec.base, "", spec.decay, _NO_LOSS)
+                grads, adj_x0 = sweeps.mlp_backward(p, back, sizes, packed, hidden, states, controls, g)
+            if x0_array is not None:
+                tensor_of(x0_array.grad).view(adj_x0[0].shape).add_(adj_x0[0])
+            for parameter, grad in zip(parameters, split(grads[0], parameters)):
+                if parameter.requires_grad:
+                    parameter.grad = grad.clone() if parameter.grad is None else parameter.grad + grad
+
+    arrays = [states_array, controls_array] + ([] if x0_array is None else [x0_array])
+    tape.record_func(backward, arrays)
+    return states_array, controls_array

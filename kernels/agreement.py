@@ -1,0 +1,89 @@
+"""Component-wise comparison of two gradients of the same parameters, on device.
+
+With a base gradient b (the paper: modified, M) and a check gradient c (regular, R), the combined gradient is
+
+    C_i = b_i  where sign(b_i) = sign(c_i),  else 0          with sign(0) = sign(0)
+
+A NaN in the base stays NaN: a diverged simulation must not look like a disagreement. A NaN in the check gives 0.
+Non-finite components of either are counted. From the same pass come the sums that the norms, the cosine and the share
+of agreeing signs need; they are taken in float64, chunk by chunk in a fixed order, so they are deterministic.
+
+Source of the rule: Schnell and Thuerey, ICLR 2024, section 3 ("gradient combination").
+"""
+
+import functools
+from typing import Any
+
+import warp as wp
+
+CHUNK = 512
+"""Components that one thread compares."""
+
+NSTATS = 6
+"""Sums per chunk: b.c, |b|^2, |c|^2, equal signs where either is nonzero, either is nonzero, non-finite."""
+
+
+def chunks(size: int) -> int:
+    """Number of threads that a comparison of `size` components takes."""
+    return (size + CHUNK - 1) // CHUNK
+
+
+@functools.lru_cache(maxsize=None)
+def make_combine(dtype: Any) -> wp.Kernel:
+    """Returns the comparison kernel for `dtype`; launch with `dim=chunks(size)`."""
+
+    @wp.func
+    def sign(x: dtype) -> wp.int32:
+        s = wp.int32(0)
+        if x > dtype(0.0):
+            s = 1
+        elif x < dtype(0.0):
+            s = -1
+        return s
+
+    def _combine(
+        # In:
+        base: wp.array(dtype=dtype),  # (size,)
+        check: wp.array(dtype=dtype),  # (size,)
+        size: int,
+        keep_check: int,  # 0: the base survives where the signs agree, 1: the check
+        # Out:
+        combined: wp.array(dtype=dtype),  # (size,)
+        stats: wp.array2d(dtype=wp.float64),  # (chunks, NSTATS)
+    ):
+        chunk = wp.tid()
+        dot = wp.float64(0.0)
+        base_sq = wp.float64(0.0)
+        check_sq = wp.float64(0.0)
+        equal = wp.int32(0)
+        nonzero = wp.int32(0)
+        nonfinite = wp.int32(0)
+        for k in range(wp.static(CHUNK)):
+            i = chunk * wp.static(CHUNK) + k
+            if i < size:
+                b = base[i]
+                c = check[i]
+                kept = b
+                other = c
+                if keep_check != 0:
+                    kept = c
+                    other = b
+                agree = sign(b) == sign(c) and not wp.isnan(other)
+                combined[i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
+                if not wp.isfinite(b) or not wp.isfinite(c):
+                    nonfinite += 1
+                if b != dtype(0.0) or c != dtype(0.0):
+                    nonzero += 1
+                    if agree and not wp.isnan(kept):
+                        equal += 1
+                dot += wp.float64(b) * wp.float64(c)
+                base_sq += wp.float64(b) * wp.float64(b)
+                check_sq += wp.float64(c) * wp.float64(c)
+        stats[chunk, 0] = dot
+        stats[chunk, 1] = base_sq
+        stats[chunk, 2] = check_sq
+        stats[chunk, 3] = wp.float64(equal)
+        stats[chunk, 4] = wp.float64(nonzero)
+        stats[chunk, 5] = wp.float64(nonfinite)
+
+    return wp.kernel(_combine, module="unique", enable_backward=False)

@@ -1,0 +1,154 @@
+"""Wide kernels of a perceptron: everything of its backward pass that need not run in time order.
+
+`linearize` runs before the adjoint sweep, `weight_grad` behind it, both over all points of a group of world blocks that stays
+in cache; `reduce` adds the partial sums of the groups in a fixed order. No kernel here knows a system. They run on
+CPUs; on a GPU the same products go through torch (see bridge/wide.py).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import warp as wp
+
+from .dense import BLOCK, make_mlp_functions
+
+ROWS = 128
+"""Rows of a weight product's chunk: few enough that they stay in cache for all layers. A multiple of BLOCK."""
+
+
+class MlpKernels(NamedTuple):
+    """Wide kernels of a perceptron for one dtype."""
+
+    linearize: wp.Kernel
+    weight_grad: wp.Kernel
+    reduce: wp.Kernel
+
+
+@functools.lru_cache(maxsize=None)
+def make_mlp_kernels(dtype: Any) -> MlpKernels:
+    """Returns the wide kernels for `dtype` (wp.float32 or wp.float64)."""
+    functions = make_mlp_functions(dtype)
+    native_linearize, native_weight_grad = functions.linearize, functions.weight_grad
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def mlp_linearize(
+        # In:
+        params: wp.array(dtype=dtype),  # (layout.packed,)
+        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        layers: int,
+        row: int,
+        row_adj: int,
+        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+        horizon: int,
+        nworld: int,
+        state_size: int,
+        control_size: int,
+        want_jac: int,
+        first: int,  # block of the first thread
+        d_first: wp.int64,  # first element of the group's hidden cotangents
+        # Out:
+        d: wp.array(dtype=dtype),  # per block (control_size, horizon, BLOCK, row_adj), for unit cotangents
+        jac: wp.array(dtype=dtype),  # (horizon, nworld, control_size, state_size), or empty
+    ):
+        index = wp.tid()
+        block = first + index
+        world0 = block * wp.static(BLOCK)
+        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        for t in range(horizon):
+            first_row = wp.int64((block * horizon + t) * wp.static(BLOCK))
+            for c in range(control_size):
+                at = wp.int64(((index * control_size + c) * horizon + t) * wp.static(BLOCK))
+                point = wp.int64(t) * wp.int64(nworld) + wp.int64(world0)
+                native_linearize(
+                    params,
+                    table,
+                    layers,
+                    row,
+                    row_adj,
+                    hidden,
+                    first_row * wp.int64(row),
+                    c,
+                    worlds,
+                    want_jac,
+                    d,
+                    d_first + at * wp.int64(row_adj),
+                    jac,
+                    (point * wp.int64(control_size) + wp.int64(c)) * wp.int64(state_size),
+                    control_size * state_size,
+                )
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def mlp_weight_grad(
+        # In:
+        table: wp.array(dtype=wp.int32),
+        layers: int,
+        row: int,
+        row_adj: int,
+        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+        d: wp.array(dtype=dtype),  # as mlp_linearize leaves it
+        mu: wp.array4d(dtype=dtype),  # (fields, horizon, nworld, control_size)
+        fields: int,
+        horizon: int,
+        nworld: int,
+        control_size: int,
+        first: int,  # first block of the group
+        blocks: int,  # blocks of the group
+        d_first: wp.int64,
+        slot: int,
+        # Out:
+        mu_rows: wp.array(dtype=dtype),  # (fields * ROWS * control_size,) scratch of this launch
+        scratch: wp.array(dtype=dtype),  # (ROWS * widest section,) scratch of this launch
+        grads: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads), accumulated
+    ):
+        rows = horizon * wp.static(BLOCK)
+        mu_field = wp.static(ROWS) * control_size
+        for index in range(blocks):
+            block = first + index
+            for row0 in range(0, rows, wp.static(ROWS)):
+                count = wp.min(wp.static(ROWS), rows - row0)
+                for f in range(fields):
+                    for r in range(count):
+                        t = (row0 + r) / wp.static(BLOCK)
+                        world = block * wp.static(BLOCK) + (row0 + r) % wp.static(BLOCK)
+                        for c in range(control_size):
+                            value = dtype(0.0)
+                            if world < nworld:
+                                value = mu[f, t, world, c]
+                            mu_rows[f * mu_field + r * control_size + c] = value
+                at = wp.int64(index * control_size * rows + row0)
+                native_weight_grad(
+                    table,
+                    layers,
+                    row,
+                    row_adj,
+                    hidden,
+                    wp.int64(block * rows + row0) * wp.int64(row),
+                    count,
+                    d,
+                    d_first + at * wp.int64(row_adj),
+                    rows * row_adj,
+                    mu_rows,
+                    mu_field,
+                    fields,
+                    scratch,
+                    grads,
+                    wp.int64(slot * grads.shape[1]) * wp.int64(grads.shape[2]),
+                    grads.shape[2],
+                )
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def mlp_reduce(
+        # In:
+        partial: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads)
+        unpack: wp.array(dtype=wp.int32),  # (parameters,)
+        # Out:
+        grads: wp.array2d(dtype=dtype),  # (fields, parameters), the order of the concatenated parameters
+    ):
+        f, i = wp.tid()
+        at = unpack[i]
+        total = partial[0, f, at]
+        for s in range(1, partial.shape[0]):
+            total += partial[s, f, at]
+        grads[f, i] = total
+
+    return MlpKernels(mlp_linearize, mlp_weight_grad, mlp_reduce)

@@ -1,0 +1,258 @@
+"""Forward and adjoint sweeps of a whole rollout: one launch for all time steps, generic in the system.
+
+Factories that turn a system's device functions into kernels. All trajectories have time first: states
+(horizon + 1, nworld), controls (horizon, nworld), elements vectors of the system's sizes.
+
+    simulate        x_{t+1} = S(x_t, u_t) for given controls
+    mlp_rollout     u_t = N(x_t), x_{t+1} = S(x_t, u_t), N a perceptron fused into the sweep (see dense.py)
+    loss            per-world loss of a trajectory
+    adjoint         the recursion of flow.py backwards, for one or two gradient fields at once
+
+The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t |u_t|^2 ]   with c the
+system's cost of a state; means and the like are in the weights.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import warp as wp
+
+from .dense import BLOCK, make_mlp_functions
+from .flow import NETWORK, PHYSICS
+from .system import DeviceFunctions
+
+# Loops over poles, agents and grid points stay loops: unrolled, large adjoints take minutes to compile for a GPU.
+_OPTIONS = {"max_unroll": 4}
+
+
+class SystemKernels(NamedTuple):
+    """Kernels of one system for one dtype."""
+
+    simulate: wp.Kernel
+    loss: wp.Kernel
+    adjoint: tuple[wp.Kernel, wp.Kernel]
+    """For one and for two gradient fields."""
+
+
+def _kernel(function: Any) -> wp.Kernel:
+    return wp.kernel(function, module="unique", enable_backward=False, module_options=dict(_OPTIONS))
+
+
+@functools.lru_cache(maxsize=None)
+def make_system_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels:
+    """Returns the kernels of a system that need no policy."""
+    return SystemKernels(
+        _make_simulate(functions),
+        _make_loss(functions, dtype),
+        (_make_adjoint(functions, dtype, 1), _make_adjoint(functions, dtype, 2)),
+    )
+
+
+def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step = functions.step
+
+    def simulate(
+        # In:
+        x0: wp.array(dtype=State),  # (nworld,)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        p: Params,
+        horizon: int,
+        first: int,  # world of the first thread
+        # Out:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+    ):
+        world = first + wp.tid()
+        x = x0[world]
+        states[0, world] = x
+        for t in range(horizon):
+            x = step(x, controls[t, world], p)
+            states[t + 1, world] = x
+
+    return _kernel(simulate)
+
+
+def _make_loss(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    cost = functions.loss
+    has_cost = cost is not None
+
+    def loss(
+        # In:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        p: Params,
+        horizon: int,
+        w_final: dtype,
+        w_running: dtype,
+        w_control: dtype,
+        first: int,
+        # Out:
+        world_loss: wp.array(dtype=dtype),  # (nworld,)
+    ):
+        world = first + wp.tid()
+        total = dtype(0.0)
+        if wp.static(has_cost):
+            if w_running != dtype(0.0):
+                for t in range(horizon):
+                    total += w_running * cost(states[t + 1, world], p)
+            if w_final != dtype(0.0):
+                total += w_final * cost(states[horizon, world], p)
+        if w_control != dtype(0.0):
+            effort = dtype(0.0)
+            for t in range(horizon):
+                effort += wp.dot(controls[t, world], controls[t, world])
+            total += w_control * effort
+        world_loss[world] = total
+
+    return _kernel(loss)
+
+
+def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step_vjp, cost_vjp = functions.step_vjp, functions.loss_vjp
+    has_cost = cost_vjp is not None
+    control_size = Control._length_
+
+    @wp.func
+    def leave(
+        edges: int, decay: dtype, direct: State, through_physics: State, jac: wp.array3d(dtype=State), t: int, world: int, mu: Control
+    ) -> State:
+        """Cotangent of x_t: a closed gate selects, it never multiplies (0 inf is NaN)."""
+        lam = direct
+        if edges & wp.static(PHYSICS):
+            lam += decay * through_physics
+        if edges & wp.static(NETWORK):
+            for c in range(wp.static(control_size)):
+                lam += mu[c] * jac[t, world, c]
+        return lam
+
+    def adjoint(
+        # In:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        jac: wp.array3d(dtype=State),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
+        p: Params,
+        edges: wp.array2d(dtype=wp.int32),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
+        decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
+        horizon: int,
+        w_final: dtype,
+        w_running: dtype,
+        w_control: dtype,
+        adj_loss: wp.array(dtype=dtype),  # (1,), or empty
+        adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
+        adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        first: int,
+        # Out:
+        mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
+        adj_x0: wp.array2d(dtype=State),  # (fields, nworld)
+    ):
+        world = first + wp.tid()
+        has_loss = adj_loss.shape[0] > 0
+        has_states = adj_states.shape[0] > 0
+        has_controls = adj_controls.shape[0] > 0
+        gl = dtype(0.0)
+        if has_loss:
+            gl = adj_loss[0]
+
+        lam = State()
+        if has_states:
+            lam = adj_states[horizon, world]
+        if wp.static(has_cost):
+            if has_loss and w_final + w_running != dtype(0.0):
+                lam += cost_vjp(states[horizon, world], p, gl * (w_final + w_running))
+        lam_check = lam
+
+        for s in range(horizon):
+            t = horizon - 1 - s
+            x = states[t, world]
+            u = controls[t, world]
+
+            direct_u = Control()
+            if has_controls:
+                direct_u = adj_controls[t, world]
+            if has_loss and w_control != dtype(0.0):
+                direct_u += (gl * w_control * dtype(2.0)) * u
+            direct_x = State()
+            if has_states:
+                direct_x = adj_states[t, world]
+            if wp.static(has_cost):
+                if has_loss and t > 0 and w_running != dtype(0.0):
+                    direct_x += cost_vjp(x, p, gl * w_running)
+
+            through_x, through_u = step_vjp(x, u, p, lam)
+            mu_t = direct_u + through_u
+            mu[0, t, world] = mu_t
+            lam = leave(edges[0, t], decay, direct_x, through_x, jac, t, world, mu_t)
+            if wp.static(fields == 2):
+                check_x, check_u = step_vjp(x, u, p, lam_check)
+                mu_check = direct_u + check_u
+                mu[1, t, world] = mu_check
+                lam_check = leave(edges[1, t], decay, direct_x, check_x, jac, t, world, mu_check)
+
+        adj_x0[0, world] = lam
+        if wp.static(fields == 2):
+            adj_x0[1, world] = lam_check
+
+    return _kernel(adjoint)
+
+
+@functools.lru_cache(maxsize=None)
+def make_mlp_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+    """Returns the forward sweep with a perceptron fused in; launch with dim=(blocks, lanes).
+
+    On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every thread of it.
+    """
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step = functions.step
+    state_size = State._length_
+    control_size = Control._length_
+    forward = make_mlp_functions(dtype).forward
+
+    @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
+    def barrier(): ...
+
+    def mlp_rollout(
+        # In:
+        x0: wp.array(dtype=State),  # (nworld,)
+        p: Params,
+        params: wp.array(dtype=dtype),  # (layout.packed,)
+        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        layers: int,
+        row: int,
+        pitch: int,  # of the x section of a row
+        horizon: int,
+        nworld: int,
+        first: int,  # block of the first thread
+        lanes: int,
+        # Out:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        flat_controls: wp.array(dtype=dtype),  # the same memory as controls
+        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+    ):
+        block, lane = wp.tid()
+        block = block + first
+        world0 = block * wp.static(BLOCK)
+        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        for r in range(lane, worlds, lanes):
+            states[0, world0 + r] = x0[world0 + r]
+        for t in range(horizon):
+            first_row = (block * horizon + t) * wp.static(BLOCK)
+            for r in range(lane, wp.static(BLOCK), lanes):
+                # rows without a world repeat the last one: finite, and ignored by everything that reads them
+                x = states[t, world0 + wp.min(r, worlds - 1)]
+                for i in range(wp.static(state_size)):
+                    hidden[first_row + r, i] = x[i]
+                for i in range(wp.static(state_size), pitch):
+                    hidden[first_row + r, i] = dtype(0.0)
+            barrier()
+            u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
+            forward(params, table, layers, row, hidden, wp.int64(first_row) * wp.int64(row), flat_controls, u0, worlds, lane, lanes)
+            barrier()
+            for r in range(lane, worlds, lanes):
+                world = world0 + r
+                states[t + 1, world] = step(states[t, world], controls[t, world], p)
+            barrier()
+
+    return _kernel(mlp_rollout)

@@ -1,0 +1,43 @@
+"""A differentiable physics engine in NVIDIA Warp, for training policies through simulators on the gradient flow that suits
+physics.
+
+    import torch, warp_sims as ws
+
+    system = ws.CartPole(poles=4)
+    policy = ws.MLP(system.state_size, (100, 100), system.control_size)
+    out = ws.rollout(system, policy, system.initial_states(8), horizon=100, flow="combined", loss="final")
+    out.loss.backward()
+
+See `rollout` for training through a simulator, `gradient_pair` for micro-batches and several processes, `System` for systems of
+your own, `train` for the whole loop, and the command `warp-sims`.
+"""
+
+from pathlib import Path as _Path
+
+# In a checkout the folders kernels/ and bridge/ stand beside this package; installed, they lie inside it.
+if not (_Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_Path(__file__).parents[1]))
+
+from .flows import Flow
+from .gradients import GradientPair, gradient_pair
+from .policies import MLP
+from .recording import record_rollout
+from .rollouts import Rollout, rollout, simulate, step
+from .systems import CartPole, DeviceFunctions, System
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "CartPole",
+    "DeviceFunctions",
+    "Flow",
+    "GradientPair",
+    "Rollout",
+    "System",
+    "gradient_pair",
+    "record_rollout",
+    "rollout",
+    "simulate",
+    "step",
+]

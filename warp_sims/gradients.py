@@ -1,0 +1,232 @@
+"""Two gradients of one rollout and their comparison, explicitly: for micro-batches and for several processes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .bridge import operators
+from .bridge.rollout import split, torch_backward, torch_forward
+from .flows import Flow, schedule
+from .rollouts import Loss, Plan, _check_horizon, custom_loss_value, make_plan
+from .systems import System
+
+__all__ = ["GradientPair", "gradient_pair"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientPair:
+    """A base and a check gradient of the same loss, averaged over `worlds` worlds, not yet compared.
+
+    The comparison is not additive, C(a) + C(b) is not C(a + b): add pairs (`+`, `all_reduce`) first, then `combine`.
+    """
+
+    loss: Tensor
+    """Scalar."""
+    worlds: int
+    """Worlds behind the means; the weight of this pair in a sum."""
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    flat: Tensor
+    """(2, components): base and check, all parameters behind one another in the order of `names`."""
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """Base gradient by parameter name."""
+        return self._named(self.flat[0])
+
+    @property
+    def check(self) -> dict[str, Tensor]:
+        """Check gradient by parameter name."""
+        return self._named(self.flat[1])
+
+    @property
+    def cosine(self) -> Tensor:
+        """Cosine of the flattened gradients, scalar; NaN if one of them is zero."""
+        dot, base, check = self._sums[:3]
+        return dot / (base.sqrt() * check.sqrt())
+
+    @property
+    def agreement(self) -> Tensor:
+        """Share of equal signs among the components where either gradient is nonzero, scalar; NaN if all are zero."""
+        return self._sums[3] / self._sums[4]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of components where either gradient is NaN or infinite, scalar int64."""
+        return self._sums[5].long()
+
+    @property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Euclidean norms of base and check, scalars."""
+        return self._sums[1].sqrt(), self._sums[2].sqrt()
+
+    def combine(self, keep: Literal["base", "check"] = "base") -> dict[str, Tensor]:
+        """Per component the kept gradient where the signs agree, else 0; by parameter name.
+
+        sign(0) = sign(0). NaN in the kept gradient stays NaN, NaN in the other gives 0; `nonfinite` counts both.
+
+        Raises:
+            ValueError: `keep` is neither "base" (the published rule) nor "check".
+        """
+        if keep not in ("base", "check"):
+            raise ValueError(f'GradientPair.combine: keep is {keep!r}, expected "base" or "check"')
+        return self._named(self._compared(keep == "check")[0])
+
+    def assign(self, policy: nn.Module, keep: Literal["base", "check"] = "base") -> None:
+        """Puts the combined gradient into the `.grad` of the policy's parameters, replacing what is there.
+
+        Raises:
+            ValueError: the policy lacks a parameter of this pair, or has it with another shape.
+        """
+        parameters = dict(policy.named_parameters())
+        for name, shape in zip(self.names, self.shapes):
+            if name not in parameters or parameters[name].shape != shape:
+                found = tuple(parameters[name].shape) if name in parameters else "none"
+                raise ValueError(
+                    f"GradientPair.assign: parameter {name!r} has shape {found} in this policy, expected {tuple(shape)}; "
+                    "assign to the policy that the pair was computed for"
+                )
+        for name, grad in self.combine(keep).items():
+            parameters[name].grad = grad
+
+    def __add__(self, other: "GradientPair") -> "GradientPair":
+        """The pair of the worlds of both, as `gradient_pair` of the concatenated worlds would give it."""
+        if not isinstance(other, GradientPair):
+            return NotImplemented
+        if self.names != other.names or self.shapes != other.shapes:
+            raise ValueError("GradientPair: cannot add pairs of different policies; expected the same parameter names and shapes")
+        worlds = self.worlds + other.worlds
+        a, b = (self.worlds / worlds, other.worlds / worlds) if worlds else (0.5, 0.5)
+        # a pair without worlds has no say, whatever its numbers are
+        if not self.worlds or not other.worlds:
+            return self if self.worlds else other
+        return dataclasses.replace(
+            self, loss=a * self.loss + b * other.loss, worlds=worlds, flat=a * self.flat + b * other.flat
+        )
+
+    def all_reduce(self, group: "torch.distributed.ProcessGroup | None" = None) -> "GradientPair":
+        """The pair of the worlds of all processes of a `torch.distributed` group: one reduction of one flat buffer.
+
+        Raises:
+            RuntimeError: `torch.distributed` is not initialised.
+        """
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError(
+                "GradientPair.all_reduce: torch.distributed is not initialised; call torch.distributed.init_process_group first"
+            )
+        counts = self.flat.new_tensor([self.loss.detach() * self.worlds, self.worlds])
+        buffer = torch.cat([self.flat.reshape(-1) * self.worlds, counts])
+        torch.distributed.all_reduce(buffer, group=group)
+        worlds = int(buffer[-1].round())
+        mean = buffer / max(worlds, 1)
+        return dataclasses.replace(self, loss=mean[-2], worlds=worlds, flat=mean[:-2].view(self.flat.shape))
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        sizes = [shape.numel() for shape in self.shapes]
+        return {n: part.view(shape) for n, shape, part in zip(self.names, self.shapes, flat.split(sizes))}
+
+    @property
+    def _sums(self) -> Tensor:
+        return self._compared(False)[1]
+
+    def _compared(self, keep_check: bool) -> tuple[Tensor, Tensor]:
+        """Combined gradient and sums from one pass, kept: training logs read several of them."""
+        key = f"_compared_{keep_check}"
+        if key not in self.__dict__:
+            object.__setattr__(self, key, operators.combine(self.flat[0], self.flat[1], keep_check))
+        return self.__dict__[key]
+
+
+def gradient_pair(
+    system: System,
+    policy: nn.Module,
+    x0: Tensor,
+    *,
+    horizon: int,
+    base: str | Flow | Sequence[str | Flow] = "modified",
+    check: str | Flow | Sequence[str | Flow] = "regular",
+    loss: Loss = "final",
+    control_cost: float = 0.0,
+    window: int | None = None,
+    decay: float = 1.0,
+) -> GradientPair:
+    """Two gradients of one rollout, not yet compared: one forward sweep, one adjoint sweep that carries both.
+
+    Args:
+        base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
+        system, policy, x0, horizon, loss, control_cost, window, decay: As in `rollout`. A callable loss should be a mean over worlds,
+            or pairs do not add up to the pair of all worlds.
+
+    Returns:
+        `GradientPair` over the trainable parameters of the policy.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+    call = "gradient_pair"
+    letters = []
+    for name, flow in (("base", base), ("check", check)):
+        one, second = schedule(flow, _check_horizon(horizon, call), window, call)
+        if second:
+            raise ValueError(
+                f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': it is the pair that is combined"
+            )
+        letters.append(one)
+    if loss is None:
+        raise ValueError(f'{call}: loss is None, expected "final", "running" or a callable of (states, controls)')
+    plan = make_plan(call, system, policy, x0.detach() if isinstance(x0, Tensor) else x0, horizon, *letters, decay, loss, control_cost)
+    trainable = [q.requires_grad for q in dict(policy.named_parameters()).values()]
+    with torch.no_grad():
+        value, grads = _pair(plan, call)
+        if not all(trainable):
+            parts = grads.split([q.numel() for q in plan.parameters], dim=1)
+            kept = [part for part, wanted in zip(parts, trainable) if wanted]
+            grads = torch.cat(kept, dim=1) if kept else grads[:, :0]
+    names = tuple(n for n, wanted in zip(plan.policy.names, trainable) if wanted)
+    shapes = tuple(q.shape for q, wanted in zip(plan.parameters, trainable) if wanted)
+    return GradientPair(value, plan.x0.shape[0], names, shapes, grads)
+
+
+def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
+    """Loss and the two flat gradients (2, components) over all parameters."""
+    spec, parameters = plan.spec, [q.detach() for q in plan.parameters]
+    hidden = packed = None
+    if plan.sizes is not None:
+        states, controls, value, hidden, packed = operators.mlp_rollout(
+            spec.system, list(plan.sizes), parameters, plan.x0, spec.horizon, spec.final, spec.running, spec.control
+        )
+    else:
+        states, controls, value = torch_forward(plan.policy, spec, plan.x0, parameters)
+    adj_states = adj_controls = None
+    if plan.custom_loss is not None:
+        with torch.enable_grad():
+            leaves = [states.detach().requires_grad_(), controls.detach().requires_grad_()]
+            own = custom_loss_value(call, plan.custom_loss, *leaves)
+            if own.requires_grad:
+                adj_states, adj_controls = torch.autograd.grad(own, leaves, allow_unused=True)
+        value = value + own.detach()
+    adj_loss = torch.ones((), dtype=states.dtype, device=states.device)
+    if hidden is not None and packed is not None and plan.sizes is not None:
+        grads, _ = operators.mlp_backward(
+            spec.system,
+            list(plan.sizes),
+            spec.base,
+            spec.check,
+            spec.decay,
+            spec.final,
+            spec.running,
+            spec.control,
+            packed,
+            hidden,
+            states,
+            controls,
+            adj_loss,
+            adj_states,
+            adj_controls,
+        )
+    else:
+        grads, _ = torch_backward(plan.policy, spec, states, controls, parameters, adj_loss, adj_states, adj_controls)
+    return value, grads

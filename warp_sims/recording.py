@@ -1,0 +1,69 @@
+"""A rollout on a Warp tape, for programs whose loss and whose other kernels are Warp's."""
+
+from collections.abc import Sequence
+
+import torch
+import warp as wp
+from torch import Tensor, nn
+
+from .bridge.arrays import tensor_of
+from .bridge.tape import record
+from .flows import Flow, schedule
+from .rollouts import _check_horizon, make_plan
+from .systems import System
+
+__all__ = ["record_rollout"]
+
+
+def record_rollout(
+    tape: wp.Tape,
+    system: System,
+    policy: nn.Module,
+    x0: wp.array | Tensor,
+    *,
+    horizon: int,
+    flow: str | Flow | Sequence[str | Flow] = "regular",
+    window: int | None = None,
+    decay: float = 1.0,
+) -> tuple[wp.array, wp.array]:
+    """Runs a rollout and records its hand-written backward pass on a tape.
+
+        with wp.Tape() as tape:
+            states, controls = ws.record_rollout(tape, system, policy, x0, horizon=100, flow="modified")
+            wp.launch(my_loss, dim=nworld, inputs=[states, controls], outputs=[loss])
+        tape.backward(loss)
+
+    Args:
+        tape: The tape that records.
+        x0: Initial states (nworld, state_size), a Warp array or a tensor, float32 or float64. A Warp array with
+            `requires_grad=True` gets its cotangent in `.grad`.
+        system, policy, horizon, flow, window, decay: As in `rollout`, but not flow "combined".
+
+    Returns:
+        States (horizon + 1, nworld, state_size) and controls (horizon, nworld, control_size) as Warp arrays with `.grad`. The tape's
+        backward pass adds to `.grad` of the policy's (torch) parameters, as torch's would; `tape.zero()` clears the arrays,
+        `policy.zero_grad()` the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the flow is "combined".
+    """
+    call = "record_rollout"
+    if not isinstance(tape, wp.Tape):
+        raise TypeError(f"{call}: tape is of type {type(tape).__name__}, expected a warp.Tape")
+    base, check = schedule(flow, _check_horizon(horizon, call), window, call)
+    if check:
+        raise ValueError(
+            f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape gradients add up, the comparison "
+            "does not; use gradient_pair"
+        )
+    array = None
+    if isinstance(x0, wp.array):
+        if x0.dtype not in (wp.float32, wp.float64) or x0.ndim != 2:
+            raise TypeError(
+                f"{call}: x0 is a Warp array of {x0.ndim} dimensions and dtype {x0.dtype.__name__}, expected 2 dimensions of float32 or float64"
+            )
+        array = x0 if x0.requires_grad else None
+        x0 = tensor_of(x0)
+    with torch.no_grad():
+        plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0)
+    return record(tape, plan.spec, plan.sizes, plan.policy, plan.parameters, plan.x0.detach(), array)

@@ -1,0 +1,333 @@
+"""Rollouts as torch operations: the public calls, their validation, and what they return."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .bridge import operators
+from .bridge import rollout as _bridge
+from .bridge.rollout import Policy, Spec
+from .flows import Flow, check_decay, schedule
+from .policies import fused_sizes
+from .systems import System
+
+__all__ = ["Loss", "Plan", "Rollout", "make_plan", "rollout", "simulate", "step"]
+
+Loss = str | Callable[[Tensor, Tensor], Tensor] | None
+"""A loss as users give it: "final", "running", a callable of (states, controls), or None."""
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class Rollout(NamedTuple):
+    """What a rollout gives: trajectories and loss, all differentiable under the flow that was asked for."""
+
+    states: Tensor
+    """(horizon + 1, nworld, state_size); states[0] is x0."""
+    controls: Tensor
+    """(horizon, nworld, control_size)."""
+    loss: Tensor | None
+    """Scalar; None where loss=None."""
+    fused: bool
+    """Whether the policy ran inside the sweep; False where torch evaluated it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A validated call: what `rollout`, `gradient_pair` and `record_rollout` share."""
+
+    spec: Spec
+    sizes: tuple[int, ...] | None
+    """Layer sizes of a fused policy, None for one that torch evaluates."""
+    policy: Policy
+    parameters: tuple[Tensor, ...]
+    x0: Tensor
+    custom_loss: Callable[[Tensor, Tensor], Tensor] | None
+    has_loss: bool
+
+
+def rollout(
+    system: System,
+    policy: nn.Module,
+    x0: Tensor,
+    *,
+    horizon: int,
+    flow: str | Flow | Sequence[str | Flow] = "combined",
+    loss: Loss = "final",
+    control_cost: float = 0.0,
+    window: int | None = None,
+    decay: float = 1.0,
+) -> Rollout:
+    """Unrolls policy and simulator, differentiably, under a gradient flow.
+
+        u_t = policy(x_t),  x_{t+1} = step(x_t, u_t)        t = 0 ... horizon - 1
+
+    Args:
+        system: The simulated system.
+        policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically. `warp_sims.MLP` runs inside
+            the sweep; any other module is evaluated by torch, step by step only in the forward pass.
+        x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run on.
+        horizon: Number of steps, at least 1.
+        flow: Which edges the backward pass crosses: "regular", "modified", "network", "stopped", "combined", a letter R M N S C,
+            a `Flow`, or a list of one per step (not combined); entry t gates both edges that leave x_t.
+        loss: "final" or "running" (the system's own), a callable of (states, controls) returning a scalar tensor, or None.
+        control_cost: Weight of the mean squared control added to the loss.
+        window: Truncation: closes both edges at t = window, 2 window, ...
+        decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
+
+    Returns:
+        `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy parameter and of x0. The cotangents
+        that arrive in it are summed before anything is compared. For "combined" two separate `backward()` calls add two
+        comparisons, and C(a) + C(b) is not C(a + b): for micro-batches and processes use `gradient_pair`.
+
+    Initial states are checked for NaN and infinity on the device, except while a CUDA graph is captured.
+    Under autocast a fused policy runs in the dtype of x0, any other as torch runs it; a half-precision x0 is taken to float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a value, shape or device that does not fit; the message says which was expected.
+    """
+    base, check = schedule(flow, _check_horizon(horizon, "rollout"), window)
+    plan = make_plan("rollout", system, policy, x0, horizon, base, check, decay, loss, control_cost)
+    if plan.sizes is not None:
+        states, controls, value, _, _ = _bridge.mlp_rollout(plan.x0, plan.spec, plan.sizes, *plan.parameters)
+    else:
+        states, controls, value = _bridge.torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
+    if plan.custom_loss is not None:
+        value = custom_loss_value("rollout", plan.custom_loss, states, controls) + value
+    return Rollout(states, controls, value if plan.has_loss else None, plan.sizes is not None)
+
+
+def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
+    """Simulates under given controls (open loop), differentiable in both.
+
+    Args:
+        system: The simulated system.
+        x0: Initial states (nworld, state_size), float32 or float64.
+        controls: (horizon, nworld, control_size), dtype and device of x0.
+
+    Returns:
+        States (horizon + 1, nworld, state_size), the first of them x0.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+    _check_system(system, "simulate")
+    x0 = _check_states(system, x0, "simulate", "x0")
+    if not isinstance(controls, Tensor):
+        raise TypeError(f"simulate: controls is of type {type(controls).__name__}, expected a tensor")
+    if controls.ndim != 3 or controls.shape[0] < 1 or tuple(controls.shape[1:]) != (x0.shape[0], system.control_size):
+        raise ValueError(
+            f"simulate: controls has shape {tuple(controls.shape)}, expected (horizon, nworld, control_size) = "
+            f"(at least 1, {x0.shape[0]}, {system.control_size}), time first"
+        )
+    _check_like(controls, x0, "simulate", "controls")
+    return _bridge.simulate(x0, controls, system.number)
+
+
+def step(system: System, x: Tensor, u: Tensor) -> Tensor:
+    """One time step, differentiable in state and control.
+
+    Args:
+        system: The simulated system.
+        x: States (nworld, state_size), float32 or float64.
+        u: Controls (nworld, control_size), dtype and device of x.
+
+    Returns:
+        Next states (nworld, state_size).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+    _check_system(system, "step")
+    x = _check_states(system, x, "step", "x")
+    if not isinstance(u, Tensor):
+        raise TypeError(f"step: u is of type {type(u).__name__}, expected a tensor")
+    if tuple(u.shape) != (x.shape[0], system.control_size):
+        raise ValueError(
+            f"step: u has shape {tuple(u.shape)}, expected (nworld, control_size) = ({x.shape[0]}, {system.control_size})"
+        )
+    _check_like(u, x, "step", "u")
+    return _bridge.simulate(x, u.unsqueeze(0), system.number)[1]
+
+
+def make_plan(
+    call: str,
+    system: System,
+    policy: nn.Module,
+    x0: Tensor,
+    horizon: int,
+    base: str,
+    check: str,
+    decay: float,
+    loss: Loss,
+    control_cost: float,
+) -> Plan:
+    """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises."""
+    _check_system(system, call)
+    if not isinstance(policy, nn.Module):
+        raise TypeError(
+            f"{call}: policy is of type {type(policy).__name__}, expected a torch.nn.Module from (n, {system.state_size}) to "
+            f"(n, {system.control_size}); wrap a function in a module"
+        )
+    x0 = _check_states(system, x0, call, "x0")
+    decay = check_decay(decay, call)
+    weights = _loss_weights(call, system, loss, control_cost, horizon)
+    spec = Spec(system.number, horizon, base, check, decay, *weights)
+    names, parameters = [], []
+    for name, parameter in policy.named_parameters():
+        if parameter.device != x0.device:
+            raise ValueError(
+                f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the device of x0; move one with .to()"
+            )
+        names.append(name)
+        parameters.append(parameter)
+    autocast = torch.is_autocast_enabled(x0.device.type)
+    sizes = fused_sizes(policy)
+    if sizes is not None and (sizes[0], sizes[-1]) != (system.state_size, system.control_size):
+        raise ValueError(
+            f"{call}: policy maps {sizes[0]} inputs to {sizes[-1]} outputs, expected {system.state_size} (state_size) to "
+            f"{system.control_size} (control_size) for {type(system).__name__}"
+        )
+    for i, (name, parameter) in enumerate(zip(names, parameters)):
+        if parameter.dtype != x0.dtype and parameter.is_floating_point():
+            if not autocast:
+                raise TypeError(
+                    f"{call}: policy parameter {name!r} is {parameter.dtype}, expected {x0.dtype}, the dtype of x0; convert one with .to()"
+                )
+            if sizes is not None:
+                parameters[i] = parameter.to(x0.dtype)
+    evaluated = Policy(policy, tuple(names), torch.get_autocast_dtype(x0.device.type) if autocast else None)
+    if sizes is None:
+        _probe(call, system, evaluated, parameters, x0)
+    return Plan(
+        spec, sizes, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
+    )
+
+
+def custom_loss_value(call: str, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, controls: Tensor) -> Tensor:
+    """The user's own loss of a trajectory, checked to be a scalar tensor."""
+    value = loss(states, controls)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{call}: loss returned {type(value).__name__}, expected a scalar tensor of (states, controls)")
+    if value.ndim != 0:
+        raise ValueError(f"{call}: loss returned a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it with .mean() or .sum()")
+    return value
+
+
+def _check_system(system: Any, call: str) -> None:
+    if not isinstance(system, System):
+        hint = "; make an instance of it" if isinstance(system, type) else ""
+        raise TypeError(f"{call}: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}")
+
+
+def _check_horizon(horizon: Any, call: str) -> int:
+    if isinstance(horizon, bool) or not isinstance(horizon, int):
+        raise TypeError(f"{call}: horizon is {horizon!r} of type {type(horizon).__name__}, expected an int of at least 1")
+    if horizon < 1:
+        raise ValueError(f"{call}: horizon is {horizon}, expected at least 1 step")
+    return horizon
+
+
+def _check_states(system: System, x: Any, call: str, name: str) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); use torch.as_tensor")
+    if x.ndim != 2 or x.shape[1] != system.state_size:
+        raise ValueError(
+            f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}) for {type(system).__name__}"
+        )
+    if x.dtype not in _DTYPES:
+        if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        else:
+            raise TypeError(f"{call}: {name} is {x.dtype}, expected torch.float32 or torch.float64; convert it with .float()")
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{call}: {name} is on {x.device}, expected a CPU or a CUDA device; move it with .to()")
+    return x
+
+
+def _check_like(tensor: Tensor, like: Tensor, call: str, name: str) -> None:
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{call}: {name} is {tensor.dtype}, expected {like.dtype}, the dtype of the states; convert one with .to()")
+    if tensor.device != like.device:
+        raise ValueError(f"{call}: {name} is on {tensor.device}, expected {like.device}, the device of the states; move one with .to()")
+
+
+def _loss_weights(call: str, system: System, loss: Any, control_cost: Any, horizon: int) -> tuple[float, float, float]:
+    if isinstance(control_cost, bool) or not isinstance(control_cost, (int, float)):
+        raise TypeError(f"{call}: control_cost is {control_cost!r} of type {type(control_cost).__name__}, expected a number")
+    if not 0.0 <= control_cost < float("inf"):
+        raise ValueError(f"{call}: control_cost is {control_cost!r}, expected a finite number of at least 0")
+    if loss is None and control_cost != 0.0:
+        raise ValueError(
+            f"{call}: control_cost is {control_cost!r} with loss=None, expected 0: there is no loss to add it to; "
+            "add your own term to the loss that you build of out.controls"
+        )
+    final = running = 0.0
+    if isinstance(loss, str):
+        if loss not in ("final", "running"):
+            raise ValueError(f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), or None')
+        # tracing a compiled graph, device functions cannot be made; the operator checks again
+        if not torch.compiler.is_compiling() and not system.has_loss:
+            raise ValueError(
+                f"{call}: loss is {loss!r}, but {type(system).__name__} has no loss of its own; pass a callable of (states, controls) or "
+                "None, or give its device_functions a loss and loss_vjp"
+            )
+        if loss == "final":
+            final = 1.0
+        else:
+            running = 1.0 / horizon if system.running_reduction == "mean" else 1.0
+    elif loss is not None and not callable(loss):
+        raise TypeError(f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), or None')
+    return final, running, float(control_cost)
+
+
+_PROBE_ROWS = 4
+
+
+def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tensor], x0: Tensor) -> None:
+    """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix, randomness.
+
+    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught in the backward
+    pass, where all controls are recomputed. Tracing a compiled graph, nothing can be read, so nothing is tried.
+    """
+    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._functorch.maybe_current_level() is not None:
+        return
+    rows = x0[:_PROBE_ROWS].detach()
+    fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []),
+        torch.autocast(x0.device.type, dtype=policy.autocast or torch.bfloat16, enabled=policy.autocast is not None),
+    ):
+
+        def evaluate(x: Tensor) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
+            return functional_call(policy.module, fixed | buffers, (x,))
+
+        u = evaluate(rows)
+        expected = (rows.shape[0], system.control_size)
+        if not isinstance(u, Tensor):
+            raise TypeError(f"{call}: policy returned {type(u).__name__}, expected a tensor of shape (n, {system.control_size})")
+        if tuple(u.shape) != expected:
+            raise ValueError(f"{call}: policy returned shape {tuple(u.shape)} for {rows.shape[0]} states, expected {expected}")
+        if not u.is_floating_point():
+            raise TypeError(f"{call}: policy returned {u.dtype}, expected {x0.dtype}")
+        tolerance = (policy.tolerance or operators.CONTROL_TOLERANCE[x0.dtype]) * (1.0 + u.abs().max())
+        again = evaluate(rows)
+        mixed = evaluate(torch.cat([rows, 1.5 * rows.flip(0) + 0.25]))[: rows.shape[0]]
+        for other, what, remedy in (
+            (again, "deterministic: the same states gave other controls", "remove dropout or noise, or call policy.eval()"),
+            (
+                mixed,
+                "row by row: a row's control changed with the other rows of the batch",
+                "remove batch normalisation in training mode, or call policy.eval()",
+            ),
+        ):
+            off = (other - u).abs()
+            if bool((off > tolerance).any()):
+                raise ValueError(f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}")
