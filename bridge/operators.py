@@ -4,20 +4,45 @@ None has an autograd formula: rollout.py puts them into autograd Functions (a fo
 forward-mode derivatives silently zero).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..kernels.agreement import NSTATS
-from ..kernels.dense import BLOCK, mlp_layout
+from ..kernels.dense import BLOCK, layout
 from . import sweeps
 from .arrays import capturing
-from .registry import find, prepare
+from .registry import prepare
 from .sweeps import Backward, Cotangents, LossWeights
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of another size
 takes another summation order, and a policy amplifies it."""
+
+
+class _Operator:
+    """A torch operator that is called past the dispatcher where nobody watches: it costs more than a launch there."""
+
+    def __init__(self, name: str, body: Callable[..., Any]) -> None:
+        self._body = body
+        self._operator = custom_op(name, body, mutates_args=())
+        self.register_fake = self._operator.register_fake
+
+    def __call__(self, *args: Any) -> Any:
+        watched = (
+            torch.compiler.is_compiling()
+            or _get_current_dispatch_mode() is not None
+            or torch._C._functorch.maybe_current_level() is not None
+        )
+        return self._operator(*args) if watched else self._body(*args)
+
+
+def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:
+    return lambda body: _Operator(f"warp_sims::{name}", body)
 
 
 def _check_finite(x0: Tensor) -> None:
@@ -34,7 +59,7 @@ def _check_finite(x0: Tensor) -> None:
         )
 
 
-@custom_op("warp_sims::simulate", mutates_args=())
+@_operator("simulate")
 def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
     """States (horizon + 1, nworld, state_size) under given controls."""
     if check:
@@ -47,7 +72,7 @@ def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
     return x0.new_empty((controls.shape[0] + 1, *x0.shape))
 
 
-@custom_op("warp_sims::loss", mutates_args=())
+@_operator("loss")
 def loss(system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
     p = prepare(system, states.dtype, states.device)
@@ -59,10 +84,10 @@ def _(system: int, states: Tensor, controls: Tensor, final: float, running: floa
     return states.new_empty(())
 
 
-@custom_op("warp_sims::mlp_rollout", mutates_args=())
-def mlp_rollout(
+@_operator("fused_rollout")
+def fused_rollout(
     system: int,
-    sizes: list[int],
+    network: str,
     parameters: list[Tensor],
     x0: Tensor,
     horizon: int,
@@ -73,15 +98,15 @@ def mlp_rollout(
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters."""
     _check_finite(x0)
     p = prepare(system, x0.dtype, x0.device)
-    packed = sweeps.pack(tuple(sizes), parameters)
-    states, controls, hidden = sweeps.mlp_rollout(p, tuple(sizes), packed, x0.contiguous(), horizon)
-    return states, controls, sweeps.loss(p, states, controls, LossWeights(final, running, control)), hidden, packed
+    packed = sweeps.pack(network, parameters)
+    weights = LossWeights(final, running, control)
+    return *sweeps.fused_rollout(p, network, packed, x0.contiguous(), horizon, weights), packed
 
 
-@mlp_rollout.register_fake
+@fused_rollout.register_fake
 def _(
     system: int,
-    sizes: list[int],
+    network: str,
     parameters: list[Tensor],
     x0: Tensor,
     horizon: int,
@@ -90,20 +115,20 @@ def _(
     control: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     nworld = x0.shape[0]
-    layout = mlp_layout(tuple(sizes), x0.element_size())
+    lay = layout(network, x0.element_size())
     return (
-        x0.new_empty((horizon + 1, nworld, sizes[0])),
-        x0.new_empty((horizon, nworld, sizes[-1])),
+        x0.new_empty((horizon + 1, nworld, lay.state_size)),
+        x0.new_empty((horizon, nworld, lay.control_size)),
         x0.new_empty(()),
-        x0.new_empty(((nworld + BLOCK - 1) // BLOCK * BLOCK * horizon, layout.row)),
-        x0.new_empty(layout.packed),
+        x0.new_empty(((nworld + BLOCK - 1) // BLOCK * BLOCK * horizon, lay.row)),
+        x0.new_empty(lay.packed),
     )
 
 
-@custom_op("warp_sims::mlp_backward", mutates_args=())
-def mlp_backward(
+@_operator("fused_backward")
+def fused_backward(
     system: int,
-    sizes: list[int],
+    network: str,
     base: str,
     check: str,
     decay: float,
@@ -119,10 +144,10 @@ def mlp_backward(
     adj_controls: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld, state_size)."""
-    return sweeps.mlp_backward(
+    return sweeps.fused_backward(
         prepare(system, states.dtype, states.device),
         Backward(base, check, decay, LossWeights(final, running, control)),
-        tuple(sizes),
+        network,
         packed,
         hidden,
         states,
@@ -131,10 +156,10 @@ def mlp_backward(
     )
 
 
-@mlp_backward.register_fake
+@fused_backward.register_fake
 def _(
     system: int,
-    sizes: list[int],
+    network: str,
     base: str,
     check: str,
     decay: float,
@@ -150,11 +175,11 @@ def _(
     adj_controls: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     fields = 2 if check else 1
-    parameters = mlp_layout(tuple(sizes), states.element_size()).unpack.size
+    parameters = layout(network, states.element_size()).unpack.size
     return states.new_empty((fields, parameters)), states.new_empty((fields, states.shape[1], states.shape[2]))
 
 
-@custom_op("warp_sims::adjoint", mutates_args=())
+@_operator("adjoint")
 def adjoint(
     system: int,
     base: str,
@@ -231,7 +256,7 @@ def _largest(x: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-@custom_op("warp_sims::combine", mutates_args=())
+@_operator("combine")
 def combine(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
     """Component-wise comparison of two flat gradients: the combined one, and the sums named in kernels/agreement.py."""
     return sweeps.combine(base.contiguous(), check.contiguous(), keep_check)
@@ -242,7 +267,3 @@ def _(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(base), base.new_empty(NSTATS, dtype=torch.float64)
 
 
-def sizes_of(system: int) -> tuple[int, int]:
-    """State and control size of a registered system."""
-    s = find(system)
-    return s.state_size, s.control_size

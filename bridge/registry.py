@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import warp as wp
 
-from ..kernels.rollout import SystemKernels, make_mlp_rollout, make_system_kernels
+from ..kernels.rollout import SystemKernels, make_fused_rollout, make_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
 
@@ -60,9 +60,9 @@ class Prepared(NamedTuple):
     kernels: SystemKernels
 
     @property
-    def mlp_rollout(self) -> wp.Kernel:
-        """Forward sweep with a perceptron fused in."""
-        return make_mlp_rollout(self.functions, self.dtype)
+    def fused_rollout(self) -> wp.Kernel:
+        """Forward sweep with the policy fused in."""
+        return make_fused_rollout(self.functions, self.dtype)
 
 
 @functools.lru_cache(maxsize=None)

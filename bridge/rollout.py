@@ -5,6 +5,7 @@ adjoint sweep, and for a combined gradient are summed before anything is compare
 step by step: its Jacobians are taken at all points at once before the sweep, its weight gradients behind it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,20 +72,30 @@ def _apply(function: type[torch.autograd.Function], backward_pass: bool = False)
         raise NotImplementedError(_NO_FORWARD)
 
     plain = function.forward
+    # apply() binds its arguments by the signature of forward, and would inspect it anew at every call
+    plain.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
     reverse_only = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             # compiled graphs refuse second derivatives themselves
             return plain(*args) if backward_pass else function.apply(*args)
+        if backward_pass and not torch.is_grad_enabled():
+            # nobody can differentiate this again
+            return plain(*args)
         return reverse_only.apply(*args)
 
     return apply
 
 
-def _combined(fields: Tensor, two: bool) -> Tensor:
-    """One gradient of one or two fields, (fields, ...)."""
-    if not two:
+def _wants_x0(ctx: Any) -> bool:
+    """Whether somebody reads the cotangent of x0; tracing a compiled graph, that is not known."""
+    return torch.compiler.is_compiling() or ctx.needs_input_grad[0]
+
+
+def _combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
+    """One gradient of one or two fields, (fields, ...); the comparison is left out where nobody reads it."""
+    if not two or not wanted:
         return fields[0]
     combined, _ = operators.combine(fields[0].reshape(-1), fields[1].reshape(-1), False)
     return combined.view(fields.shape[1:])
@@ -95,13 +106,14 @@ def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(q.shape) for part, q in zip(flat.split([q.numel() for q in like]), like)]
 
 
-class MlpBackward(_BackwardPass):
-    """Backward pass of `MlpRollout`: the (combined) flat gradient and the cotangent of x0."""
+class FusedBackward(_BackwardPass):
+    """Backward pass of `FusedRollout`: the (combined) flat gradient and the cotangent of x0."""
 
     @staticmethod
     def forward(
         spec: Spec,
-        sizes: tuple[int, ...],
+        wants_x0: bool,
+        network: str,
         packed: Tensor,
         hidden: Tensor,
         states: Tensor,
@@ -110,9 +122,9 @@ class MlpBackward(_BackwardPass):
         adj_states: Tensor | None,
         adj_controls: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        grads, adj_x0 = operators.mlp_backward(
+        grads, adj_x0 = operators.fused_backward(
             spec.system,
-            list(sizes),
+            network,
             spec.base,
             spec.check,
             spec.decay,
@@ -128,24 +140,24 @@ class MlpBackward(_BackwardPass):
             adj_controls,
         )
         two = spec.check != ""
-        return _combined(grads, two), _combined(adj_x0, two)
+        return _combined(grads, two), _combined(adj_x0, two, wants_x0)
 
 
-_mlp_backward = _apply(MlpBackward, backward_pass=True)
+_fused_backward = _apply(FusedBackward, backward_pass=True)
 
 
-class MlpRollout(torch.autograd.Function):
-    """Rollout with a perceptron fused into the sweep: (x0, spec, sizes, *parameters) -> states, controls, loss, (internals)."""
+class FusedRollout(torch.autograd.Function):
+    """Rollout with the policy fused into the sweep: (x0, spec, network, *parameters) -> states, controls, loss, (internals)."""
 
     @staticmethod
-    def forward(x0: Tensor, spec: Spec, sizes: tuple[int, ...], *parameters: Tensor) -> tuple[Tensor, ...]:
-        return operators.mlp_rollout(
-            spec.system, list(sizes), list(parameters), x0, spec.horizon, spec.final, spec.running, spec.control
+    def forward(x0: Tensor, spec: Spec, network: str, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return operators.fused_rollout(
+            spec.system, network, list(parameters), x0, spec.horizon, spec.final, spec.running, spec.control
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.spec, ctx.sizes, *parameters = inputs
+        _, ctx.spec, ctx.network, *parameters = inputs
         states, controls, _, hidden, packed = output
         # the parameters are not read again, but a change between forward and backward must not go unseen
         ctx.save_for_backward(states, controls, hidden, packed, *parameters)
@@ -155,8 +167,8 @@ class MlpRollout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any, _hidden: Any, _packed: Any) -> Any:
         states, controls, hidden, packed, *parameters = ctx.saved_tensors
-        flat, adj_x0 = _mlp_backward(
-            ctx.spec, ctx.sizes, packed, hidden, states, controls, adj_loss, adj_states, adj_controls
+        flat, adj_x0 = _fused_backward(
+            ctx.spec, _wants_x0(ctx), ctx.network, packed, hidden, states, controls, adj_loss, adj_states, adj_controls
         )
         return adj_x0, None, None, *split(flat, parameters)
 
@@ -285,6 +297,7 @@ class TorchBackward(_BackwardPass):
     def forward(
         policy: Policy,
         spec: Spec,
+        wants_x0: bool,
         states: Tensor,
         controls: Tensor,
         adj_loss: Tensor | None,
@@ -296,7 +309,7 @@ class TorchBackward(_BackwardPass):
             policy, spec, states, controls, parameters, adj_loss, adj_states, adj_controls
         )
         two = spec.check != ""
-        return _combined(grads, two), _combined(adj_x0, two)
+        return _combined(grads, two), _combined(adj_x0, two, wants_x0)
 
 
 _torch_backward_pass = _apply(TorchBackward, backward_pass=True)
@@ -320,7 +333,7 @@ class TorchRollout(torch.autograd.Function):
     def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any) -> Any:
         states, controls, *parameters = ctx.saved_tensors
         flat, adj_x0 = _torch_backward_pass(
-            ctx.policy, ctx.spec, states, controls, adj_loss, adj_states, adj_controls, *parameters
+            ctx.policy, ctx.spec, _wants_x0(ctx), states, controls, adj_loss, adj_states, adj_controls, *parameters
         )
         return adj_x0, None, None, *split(flat, parameters)
 
@@ -359,8 +372,8 @@ class Simulate(torch.autograd.Function):
         return adj_x0, adj_controls, None
 
 
-mlp_rollout = _apply(MlpRollout)
-"""(x0, spec, sizes, *parameters) -> states, controls, loss, and two tensors that only the backward pass reads."""
+fused_rollout = _apply(FusedRollout)
+"""(x0, spec, network, *parameters) -> states, controls, loss, and two tensors that only the backward pass reads."""
 torch_rollout = _apply(TorchRollout)
 """(x0, spec, policy, *parameters) -> states, controls, loss."""
 simulate = _apply(Simulate)

@@ -14,9 +14,9 @@ import torch
 import warp as wp
 
 from ..kernels.agreement import NSTATS, chunks, make_combine
-from ..kernels.dense import BLOCK, MlpLayout, mlp_layout
+from ..kernels.dense import BLOCK, Column, Layout, layout
 from ..kernels.flow import NETWORK, PHYSICS, Flow
-from ..kernels.mlp import ROWS, make_mlp_kernels
+from ..kernels.network import chunk_rows, make_network_kernels
 from . import wide
 from .arrays import constant, empty, in_parallel, shares, stream, view, warp_device
 from .registry import Prepared
@@ -25,6 +25,8 @@ GPU_LANES = 128
 """Threads of a GPU block in the fused forward sweep."""
 GROUP = 4
 """World blocks that go through linearisation, sweep and weight products together, so that their rows stay in cache."""
+GROUP_BYTES = 1 << 22
+"""Bound on the activations of a group; one block is taken even if it is larger."""
 SLOTS = 8
 """Partial sums of the weight gradients: fixed, so that results do not depend on the number of threads."""
 WORLDS_PER_THREAD = 64
@@ -112,35 +114,37 @@ def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Ten
     horizon, nworld = controls.shape[0], x0.shape[0]
     states = empty(x0, horizon + 1, nworld, p.state_size)
     if nworld:
-        f = p.functions
         with stream(x0.device):
             _over_worlds(
                 p,
                 p.kernels.simulate,
                 nworld,
-                [view(x0, f.State), view(controls, f.Control), p.params, horizon],
-                [view(states, f.State)],
+                [view(x0, 1), view(controls, 1), p.params, horizon],
+                [view(states, 1)],
             )
     return states
+
+
+def _check_has_loss(p: Prepared, weights: LossWeights) -> None:
+    if p.functions.loss is None and (weights.final or weights.running):
+        raise ValueError("loss: this system has no loss of its own; pass a callable of (states, controls) or None")
 
 
 def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: LossWeights) -> torch.Tensor:
     """The built-in loss, a scalar; 0 without worlds."""
     horizon, nworld = controls.shape[0], controls.shape[1]
-    if p.functions.loss is None and (weights.final or weights.running):
-        raise ValueError("loss: this system has no loss of its own; pass a callable of (states, controls) or None")
+    _check_has_loss(p, weights)
     if nworld == 0 or not any(weights):
         return states.new_zeros(())
     world_loss = states.new_empty(nworld)
-    f = p.functions
     with stream(states.device):
         _over_worlds(
             p,
             p.kernels.loss,
             nworld,
             [
-                view(states, f.State),
-                view(controls, f.Control),
+                view(states, 1),
+                view(controls, 1),
                 p.params,
                 horizon,
                 *weights.per_world(nworld, horizon, p.control_size),
@@ -150,26 +154,26 @@ def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: Los
     return world_loss.sum()
 
 
-def pack(sizes: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The perceptron's parameters as the kernels read them."""
+def pack(network: str, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The policy's parameters as the kernels read them."""
     first = parameters[0]
-    layout = mlp_layout(sizes, first.element_size())
-    index = constant((sizes, first.element_size()), _pack_index, first.device)
+    lay = layout(network, first.element_size())
+    index = constant((network, first.element_size()), _pack_index, first.device)
     flat = torch.cat([first.new_zeros(1), *(q.detach().reshape(-1) for q in parameters)])
-    assert flat.numel() == layout.unpack.size + 1
+    assert flat.numel() == lay.unpack.size + 1
     return flat.index_select(0, index)
 
 
-def _pack_index(key: tuple[tuple[int, ...], int]) -> np.ndarray:
-    return mlp_layout(*key).pack
+def _pack_index(key: tuple[str, int]) -> np.ndarray:
+    return layout(*key).pack
 
 
-def _unpack_index(key: tuple[tuple[int, ...], int]) -> np.ndarray:
-    return mlp_layout(*key).unpack
+def _unpack_index(key: tuple[str, int]) -> np.ndarray:
+    return layout(*key).unpack
 
 
-def _table(key: tuple[tuple[int, ...], int]) -> np.ndarray:
-    return mlp_layout(*key).table.ravel()
+def _table(key: tuple[str, int]) -> np.ndarray:
+    return layout(*key).table.ravel()
 
 
 def blocks_of(nworld: int) -> int:
@@ -177,34 +181,36 @@ def blocks_of(nworld: int) -> int:
     return (nworld + BLOCK - 1) // BLOCK
 
 
-def mlp_rollout(
-    p: Prepared, sizes: tuple[int, ...], packed: torch.Tensor, x0: torch.Tensor, horizon: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fused forward sweep: states, controls and hidden activations (blocks * horizon * BLOCK, row)."""
+def fused_rollout(
+    p: Prepared, network: str, packed: torch.Tensor, x0: torch.Tensor, horizon: int, weights: LossWeights
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fused forward sweep: states, controls, loss and hidden activations (blocks * horizon * BLOCK, row)."""
+    _check_has_loss(p, weights)
     nworld = x0.shape[0]
-    layout = mlp_layout(sizes, x0.element_size())
+    lay = layout(network, x0.element_size())
     states = empty(x0, horizon + 1, nworld, p.state_size)
     controls = empty(x0, horizon, nworld, p.control_size)
-    hidden = empty(x0, blocks_of(nworld) * horizon * BLOCK, layout.row)
+    hidden = empty(x0, blocks_of(nworld) * horizon * BLOCK, lay.row)
     if nworld == 0:
-        return states, controls, hidden
-    f = p.functions
-    table = constant((sizes, x0.element_size()), _table, x0.device)
+        return states, controls, x0.new_zeros(()), hidden
+    world_loss = x0.new_empty(nworld)
+    table = constant((network, x0.element_size()), _table, x0.device)
     blocks = blocks_of(nworld)
     lanes = 1 if p.device.is_cpu else GPU_LANES
     before = [
-        view(x0, f.State),
+        view(x0, 1),
         p.params,
         view(packed),
         view(table),
-        len(sizes) - 1,
-        layout.row,
-        int(layout.table[0, 2]),
+        lay.layers,
+        lay.row,
+        lay.column(0, Column.SECTION),
         horizon,
         nworld,
+        *weights.per_world(nworld, horizon, p.control_size),
     ]
-    after = [lanes, view(states, f.State), view(controls, f.Control), view(controls.view(-1)), view(hidden)]
-    kernel = p.mlp_rollout
+    after = [lanes, view(states, 1), view(controls, 1), view(controls.view(-1)), view(hidden), view(world_loss)]
+    kernel = p.fused_rollout
     with stream(x0.device):
         parts = shares(blocks) if p.device.is_cpu else [range(blocks)]
         if len(parts) > 1:
@@ -222,7 +228,7 @@ def mlp_rollout(
             in_parallel([command.launch for command in commands])
         else:
             _launch(kernel, (blocks, lanes), [*before, 0, *after], p.device, block_dim=lanes)
-    return states, controls, hidden
+    return states, controls, world_loss.sum(), hidden
 
 
 class _Sweep(NamedTuple):
@@ -239,7 +245,6 @@ class _Sweep(NamedTuple):
 def _sweep(
     p: Prepared, back: Backward, states: torch.Tensor, controls: torch.Tensor, jac: torch.Tensor, g: Cotangents
 ) -> _Sweep:
-    f = p.functions
     horizon, nworld = controls.shape[0], controls.shape[1]
     fields = len(back.schedules)
     mu = empty(states, fields, horizon, nworld, p.control_size)
@@ -249,19 +254,19 @@ def _sweep(
     adj_states = states.new_empty((0, 0, p.state_size)) if g.states is None else g.states.contiguous()
     adj_controls = states.new_empty((0, 0, p.control_size)) if g.controls is None else g.controls.contiguous()
     before = [
-        view(states, f.State),
-        view(controls, f.Control),
-        view(jac, f.State),
+        view(states, 1),
+        view(controls, 1),
+        view(jac, 1),
         p.params,
         view(edges),
         back.decay,
         horizon,
         *back.weights.per_world(nworld, horizon, p.control_size),
         view(adj_loss),
-        view(adj_states, f.State),
-        view(adj_controls, f.Control),
+        view(adj_states, 1),
+        view(adj_controls, 1),
     ]
-    after = [view(mu, f.Control), view(adj_x0, f.State)]
+    after = [view(mu, 1), view(adj_x0, 1)]
     return _Sweep(
         p.kernels.adjoint[fields - 1], before, after, mu, adj_x0, [adj_loss, adj_states, adj_controls, jac, edges]
     )
@@ -286,10 +291,10 @@ def adjoint(
     return s.mu, s.adj_x0
 
 
-def mlp_backward(
+def fused_backward(
     p: Prepared,
     back: Backward,
-    sizes: tuple[int, ...],
+    network: str,
     packed: torch.Tensor,
     hidden: torch.Tensor,
     states: torch.Tensor,
@@ -299,21 +304,23 @@ def mlp_backward(
     """Backward pass of a fused rollout: gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size)."""
     horizon, nworld = controls.shape[0], controls.shape[1]
     fields = len(back.schedules)
-    layout = mlp_layout(sizes, states.element_size())
+    lay = layout(network, states.element_size())
     if nworld == 0:
-        return states.new_zeros((fields, layout.unpack.size)), states.new_zeros((fields, 0, p.state_size))
+        return states.new_zeros((fields, lay.unpack.size)), states.new_zeros((fields, 0, p.state_size))
     if not p.device.is_cpu:
-        rows = wide.Rows(layout, packed, hidden, horizon, nworld)
+        rows = wide.Rows(lay, packed, hidden, horizon, nworld)
         d, jac = wide.linearize(rows, back.network_open)
         mu, adj_x0 = adjoint(p, back, states, controls, jac, g)
-        return wide.weight_grad(rows, d, mu), adj_x0
-    return _mlp_backward_cpu(p, back, layout, packed, hidden, states, controls, g)
+        unpack = constant((network, states.element_size()), _unpack_index, states.device)
+        return wide.weight_grad(rows, d, mu, unpack), adj_x0
+    return _fused_backward_cpu(p, back, network, lay, packed, hidden, states, controls, g)
 
 
-def _mlp_backward_cpu(
+def _fused_backward_cpu(
     p: Prepared,
     back: Backward,
-    layout: MlpLayout,
+    network: str,
+    lay: Layout,
     packed: torch.Tensor,
     hidden: torch.Tensor,
     states: torch.Tensor,
@@ -321,27 +328,29 @@ def _mlp_backward_cpu(
     g: Cotangents,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     horizon, nworld = controls.shape[0], controls.shape[1]
-    fields, layers, m = len(back.schedules), len(layout.sizes) - 1, p.control_size
+    fields, layers, m = len(back.schedules), lay.layers, p.control_size
     blocks = blocks_of(nworld)
-    groups = (blocks + GROUP - 1) // GROUP
+    group_size = max(1, min(GROUP, GROUP_BYTES // (horizon * BLOCK * lay.row * states.element_size())))
+    groups = (blocks + group_size - 1) // group_size
     slots = min(SLOTS, groups)
-    kernels = make_mlp_kernels(p.dtype)
+    kernels = make_network_kernels(p.dtype)
 
     points = (horizon, nworld, m) if back.network_open else (0, 0, 0)
     jac = empty(states, *points, p.state_size)
-    group_d = min(GROUP, blocks) * m * horizon * BLOCK * layout.row_adj
+    group_d = min(group_size, blocks) * m * horizon * BLOCK * lay.row_adj
     parts = shares(slots)
     d = empty(states, len(parts) * group_d)
-    mu_rows = states.new_empty((len(parts), fields * ROWS * m))
-    scratch = states.new_empty((len(parts), ROWS * int(layout.table[:, 2:4].max())))
-    partial = states.new_zeros((slots, fields, layout.grads))
-    table = constant((layout.sizes, states.element_size()), _table, states.device)
+    chunk = chunk_rows(lay.widest, states.element_size())
+    mu_rows = states.new_empty((len(parts), fields * chunk * m))
+    scratch = states.new_empty((len(parts), chunk * lay.widest))
+    partial = states.new_zeros((slots, fields, lay.grads))
+    table = constant((network, states.element_size()), _table, states.device)
     s = _sweep(p, back, states, controls, jac, g)
 
     def command(kernel: wp.Kernel, args: list[Any]) -> Any:
         return wp.launch(kernel, dim=1, inputs=args, device=p.device, record_cmd=True, record_tape=False)
 
-    shared = [layers, layout.row, layout.row_adj, view(hidden)]
+    shared = [layers, lay.row, lay.row_adj, view(hidden)]
 
     def task(thread: int, part: range) -> Callable[[], None]:
         """Takes the slots of `part`, group by group: linearise, sweep, multiply, while the group's rows are in cache."""
@@ -353,16 +362,17 @@ def _mlp_backward_cpu(
         sweep = command(s.kernel, [*s.before, 0, *s.after])
         multiply = command(
             kernels.weight_grad,
-            [view(table), *shared, view(d), view(s.mu), fields, horizon, nworld, m, 0, 0, thread * group_d, 0]
+            [view(table), *shared, view(d), view(s.mu), fields, horizon, nworld, m, chunk]
+            + [0, 0, thread * group_d, 0]
             + [view(mu_rows[thread]), view(scratch[thread]), view(partial)],
         )
-        first_linearize, first_sweep, first_multiply = 11, len(s.before), 11
+        first_linearize, first_sweep, first_multiply = 11, len(s.before), 12
 
         def run() -> None:
             for slot in part:
                 for group in range(slot, groups, slots):
-                    first = group * GROUP
-                    count = min(GROUP, blocks - first)
+                    first = group * group_size
+                    count = min(group_size, blocks - first)
                     world = first * BLOCK
                     linearize.set_param_at_index(first_linearize, first)
                     linearize.set_dim(count)
@@ -378,9 +388,9 @@ def _mlp_backward_cpu(
         return run
 
     in_parallel([task(i, part) for i, part in enumerate(parts)])
-    grads = states.new_empty((fields, layout.unpack.size))
-    unpack = constant((layout.sizes, states.element_size()), _unpack_index, states.device)
-    _launch(kernels.reduce, (fields, layout.unpack.size), [view(partial), view(unpack), view(grads)], p.device)
+    grads = states.new_empty((fields, lay.unpack.size))
+    unpack = constant((network, states.element_size()), _unpack_index, states.device)
+    _launch(kernels.reduce, (fields, lay.unpack.size), [view(partial), view(unpack), view(grads)], p.device)
     return grads, s.adj_x0
 
 

@@ -25,7 +25,7 @@ def _array(tensor: Tensor) -> wp.array:
 def record(
     tape: wp.Tape,
     spec: Spec,
-    sizes: tuple[int, ...] | None,
+    network: str | None,
     policy: Policy,
     parameters: Sequence[Tensor],
     x0: Tensor,
@@ -38,23 +38,23 @@ def record(
     with torch.no_grad():
         values = [q.detach() for q in parameters]
         hidden = packed = None
-        if sizes is None:
+        if network is None:
             states, controls, _ = torch_forward(policy, spec, x0, values)
         else:
-            states, controls, _, hidden, packed = operators.mlp_rollout(
-                spec.system, list(sizes), values, x0, spec.horizon, 0.0, 0.0, 0.0
+            states, controls, _, hidden, packed = operators.fused_rollout(
+                spec.system, network, values, x0, spec.horizon, 0.0, 0.0, 0.0
             )
     states_array, controls_array = _array(states), _array(controls)
 
     def backward() -> None:
         g = Cotangents(None, tensor_of(states_array.grad), tensor_of(controls_array.grad))
         with torch.no_grad():
-            if hidden is None or packed is None or sizes is None:
+            if hidden is None or packed is None or network is None:
                 grads, adj_x0 = torch_backward(policy, spec, states, controls, values, *g)
             else:
                 p = prepare(spec.system, states.dtype, states.device)
                 back = Backward(spec.base, "", spec.decay, _NO_LOSS)
-                grads, adj_x0 = sweeps.mlp_backward(p, back, sizes, packed, hidden, states, controls, g)
+                grads, adj_x0 = sweeps.fused_backward(p, back, network, packed, hidden, states, controls, g)
             if x0_array is not None:
                 tensor_of(x0_array.grad).view(adj_x0[0].shape).add_(adj_x0[0])
             for parameter, grad in zip(parameters, split(grads[0], parameters)):

@@ -1,42 +1,52 @@
-"""The wide products of a perceptron through torch: the road of GPUs, and the check of the CPU kernels.
+"""The wide products of a fused policy through torch: the road of GPUs, and the check of the CPU kernels.
 
-Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/dense.py for the equations.
+Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/dense.py for the equations and the layout.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 
-from ..kernels.dense import BLOCK, MlpLayout
+from ..kernels.dense import BLOCK, Column, Layout
 
 
 class Rows(NamedTuple):
     """The stored rows of a fused rollout."""
 
-    layout: MlpLayout
+    layout: Layout
     packed: torch.Tensor
     hidden: torch.Tensor
     """(blocks * horizon * BLOCK, layout.row)."""
     horizon: int
     nworld: int
 
-    def activations(self, layer: int) -> torch.Tensor:
-        """Input of a layer at all rows, (rows, n_in)."""
-        n_in, column = int(self.layout.table[layer, 0]), int(self.layout.table[layer, 7])
-        return self.hidden[:, column : column + n_in]
+    def section(self, layer: int) -> torch.Tensor:
+        """Input section of a layer at all rows, (rows, section)."""
+        first = self.layout.column(layer, Column.INPUT)
+        return self.hidden[:, first : first + self.layout.column(layer, Column.SECTION)]
 
     def weight(self, layer: int) -> torch.Tensor:
-        """Matrix of a layer, (n_out, n_in)."""
-        n_in, n_out, pitch = (int(v) for v in self.layout.table[layer, :3])
-        start = int(self.layout.table[layer, 6])
-        return self.packed[start : start + n_out * pitch].view(n_out, pitch)[:, :n_in]
+        """Matrix of a layer, (units, window)."""
+        units, pitch = self.layout.column(layer, Column.UNITS), self.layout.column(layer, Column.PITCH_WINDOW)
+        first = self.layout.column(layer, Column.BACKWARD)
+        return self.packed[first : first + units * pitch].view(units, pitch)[:, : self.window(layer)]
+
+    def window(self, layer: int) -> int:
+        """Elements that a layer reads at one position."""
+        return self.layout.column(layer, Column.WINDOW)
+
+    def spans(self, layer: int) -> list[tuple[slice, slice]]:
+        """Per position of a layer: what it reads of its input section, and what it writes of the next."""
+        hop, pitch, units = (self.layout.column(layer, c) for c in (Column.HOP, Column.PITCH_UNITS, Column.UNITS))
+        return [
+            (slice(i * hop, i * hop + self.window(layer)), slice(i * pitch, i * pitch + units))
+            for i in range(self.layout.column(layer, Column.POSITIONS))
+        ]
 
     def to_points(self, rows: torch.Tensor) -> torch.Tensor:
         """(rows, k) to (horizon, nworld, k)."""
         blocks = self.hidden.shape[0] // (self.horizon * BLOCK)
-        points = rows.view(blocks, self.horizon, BLOCK, -1).transpose(0, 1)
+        points = rows.reshape(blocks, self.horizon, BLOCK, -1).transpose(0, 1)
         return points.reshape(self.horizon, blocks * BLOCK, -1)[:, : self.nworld]
 
     def to_rows(self, points: torch.Tensor) -> torch.Tensor:
@@ -46,44 +56,56 @@ class Rows(NamedTuple):
         return padded.view(self.horizon, blocks, BLOCK, -1).transpose(0, 1).reshape(self.hidden.shape[0], -1)
 
 
+def _pull(rows: Rows, layer: int, d: torch.Tensor) -> torch.Tensor:
+    """Cotangent of a layer's input section from that of its units before the activation."""
+    w = rows.weight(layer)
+    spans = rows.spans(layer)
+    y = torch.zeros_like(rows.section(layer))
+    for read, written in spans:
+        y[:, read] += d[:, written] @ w
+    return y
+
+
 def linearize(rows: Rows, want_jac: bool) -> tuple[list[list[torch.Tensor]], torch.Tensor | None]:
-    """Hidden cotangents for a unit cotangent of each control, [control][layer] (rows, width), and dN/dx.
+    """Hidden cotangents for a unit cotangent of each control, [control][layer] (rows, section), and dN/dx.
 
     Returns:
         The hidden cotangents, and the Jacobians (horizon, nworld, control_size, state_size) if wanted.
     """
-    layers = len(rows.layout.sizes) - 1
+    lay = rows.layout
+    last = lay.layers - 1
     hidden_cotangents, jacobian = [], []
-    for c in range(rows.layout.sizes[-1]):
-        w = rows.weight(layers - 1)[c]
+    for c in range(lay.control_size):
         ds: list[torch.Tensor] = []
-        if layers == 1:
-            at_input = w.expand(rows.hidden.shape[0], -1)
-        else:
-            d = w * (1 - rows.activations(layers - 1) ** 2)
+        d = torch.zeros_like(rows.section(last))
+        d[:, : rows.window(last)] = rows.weight(last)[c]
+        for layer in range(last, 0, -1):
+            if layer < last:
+                d = _pull(rows, layer, d)
+            d = d * (1 - rows.section(layer) ** 2)
             ds.append(d)
-            for layer in range(layers - 2, 0, -1):
-                d = (d @ rows.weight(layer)) * (1 - rows.activations(layer) ** 2)
-                ds.append(d)
-            at_input = d @ rows.weight(0) if want_jac else None
+        if want_jac:
+            at_input = _pull(rows, 0, d) if last else d
+            jacobian.append(rows.to_points(at_input[:, : lay.state_size]))
         hidden_cotangents.append(ds[::-1])
-        if want_jac and at_input is not None:
-            jacobian.append(rows.to_points(at_input.contiguous()))
     return hidden_cotangents, torch.stack(jacobian, dim=2).contiguous() if want_jac else None
 
 
-def weight_grad(rows: Rows, d: list[list[torch.Tensor]], mu: torch.Tensor) -> torch.Tensor:
+def weight_grad(rows: Rows, d: list[list[torch.Tensor]], mu: torch.Tensor, unpack: torch.Tensor) -> torch.Tensor:
     """Gradients (fields, parameters) from the control cotangents mu (fields, horizon, nworld, control_size)."""
-    layers = len(rows.layout.sizes) - 1
-    fields = []
-    for field in mu:
+    lay = rows.layout
+    packed = mu.new_zeros((mu.shape[0], lay.grads))
+    for f, field in enumerate(mu):
         m = rows.to_rows(field)
-        parts: list[torch.Tensor] = []
-        for layer in range(layers):
-            if layer == layers - 1:
+        for layer in range(lay.layers):
+            units, pitch = lay.column(layer, Column.UNITS), lay.column(layer, Column.PITCH_WINDOW)
+            matrix, bias = lay.column(layer, Column.BACKWARD), lay.column(layer, Column.BIAS)
+            if layer == lay.layers - 1:
                 cotangent = m
             else:
-                cotangent = sum(m[:, c : c + 1] * d[c][layer] for c in range(m.shape[1]))
-            parts += [(cotangent.T @ rows.activations(layer)).reshape(-1), cotangent.sum(0)]
-        fields.append(torch.cat(parts))
-    return torch.stack(fields)
+                cotangent = torch.stack([m[:, c : c + 1] * d[c][layer] for c in range(m.shape[1])]).sum(0)
+            grad = packed[f, matrix : matrix + units * pitch].view(units, pitch)
+            for read, written in rows.spans(layer):
+                grad[:, : rows.window(layer)] += cotangent[:, written].T @ rows.section(layer)[:, read]
+                packed[f, bias : bias + units] += cotangent[:, written].sum(0)
+    return packed.index_select(1, unpack)

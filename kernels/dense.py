@@ -1,6 +1,6 @@
-"""Multilayer perceptron on blocks of worlds, in native snippets: forward, input Jacobian, weight products.
+"""Policies as stacks of dense layers, on blocks of worlds, in native snippets: forward, input Jacobian, weight products.
 
-One block is BLOCK worlds at one time step. Three device functions, generic in the widths (read at run time from the
+One block is BLOCK worlds at one time step. Three device functions, generic in the layers (read at run time from the
 layout's table), one source for float32 and float64:
 
     forward      a_0 = x;  a_l = tanh(W_l a_{l-1} + b_l);  u = W_o a_L + b_o
@@ -10,7 +10,10 @@ layout's table), one source for float32 and float64:
 `linearize` is the backward pass of the policy for a unit cotangent of control c. It does not depend on the cotangents
 of the rollout, so it is taken out of the adjoint sweep; `weight_grad` scales its rows by them.
 
-On a CPU every dense layer runs through one register tile: a few rows times NV vectors of units, one fused
+A layer is applied at one or more positions: at position i it reads the `window` elements of its input that start at i * hop and
+writes its units behind one another. One position is a fully connected layer, several are a convolution with channels last.
+
+On a CPU every layer runs through one register tile: a few rows times NV vectors of units, one fused
 multiply-add per vector and k. With AVX-512 that is 8 x 3 accumulators, so that the multiply-add units, not the loads, are the
 bound. On a GPU the threads of a block share the units of a layer, and the rows of the block stay in registers.
 
@@ -28,15 +31,45 @@ BLOCK = 8
 """Worlds that share each weight row while it is in registers."""
 PAD = 64
 """Bytes to which a section of a row is padded: one AVX-512 vector."""
-TABLE_COLUMNS = 8
-"""Columns of the layer table: n_in, n_out, pitch_in, pitch_out, forward offset, bias offset, backward offset, column of the input."""
+TABLE_COLUMNS = 12
+"""Columns of the layer table, see `Column`."""
 
 
-class MlpLayout(NamedTuple):
-    """Where the parameters and activations of a perceptron lie in the flat arrays that the kernels read."""
+class Column:
+    """Columns of the layer table."""
 
-    sizes: tuple[int, ...]
-    """Input size, hidden widths, output size."""
+    WINDOW = 0  # elements of the input that one position reads
+    UNITS = 1  # units at one position
+    PITCH_WINDOW = 2  # window, padded
+    PITCH_UNITS = 3  # units, padded
+    FORWARD = 4  # offset of the transposed matrix (window, pitch_units) in the packed parameters
+    BIAS = 5  # offset of the bias (pitch_units,)
+    BACKWARD = 6  # offset of the matrix (units, pitch_window)
+    INPUT = 7  # column of the input section in a row
+    POSITIONS = 8
+    HOP = 9  # elements between the windows of two positions
+    SECTION = 10  # elements of the input section in a row
+
+
+class Layer(NamedTuple):
+    """A layer as its policy describes it."""
+
+    units: int
+    positions: int
+    window: int
+    """Elements of the (padded) input section that one position reads."""
+    hop: int
+    """Elements of the input section between two positions."""
+    weight: np.ndarray
+    """(units, window) int: index of each weight in the flattened parameter, -1 for padding."""
+
+
+class Layout(NamedTuple):
+    """Where the parameters and activations of a policy lie in the flat arrays that the kernels read."""
+
+    state_size: int
+    control_size: int
+    layers: int
     row: int
     """Elements of one row of activations: sections [x | a_1 | ... | a_L]."""
     row_adj: int
@@ -52,56 +85,100 @@ class MlpLayout(NamedTuple):
     unpack: np.ndarray
     """(parameters,) int32: where each component of the concatenated parameters lies in the packed ones."""
 
+    def column(self, layer: int, column: int) -> int:
+        """An entry of the table."""
+        return int(self.table[layer, column])
+
+    @property
+    def widest(self) -> int:
+        """Elements of the widest section of hidden cotangents, at least one vector."""
+        outputs = self.table[:, Column.POSITIONS] * self.table[:, Column.PITCH_UNITS]
+        return int(outputs.max())
+
 
 def _pitch(n: int, itemsize: int) -> int:
     lanes = PAD // itemsize
     return (n + lanes - 1) // lanes * lanes
 
 
-@functools.lru_cache(maxsize=None)
-def mlp_layout(sizes: tuple[int, ...], itemsize: int) -> MlpLayout:
-    """Lays out a perceptron with the given sizes for elements of `itemsize` bytes.
+def _fully_connected(n_in: int, units: int) -> Layer:
+    return Layer(units, 1, n_in, 0, np.arange(units * n_in).reshape(units, n_in))
 
-    The concatenated parameters are W_1 (out, in), b_1, ..., W_o, b_o, flattened row by row: the order of
-    `torch.nn.Sequential(Linear, Tanh, ..., Linear).parameters()`. Packed, each layer has its matrix as it is
-    (rows padded; read by the backward pass), its bias, and behind all of these its transpose (read by the forward pass).
+
+def _mlp_layers(sizes: tuple[int, ...]) -> list[Layer]:
+    return [_fully_connected(n_in, units) for n_in, units in zip(sizes[:-1], sizes[1:])]
+
+
+_ARCHITECTURES = {"mlp": _mlp_layers}
+"""Policies that can be fused, by the name that begins their description; see `layout`."""
+
+
+@functools.lru_cache(maxsize=None)
+def layout(network: str, itemsize: int) -> Layout:
+    """Lays out a policy for elements of `itemsize` bytes.
+
+    Args:
+        network: "mlp:10,100,100,1" is a perceptron with these sizes.
+
+    The concatenated parameters are W_1, b_1, ..., W_o, b_o, each flattened: the order of the torch module's `parameters()`. Packed, each layer
+    has its matrix as it is (rows padded; read by the backward pass), its bias, and behind all of these its transpose (read by the
+    forward pass).
     """
-    pitches = [_pitch(n, itemsize) for n in sizes]
-    layers = len(sizes) - 1
-    table = np.zeros((layers, TABLE_COLUMNS), dtype=np.int32)
-    offset = 0
-    for i in range(layers):
-        n_in, n_out = sizes[i], sizes[i + 1]
+    kind, _, numbers = network.partition(":")
+    sizes = tuple(int(n) for n in numbers.split(","))
+    return _lay_out(sizes[0], _ARCHITECTURES[kind](sizes), itemsize)
+
+
+def _lay_out(state_size: int, layers: list[Layer], itemsize: int) -> Layout:
+    c = Column
+    table = np.zeros((len(layers), TABLE_COLUMNS), dtype=np.int32)
+    offset = column = 0
+    for i, layer in enumerate(layers):
+        pitch_window, pitch_units = _pitch(layer.window, itemsize), _pitch(layer.units, itemsize)
+        # the last window may be read beyond its end by part of a vector
+        section = _pitch((layer.positions - 1) * layer.hop + pitch_window, itemsize)
+        table[i, : c.SECTION + 1] = (
+            layer.window, layer.units, pitch_window, pitch_units, 0, 0, offset, column, layer.positions, layer.hop, section
+        )  # fmt: skip
         # rows padded to a whole register tile, so that the products may write one
-        rows = (n_out + BLOCK - 1) // BLOCK * BLOCK
-        table[i, :4] = n_in, n_out, pitches[i], pitches[i + 1]
-        table[i, 6] = offset
-        offset += rows * pitches[i]
-        table[i, 5] = offset
-        offset += pitches[i + 1]
-        table[i, 7] = sum(pitches[:i])
+        offset += (layer.units + BLOCK - 1) // BLOCK * BLOCK * pitch_window
+        table[i, c.BIAS] = offset
+        offset += pitch_units
+        column += section
     grads = offset
-    for i in range(layers):
-        table[i, 4] = offset
-        offset += sizes[i] * pitches[i + 1]
+    for i, layer in enumerate(layers):
+        table[i, c.FORWARD] = offset
+        offset += layer.window * int(table[i, c.PITCH_UNITS])
 
     pack = np.zeros(offset, dtype=np.int64)
     unpack = []
-    first = 1
-    for i in range(layers):
-        n_in, n_out, pitch_in, pitch_out, forward, bias, backward, _ = (int(v) for v in table[i])
-        index = first + np.arange(n_out * n_in).reshape(n_out, n_in)
-        where = backward + np.arange(n_out)[:, None] * pitch_in + np.arange(n_in)
-        pack[where] = index
-        pack[forward + np.arange(n_in)[:, None] * pitch_out + np.arange(n_out)] = index.T
-        unpack.append(where.ravel())
-        first += n_out * n_in
-        pack[bias : bias + n_out] = first + np.arange(n_out)
-        unpack.append(bias + np.arange(n_out))
-        first += n_out
-    row = sum(pitches[:-1])
-    return MlpLayout(
-        sizes, row, max(row - pitches[0], 1), offset, grads, table, pack, np.concatenate(unpack).astype(np.int32)
+    first = 0
+    for layer, entry in zip(layers, table.tolist()):
+        used = layer.weight >= 0
+        units, window = np.nonzero(used)
+        source = layer.weight[used]
+        where = entry[c.BACKWARD] + units * entry[c.PITCH_WINDOW] + window
+        pack[where] = 1 + first + source
+        pack[entry[c.FORWARD] + window * entry[c.PITCH_UNITS] + units] = 1 + first + source
+        order = np.empty(source.size, dtype=np.int64)
+        order[source] = where
+        unpack.append(order)
+        first += source.size
+        bias = entry[c.BIAS] + np.arange(layer.units)
+        pack[bias] = 1 + first + np.arange(layer.units)
+        unpack.append(bias)
+        first += layer.units
+    return Layout(
+        state_size,
+        layers[-1].units,
+        len(layers),
+        column,
+        max(column - int(table[0, c.SECTION]), 1),
+        offset,
+        grads,
+        table,
+        pack,
+        np.concatenate(unpack).astype(np.int32),
     )
 
 
@@ -125,11 +202,12 @@ typedef REAL real;
   #define WS_LOAD(p) ([](const real* q_) { vec v_; __builtin_memcpy(&v_, q_, sizeof(vec)); return v_; })(p)
   #define WS_STORE(p, v) do { vec s_ = (v); __builtin_memcpy((p), &s_, sizeof(vec)); } while (0)
   #define WS_FMA(a, b, c) __builtin_elementwise_fma(a, b, c)
-  // acc[r][v] = sum_k x[r * xr + k * xk] * m[k * mk + v * VL + lane], for WS_RT rows and V vectors
-  #define WS_TILE(V, x, xr, xk, m, mk, K) \\
+  #define WS_ZERO(V) \\
     vec acc[WS_RT][V]; \\
     _Pragma("unroll") for (int r = 0; r < WS_RT; ++r) \\
-      _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = (vec)(real(0)); \\
+      _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = (vec)(real(0));
+  // acc[r][v] += sum_k x[r * xr + k * xk] * m[k * mk + v * VL + lane], for WS_RT rows and V vectors
+  #define WS_TILE(V, x, xr, xk, m, mk, K) \\
     { const real* m_ = (m); const real* x_ = (x); \\
       for (int k = 0; k < (K); ++k, m_ += (mk), x_ += (xk)) { \\
         vec w_[V]; \\
@@ -156,7 +234,7 @@ _TANH = """
     SERIES
     vec p = WS_FMA(q * r, r, r);
     typedef INT whole; typedef whole ivec __attribute__((ext_vector_type(VL)));
-    ivec e = (__builtin_convertvector(n, ivec) + whole(BIAS)) << whole(MANTISSA);
+    ivec e = (__builtin_convertvector(n, ivec) + whole(EXPONENT_BIAS)) << whole(MANTISSA);
     vec two_n; __builtin_memcpy(&two_n, &e, sizeof(vec));
     vec t = WS_FMA(two_n, p, two_n - real(1));
     vec y1 = t / (t + real(2));
@@ -165,69 +243,80 @@ _TANH = """
   };
 """
 
+_LAYER = """
+  enum { WINDOW, UNITS, PITCH_WINDOW, PITCH_UNITS, FORWARD, BIAS, BACKWARD, INPUT, POSITIONS, HOP, SECTION, TABLE = 12 };
+"""
+
 _FORWARD = """
   const real* P = params.data;
-  const int* tab = table.data;
   real* rows = hidden.data + row0;
   for (int l = 0; l < layers; ++l) {
-    const int* T = tab + l * 8;
-    const int n_in = T[0], n_out = T[1], pitch_in = T[2], pitch_out = T[3];
-    const real* b = P + T[5];
-    const real* x = rows + T[7];
+    const int* T = table.data + l * TABLE;
+    const int units = T[UNITS], window = T[WINDOW], pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS];
+    const real* b = P + T[BIAS];
+    const real* x = rows + T[INPUT];
     if (l == layers - 1) {
       // few outputs: dot products along the padded rows of W
       real* u = controls.data + u0;
 #if defined(__CUDA_ARCH__)
-      for (int i = lane; i < BLOCK * n_out; i += lanes) {
-        const int r = i / n_out, c = i % n_out;
-        const real* w = P + T[6] + c * pitch_in;
+      for (int i = lane; i < BLOCK * units; i += lanes) {
+        const int r = i / units, c = i % units;
+        const real* w = P + T[BACKWARD] + c * pitch_window;
         real s = b[c];
-        for (int k = 0; k < n_in; ++k) s += x[r * row + k] * w[k];
-        if (r < worlds) u[r * n_out + c] = s;
+        for (int k = 0; k < window; ++k) s += x[r * row + k] * w[k];
+        if (r < worlds) u[r * units + c] = s;
       }
 #else
-      for (int c = 0; c < n_out; ++c) {
-        const real* w = P + T[6] + c * pitch_in;
+      for (int c = 0; c < units; ++c) {
+        const real* w = P + T[BACKWARD] + c * pitch_window;
         for (int r = 0; r < worlds; ++r) {
           vec s = (vec)(real(0));
-          for (int k = 0; k < pitch_in; k += VL) s = WS_FMA(WS_LOAD(x + r * row + k), WS_LOAD(w + k), s);
+          for (int k = 0; k < pitch_window; k += VL) s = WS_FMA(WS_LOAD(x + r * row + k), WS_LOAD(w + k), s);
           real total = b[c];
           for (int k = 0; k < VL; ++k) total += s[k];
-          u[r * n_out + c] = total;
+          u[r * units + c] = total;
         }
       }
 #endif
     } else {
-      const real* wt = P + T[4];
-      real* y = rows + T[7] + pitch_in;
+      const real* wt = P + T[FORWARD];
+      real* y = rows + T[INPUT] + T[SECTION];
 #if defined(__CUDA_ARCH__)
-      for (int j = lane; j < pitch_out; j += lanes) {
+      for (int at = lane; at < T[POSITIONS] * pitch_units; at += lanes) {
+        const int i = at / pitch_units, j = at % pitch_units;
+        const real* xi = x + i * T[HOP];
         real acc[BLOCK];
         #pragma unroll
         for (int r = 0; r < BLOCK; ++r) acc[r] = b[j];
-        for (int k = 0; k < n_in; ++k) {
-          const real w = wt[k * pitch_out + j];
+        for (int k = 0; k < window; ++k) {
+          const real w = wt[k * pitch_units + j];
           #pragma unroll
-          for (int r = 0; r < BLOCK; ++r) acc[r] += x[r * row + k] * w;
+          for (int r = 0; r < BLOCK; ++r) acc[r] += xi[r * row + k] * w;
         }
         #pragma unroll
-        for (int r = 0; r < BLOCK; ++r) y[r * row + j] = tanh(acc[r]);
+        for (int r = 0; r < BLOCK; ++r) y[r * row + at] = tanh(acc[r]);
       }
       WS_SYNC();
 #else
+      for (int i = 0; i < T[POSITIONS]; ++i)
       for (int r0 = 0; r0 < BLOCK; r0 += WS_RT) {
-        const real* xb = x + r0 * row;
-        real* yb = y + r0 * row;
+        const real* xb = x + i * T[HOP] + r0 * row;
+        real* yb = y + i * pitch_units + r0 * row;
         int j = 0;
         #define WS_LAYER(V) \\
-          for (; j + V * VL <= pitch_out; j += V * VL) { \\
-            WS_TILE(V, xb, row, 1, wt + j, pitch_out, n_in) \\
+          for (; j + V * VL <= pitch_units; j += V * VL) { \\
+            WS_ZERO(V) \\
+            WS_TILE(V, xb, row, 1, wt + j, pitch_units, window) \\
             WS_EACH(V, WS_STORE(yb + r * row + j + v * VL, vtanh(acc[r][v] + WS_LOAD(b + j + v * VL)));) }
         WS_LAYER(3)
         WS_LAYER(2)
         WS_LAYER(1)
         #undef WS_LAYER
       }
+      // the section may be longer than what is written: its end is read by padded windows
+      const int* N = T + TABLE;
+      for (int k = T[POSITIONS] * pitch_units; k < N[SECTION]; k += VL)
+        for (int r = 0; r < BLOCK; ++r) WS_STORE(y + r * row + k, (vec)(real(0)));
 #endif
     }
   }
@@ -236,48 +325,65 @@ _FORWARD = """
 _LINEARIZE = """
 #if !defined(__CUDA_ARCH__)
   const real* P = params.data;
-  const int* tab = table.data;
   const real* rows = hidden.data + row0;
   real* ds = d.data + d0;
-  const int* O = tab + (layers - 1) * 8;
-  const int pitch0 = tab[2];
-  const real* wo = P + O[6] + component * O[2];
+  const int* O = table.data + (layers - 1) * TABLE;
+  const int x_section = table.data[SECTION];
+  const real* wo = P + O[BACKWARD] + component * O[PITCH_WINDOW];
   if (layers == 1) {
     // a linear policy has no hidden rows: its Jacobian is its matrix
-    if (want_jac) for (int r = 0; r < worlds; ++r) for (int i = 0; i < O[0]; ++i) jac.data[j0 + r * jr + i] = wo[i];
+    if (want_jac) for (int r = 0; r < worlds; ++r) for (int i = 0; i < O[WINDOW]; ++i) jac.data[j0 + r * jr + i] = wo[i];
   } else {
     for (int r = 0; r < BLOCK; ++r) {
-      const real* a = rows + r * row + O[7];
-      real* y = ds + r * row_adj + O[7] - pitch0;
-      for (int j = 0; j < O[2]; j += VL) {
+      const real* a = rows + r * row + O[INPUT];
+      real* y = ds + r * row_adj + O[INPUT] - x_section;
+      for (int j = 0; j < O[PITCH_WINDOW]; j += VL) {
         vec av = WS_LOAD(a + j);
         WS_STORE(y + j, WS_LOAD(wo + j) * (real(1) - av * av));
       }
     }
     for (int l = layers - 2; l >= (want_jac ? 0 : 1); --l) {
-      const int* T = tab + l * 8;
-      const real* w = P + T[6];
-      const int n_out = T[1], pitch_in = T[2];
+      const int* T = table.data + l * TABLE;
+      const real* w = P + T[BACKWARD];
+      const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], many = T[POSITIONS] > 1;
+      if (many && l > 0)
+        for (int r = 0; r < BLOCK; ++r)
+          for (int j = 0; j < T[SECTION]; j += VL) WS_STORE(ds + r * row_adj + T[INPUT] - x_section + j, (vec)(real(0)));
+      if (many && l == 0)
+        for (int r = 0; r < worlds; ++r)
+          for (int i = 0; i < state_size; ++i) jac.data[j0 + r * jr + i] = real(0);
+      for (int at = 0; at < T[POSITIONS]; ++at)
       for (int r0 = 0; r0 < BLOCK; r0 += WS_RT) {
-        const real* x = ds + r0 * row_adj + (T[7] + pitch_in - pitch0);
-        const real* a = rows + r0 * row + T[7];
-        real* y = ds + r0 * row_adj + T[7] - pitch0;
+        const real* x = ds + r0 * row_adj + (T[INPUT] + T[SECTION] - x_section) + at * T[PITCH_UNITS];
+        const real* a = rows + r0 * row + T[INPUT];
+        real* y = ds + r0 * row_adj + T[INPUT] - x_section + at * T[HOP];
         int j = 0;
         #define WS_LAYER(V) \\
-          for (; j + V * VL <= pitch_in; j += V * VL) { \\
-            WS_TILE(V, x, row_adj, 1, w + j, pitch_in, n_out) \\
-            if (l > 0) { \\
+          for (; j + V * VL <= pitch_window; j += V * VL) { \\
+            WS_ZERO(V) \\
+            WS_TILE(V, x, row_adj, 1, w + j, pitch_window, units) \\
+            if (l == 0) { \\
+              WS_EACH(V, if (r0 + r < worlds) for (int q = 0; q < VL; ++q) { const int i = at * T[HOP] + j + v * VL + q; \\
+                           if (j + v * VL + q < T[WINDOW]) { real* p = &jac.data[j0 + (r0 + r) * jr + i]; \\
+                             *p = many ? *p + acc[r][v][q] : acc[r][v][q]; } }) \\
+            } else if (many) { \\
+              WS_EACH(V, real* p = y + r * row_adj + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
+            } else { \\
               WS_EACH(V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
                          WS_STORE(y + r * row_adj + j + v * VL, acc[r][v] * (real(1) - av * av));) \\
-            } else { \\
-              WS_EACH(V, if (r0 + r < worlds) for (int q = 0; q < VL; ++q) { const int i = j + v * VL + q; \\
-                           if (i < T[0]) jac.data[j0 + (r0 + r) * jr + i] = acc[r][v][q]; }) \\
             } }
         WS_LAYER(3)
         WS_LAYER(2)
         WS_LAYER(1)
         #undef WS_LAYER
       }
+      if (many && l > 0)
+        for (int r = 0; r < BLOCK; ++r)
+          for (int j = 0; j < T[SECTION]; j += VL) {
+            vec av = WS_LOAD(rows + r * row + T[INPUT] + j);
+            real* p = ds + r * row_adj + T[INPUT] - x_section + j;
+            WS_STORE(p, WS_LOAD(p) * (real(1) - av * av));
+          }
     }
   }
 #endif
@@ -287,22 +393,21 @@ _LINEARIZE = """
 # chunk alone, never on threads.
 _WEIGHT_GRAD = """
 #if !defined(__CUDA_ARCH__)
-  const int* tab = table.data;
   const real* rows = hidden.data + row0;
   const real* ds = d.data + d0;
-  const int pitch0 = tab[2];
-  const int* O = tab + (layers - 1) * 8;
-  const int m = O[1];
+  const int x_section = table.data[SECTION];
+  const int* O = table.data + (layers - 1) * TABLE;
+  const int m = O[UNITS];
   real* sc = scratch.data;
   for (int f = 0; f < fields; ++f) {
     const real* mu_f = mu.data + f * mu_field;
     real* g = grads.data + g0 + f * g_field;
     // output layer: rows of a_L weighted by the control cotangents
     {
-      const real* a = rows + O[7];
+      const real* a = rows + O[INPUT];
       for (int c = 0; c < m; ++c) {
-        real* gw = g + O[6] + c * O[2];
-        for (int j = 0; j < O[2]; j += VL) {
+        real* gw = g + O[BACKWARD] + c * O[PITCH_WINDOW];
+        for (int j = 0; j < O[PITCH_WINDOW]; j += VL) {
           vec s0 = WS_LOAD(gw + j), s1 = (vec)(real(0));
           for (int r = 0; r < nrows; r += 2) {
             s0 = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(a + r * row + j), s0);
@@ -312,33 +417,36 @@ _WEIGHT_GRAD = """
         }
         real s = real(0);
         for (int r = 0; r < nrows; ++r) s += mu_f[r * m + c];
-        g[O[5] + c] += s;
+        g[O[BIAS] + c] += s;
       }
     }
     for (int l = 0; l < layers - 1; ++l) {
-      const int* T = tab + l * 8;
-      const int n_out = T[1], pitch_in = T[2], pitch_out = T[3];
-      const int col = T[7] + pitch_in - pitch0;
+      const int* T = table.data + l * TABLE;
+      const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS];
+      const int column = T[INPUT] + T[SECTION] - x_section, width = T[POSITIONS] * pitch_units;
       // hidden cotangents of this field: unit rows times the control cotangents; the bias takes their sum
-      for (int j = 0; j < pitch_out; j += VL) {
-        vec s = WS_LOAD(g + T[5] + j);
+      for (int at = 0; at < width; at += VL) {
+        real* gb = g + T[BIAS] + at % pitch_units;
+        vec s = WS_LOAD(gb);
         for (int r = 0; r < nrows; ++r) {
           vec y = (vec)(real(0));
           for (int c = 0; c < m; ++c)
-            y = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(ds + c * d_component + r * row_adj + col + j), y);
-          WS_STORE(sc + r * pitch_out + j, y);
+            y = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(ds + c * d_component + r * row_adj + column + at), y);
+          WS_STORE(sc + r * width + at, y);
           s += y;
         }
-        WS_STORE(g + T[5] + j, s);
+        WS_STORE(gb, s);
       }
-      const real* a = rows + T[7];
-      for (int o = 0; o < n_out; o += WS_RT) {
-        real* gw = g + T[6] + o * pitch_in;
+      const real* a = rows + T[INPUT];
+      for (int o = 0; o < units; o += WS_RT) {
+        real* gw = g + T[BACKWARD] + o * pitch_window;
         int j = 0;
         #define WS_LAYER(V) \\
-          for (; j + V * VL <= pitch_in; j += V * VL) { \\
-            WS_TILE(V, sc + o, 1, pitch_out, a + j, row, nrows) \\
-            WS_EACH(V, real* p = gw + r * pitch_in + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
+          for (; j + V * VL <= pitch_window; j += V * VL) { \\
+            WS_ZERO(V) \\
+            for (int at = 0; at < T[POSITIONS]; ++at) \\
+              WS_TILE(V, sc + at * pitch_units + o, 1, width, a + at * T[HOP] + j, row, nrows) \\
+            WS_EACH(V, real* p = gw + r * pitch_window + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
         WS_LAYER(3)
         WS_LAYER(2)
         WS_LAYER(1)
@@ -365,7 +473,7 @@ def _fill(text: str, dtype: Any) -> str:
         "LN2_HI": "0.693359375" if single else "0.693147180369123816490",
         "LN2_LO": "-2.12194440054690581e-4" if single else "1.90821492927058770002e-10",
         "INT": "int" if single else "long long",
-        "BIAS": "127" if single else "1023",
+        "EXPONENT_BIAS": "127" if single else "1023",
         "MANTISSA": "23" if single else "52",
         "REAL": "float" if single else "double",
         "BLOCK": str(BLOCK),
@@ -375,8 +483,8 @@ def _fill(text: str, dtype: Any) -> str:
     return text
 
 
-class MlpFunctions(NamedTuple):
-    """Device functions of a perceptron for one dtype."""
+class NetworkFunctions(NamedTuple):
+    """Device functions of a policy for one dtype."""
 
     forward: Any
     linearize: Any
@@ -384,11 +492,11 @@ class MlpFunctions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def make_mlp_functions(dtype: Any) -> MlpFunctions:
+def make_network_functions(dtype: Any) -> NetworkFunctions:
     """Returns the device functions for `dtype` (wp.float32 or wp.float64)."""
 
-    @wp.func_native(_fill(_PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + _TANH + "#endif\n" + _FORWARD, dtype))
-    def mlp_forward(
+    @wp.func_native(_fill(_PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + _TANH + "#endif\n" + _LAYER + _FORWARD, dtype))
+    def network_forward(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
         layers: int,
@@ -402,8 +510,8 @@ def make_mlp_functions(dtype: Any) -> MlpFunctions:
         lanes: int,
     ): ...
 
-    @wp.func_native(_fill(_PRELUDE + _LINEARIZE, dtype))
-    def mlp_linearize(
+    @wp.func_native(_fill(_PRELUDE + _LAYER + _LINEARIZE, dtype))
+    def network_linearize(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
         layers: int,
@@ -411,6 +519,7 @@ def make_mlp_functions(dtype: Any) -> MlpFunctions:
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),
         row0: wp.int64,
+        state_size: int,
         component: int,  # the control whose cotangent is 1
         worlds: int,
         want_jac: int,
@@ -421,8 +530,8 @@ def make_mlp_functions(dtype: Any) -> MlpFunctions:
         jr: int,  # elements between the Jacobians of two worlds
     ): ...
 
-    @wp.func_native(_fill(_PRELUDE + _WEIGHT_GRAD, dtype))
-    def mlp_weight_grad(
+    @wp.func_native(_fill(_PRELUDE + _LAYER + _WEIGHT_GRAD, dtype))
+    def network_weight_grad(
         table: wp.array(dtype=wp.int32),
         layers: int,
         row: int,
@@ -442,4 +551,4 @@ def make_mlp_functions(dtype: Any) -> MlpFunctions:
         g_field: int,
     ): ...
 
-    return MlpFunctions(mlp_forward, mlp_linearize, mlp_weight_grad)
+    return NetworkFunctions(network_forward, network_linearize, network_weight_grad)

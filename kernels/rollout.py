@@ -4,7 +4,7 @@ Factories that turn a system's device functions into kernels. All trajectories h
 (horizon + 1, nworld), controls (horizon, nworld), elements vectors of the system's sizes.
 
     simulate        x_{t+1} = S(x_t, u_t) for given controls
-    mlp_rollout     u_t = N(x_t), x_{t+1} = S(x_t, u_t), N a perceptron fused into the sweep (see dense.py)
+    fused_rollout     u_t = N(x_t), x_{t+1} = S(x_t, u_t), N fused into the sweep (see dense.py)
     loss            per-world loss of a trajectory
     adjoint         the recursion of flow.py backwards, for one or two gradient fields at once
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from .dense import BLOCK, make_mlp_functions
+from .dense import BLOCK, make_network_functions
 from .flow import NETWORK, PHYSICS
 from .system import DeviceFunctions
 
@@ -72,10 +72,44 @@ def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
     return _kernel(simulate)
 
 
-def _make_loss(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+@functools.lru_cache(maxsize=None)
+def _make_world_loss(functions: DeviceFunctions, dtype: Any) -> Any:
+    """Returns the device function that gives one world's share of the loss."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     cost = functions.loss
     has_cost = cost is not None
+
+    @wp.func
+    def world_loss(
+        states: wp.array2d(dtype=State),
+        controls: wp.array2d(dtype=Control),
+        p: Params,
+        horizon: int,
+        w_final: dtype,
+        w_running: dtype,
+        w_control: dtype,
+        world: int,
+    ) -> dtype:
+        total = dtype(0.0)
+        if wp.static(has_cost):
+            if w_running != dtype(0.0):
+                for t in range(horizon):
+                    total += w_running * cost(states[t + 1, world], p)
+            if w_final != dtype(0.0):
+                total += w_final * cost(states[horizon, world], p)
+        if w_control != dtype(0.0):
+            effort = dtype(0.0)
+            for t in range(horizon):
+                effort += wp.dot(controls[t, world], controls[t, world])
+            total += w_control * effort
+        return total
+
+    return world_loss
+
+
+def _make_loss(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    world_loss_of = _make_world_loss(functions, dtype)
 
     def loss(
         # In:
@@ -91,19 +125,7 @@ def _make_loss(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
         world_loss: wp.array(dtype=dtype),  # (nworld,)
     ):
         world = first + wp.tid()
-        total = dtype(0.0)
-        if wp.static(has_cost):
-            if w_running != dtype(0.0):
-                for t in range(horizon):
-                    total += w_running * cost(states[t + 1, world], p)
-            if w_final != dtype(0.0):
-                total += w_final * cost(states[horizon, world], p)
-        if w_control != dtype(0.0):
-            effort = dtype(0.0)
-            for t in range(horizon):
-                effort += wp.dot(controls[t, world], controls[t, world])
-            total += w_control * effort
-        world_loss[world] = total
+        world_loss[world] = world_loss_of(states, controls, p, horizon, w_final, w_running, w_control, world)
 
     return _kernel(loss)
 
@@ -198,8 +220,8 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
 
 
 @functools.lru_cache(maxsize=None)
-def make_mlp_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
-    """Returns the forward sweep with a perceptron fused in; launch with dim=(blocks, lanes).
+def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+    """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
 
     On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every thread of it.
     """
@@ -207,22 +229,26 @@ def make_mlp_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
     step = functions.step
     state_size = State._length_
     control_size = Control._length_
-    forward = make_mlp_functions(dtype).forward
+    forward = make_network_functions(dtype).forward
+    world_loss_of = _make_world_loss(functions, dtype)
 
     @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
     def barrier(): ...
 
-    def mlp_rollout(
+    def fused_rollout(
         # In:
         x0: wp.array(dtype=State),  # (nworld,)
         p: Params,
-        params: wp.array(dtype=dtype),  # (layout.packed,)
+        params: wp.array(dtype=dtype),  # (layout.packed,) of the policy
         table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
         layers: int,
         row: int,
-        pitch: int,  # of the x section of a row
+        section: int,  # elements of the x section of a row
         horizon: int,
         nworld: int,
+        w_final: dtype,
+        w_running: dtype,
+        w_control: dtype,
         first: int,  # block of the first thread
         lanes: int,
         # Out:
@@ -230,6 +256,7 @@ def make_mlp_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
         controls: wp.array2d(dtype=Control),  # (horizon, nworld)
         flat_controls: wp.array(dtype=dtype),  # the same memory as controls
         hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+        world_loss: wp.array(dtype=dtype),  # (nworld,)
     ):
         block, lane = wp.tid()
         block = block + first
@@ -244,7 +271,7 @@ def make_mlp_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
                 x = states[t, world0 + wp.min(r, worlds - 1)]
                 for i in range(wp.static(state_size)):
                     hidden[first_row + r, i] = x[i]
-                for i in range(wp.static(state_size), pitch):
+                for i in range(wp.static(state_size), section):
                     hidden[first_row + r, i] = dtype(0.0)
             barrier()
             u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
@@ -254,5 +281,8 @@ def make_mlp_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
                 world = world0 + r
                 states[t + 1, world] = step(states[t, world], controls[t, world], p)
             barrier()
+        for r in range(lane, worlds, lanes):
+            world = world0 + r
+            world_loss[world] = world_loss_of(states, controls, p, horizon, w_final, w_running, w_control, world)
 
-    return _kernel(mlp_rollout)
+    return _kernel(fused_rollout)

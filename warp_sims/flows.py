@@ -21,18 +21,18 @@ def schedule(
     """
     if isinstance(flow, str):
         one = Flow.parse(flow)
-        base = [Flow.MODIFIED if one is Flow.COMBINED else one] * horizon
-        check = [Flow.REGULAR] * horizon if one is Flow.COMBINED else []
+        base = [(Flow.MODIFIED if one is Flow.COMBINED else one).value] * horizon
+        check = [Flow.REGULAR.value] * horizon if one is Flow.COMBINED else []
     elif isinstance(flow, Sequence):
-        base, check = [Flow.parse(entry) for entry in flow], []
+        base, check = [Flow.parse(entry).value for entry in flow], []
         if len(base) != horizon:
             raise ValueError(
                 f"{call}: flow is a list of {len(base)} entries, expected one per step, horizon={horizon}; "
                 "entry t gates the edges that leave x_t"
             )
-        if Flow.COMBINED in base:
+        if Flow.COMBINED.value in base:
             raise ValueError(
-                f"{call}: flow has 'combined' at step {base.index(Flow.COMBINED)}, expected 'regular', 'modified', 'network' or 'stopped' "
+                f"{call}: flow has 'combined' at step {base.index(Flow.COMBINED.value)}, expected 'regular', 'modified', 'network' or 'stopped' "
                 "in a list: the comparison is of whole gradients, not of steps; use gradient_pair with base= and check="
             )
     else:
@@ -49,10 +49,10 @@ def schedule(
                 f"{call}: window is {window}, expected at least 1 step (both edges close at t = window, 2 window, ...), or None"
             )
         for t in range(window, horizon, window):
-            base[t] = Flow.STOPPED
+            base[t] = Flow.STOPPED.value
             if check:
-                check[t] = Flow.STOPPED
-    return "".join(f.value for f in base), "".join(f.value for f in check)
+                check[t] = Flow.STOPPED.value
+    return "".join(base), "".join(check)
 
 
 def check_decay(decay: float, call: str = "rollout") -> float:

@@ -194,9 +194,9 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
     """Loss and the two flat gradients (2, components) over all parameters."""
     spec, parameters = plan.spec, [q.detach() for q in plan.parameters]
     hidden = packed = None
-    if plan.sizes is not None:
-        states, controls, value, hidden, packed = operators.mlp_rollout(
-            spec.system, list(plan.sizes), parameters, plan.x0, spec.horizon, spec.final, spec.running, spec.control
+    if plan.network is not None:
+        states, controls, value, hidden, packed = operators.fused_rollout(
+            spec.system, plan.network, parameters, plan.x0, spec.horizon, spec.final, spec.running, spec.control
         )
     else:
         states, controls, value = torch_forward(plan.policy, spec, plan.x0, parameters)
@@ -209,10 +209,10 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
                 adj_states, adj_controls = torch.autograd.grad(own, leaves, allow_unused=True)
         value = value + own.detach()
     adj_loss = torch.ones((), dtype=states.dtype, device=states.device)
-    if hidden is not None and packed is not None and plan.sizes is not None:
-        grads, _ = operators.mlp_backward(
+    if hidden is not None and packed is not None and plan.network is not None:
+        grads, _ = operators.fused_backward(
             spec.system,
-            list(plan.sizes),
+            plan.network,
             spec.base,
             spec.check,
             spec.decay,

@@ -3,12 +3,12 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["MLP", "fused_sizes"]
+__all__ = ["MLP", "FusedNetwork", "fused_network"]
 
 
 class MLP(nn.Sequential):
@@ -83,8 +83,17 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def fused_sizes(policy: nn.Module) -> tuple[int, ...] | None:
-    """Layer sizes of a policy that the fused sweeps reproduce exactly, or None where torch must evaluate it.
+class FusedNetwork(NamedTuple):
+    """A policy that the fused sweeps reproduce exactly."""
+
+    description: str
+    """For kernels/dense.py, which lays it out."""
+    in_size: int
+    out_size: int
+
+
+def fused_network(policy: nn.Module) -> FusedNetwork | None:
+    """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it.
 
     Only `MLP` itself, unchanged: a subclass, a hook, a parametrization, a replaced layer or shared parameters take the torch road.
     """
@@ -103,4 +112,4 @@ def fused_sizes(policy: nn.Module) -> tuple[int, ...] | None:
             parameters += [m.weight, m.bias]
     if len(layers) % 2 == 0 or any(a is b for i, a in enumerate(parameters) for b in parameters[:i]):
         return None
-    return tuple(sizes)
+    return FusedNetwork("mlp:" + ",".join(str(size) for size in sizes), sizes[0], sizes[-1])

@@ -12,7 +12,7 @@ from .bridge import operators
 from .bridge import rollout as _bridge
 from .bridge.rollout import Policy, Spec
 from .flows import Flow, check_decay, schedule
-from .policies import fused_sizes
+from .policies import fused_network
 from .systems import System
 
 __all__ = ["Loss", "Plan", "Rollout", "make_plan", "rollout", "simulate", "step"]
@@ -41,8 +41,8 @@ class Plan:
     """A validated call: what `rollout`, `gradient_pair` and `record_rollout` share."""
 
     spec: Spec
-    sizes: tuple[int, ...] | None
-    """Layer sizes of a fused policy, None for one that torch evaluates."""
+    network: str | None
+    """Description of a fused policy (see kernels/dense.py), None for one that torch evaluates."""
     policy: Policy
     parameters: tuple[Tensor, ...]
     x0: Tensor
@@ -93,13 +93,13 @@ def rollout(
     """
     base, check = schedule(flow, _check_horizon(horizon, "rollout"), window)
     plan = make_plan("rollout", system, policy, x0, horizon, base, check, decay, loss, control_cost)
-    if plan.sizes is not None:
-        states, controls, value, _, _ = _bridge.mlp_rollout(plan.x0, plan.spec, plan.sizes, *plan.parameters)
+    if plan.network is not None:
+        states, controls, value, _, _ = _bridge.fused_rollout(plan.x0, plan.spec, plan.network, *plan.parameters)
     else:
         states, controls, value = _bridge.torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
     if plan.custom_loss is not None:
         value = custom_loss_value("rollout", plan.custom_loss, states, controls) + value
-    return Rollout(states, controls, value if plan.has_loss else None, plan.sizes is not None)
+    return Rollout(states, controls, value if plan.has_loss else None, plan.network is not None)
 
 
 def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
@@ -187,10 +187,11 @@ def make_plan(
         names.append(name)
         parameters.append(parameter)
     autocast = torch.is_autocast_enabled(x0.device.type)
-    sizes = fused_sizes(policy)
-    if sizes is not None and (sizes[0], sizes[-1]) != (system.state_size, system.control_size):
+    fused = fused_network(policy)
+    network = None if fused is None else fused.description
+    if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
-            f"{call}: policy maps {sizes[0]} inputs to {sizes[-1]} outputs, expected {system.state_size} (state_size) to "
+            f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected {system.state_size} (state_size) to "
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
     for i, (name, parameter) in enumerate(zip(names, parameters)):
@@ -199,13 +200,13 @@ def make_plan(
                 raise TypeError(
                     f"{call}: policy parameter {name!r} is {parameter.dtype}, expected {x0.dtype}, the dtype of x0; convert one with .to()"
                 )
-            if sizes is not None:
+            if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
     evaluated = Policy(policy, tuple(names), torch.get_autocast_dtype(x0.device.type) if autocast else None)
-    if sizes is None:
+    if network is None:
         _probe(call, system, evaluated, parameters, x0)
     return Plan(
-        spec, sizes, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
+        spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
     )
 
 

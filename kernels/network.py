@@ -1,4 +1,4 @@
-"""Wide kernels of a perceptron: everything of its backward pass that need not run in time order.
+"""Wide kernels of a fused policy: everything of its backward pass that need not run in time order.
 
 `linearize` runs before the adjoint sweep, `weight_grad` behind it, both over all points of a group of world blocks that stays
 in cache; `reduce` adds the partial sums of the groups in a fixed order. No kernel here knows a system. They run on
@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from .dense import BLOCK, make_mlp_functions
+from .dense import BLOCK, make_network_functions
 
-ROWS = 128
-"""Rows of a weight product's chunk: few enough that they stay in cache for all layers. A multiple of BLOCK."""
+CHUNK_BYTES = 1 << 16
+"""Size of a weight product's chunk of one section: small enough that it stays in cache for all products of the layer."""
 
 
-class MlpKernels(NamedTuple):
-    """Wide kernels of a perceptron for one dtype."""
+def chunk_rows(widest: int, itemsize: int) -> int:
+    """Rows of a chunk, a multiple of BLOCK, for a widest section of `widest` elements."""
+    return max(2, min(16, CHUNK_BYTES // (widest * itemsize * BLOCK))) * BLOCK
+
+
+class NetworkKernels(NamedTuple):
+    """Wide kernels of a fused policy for one dtype."""
 
     linearize: wp.Kernel
     weight_grad: wp.Kernel
@@ -25,13 +30,13 @@ class MlpKernels(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def make_mlp_kernels(dtype: Any) -> MlpKernels:
+def make_network_kernels(dtype: Any) -> NetworkKernels:
     """Returns the wide kernels for `dtype` (wp.float32 or wp.float64)."""
-    functions = make_mlp_functions(dtype)
+    functions = make_network_functions(dtype)
     native_linearize, native_weight_grad = functions.linearize, functions.weight_grad
 
     @wp.kernel(module="unique", enable_backward=False)
-    def mlp_linearize(
+    def network_linearize(
         # In:
         params: wp.array(dtype=dtype),  # (layout.packed,)
         table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
@@ -67,6 +72,7 @@ def make_mlp_kernels(dtype: Any) -> MlpKernels:
                     row_adj,
                     hidden,
                     first_row * wp.int64(row),
+                    state_size,
                     c,
                     worlds,
                     want_jac,
@@ -78,34 +84,35 @@ def make_mlp_kernels(dtype: Any) -> MlpKernels:
                 )
 
     @wp.kernel(module="unique", enable_backward=False)
-    def mlp_weight_grad(
+    def network_weight_grad(
         # In:
         table: wp.array(dtype=wp.int32),
         layers: int,
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
-        d: wp.array(dtype=dtype),  # as mlp_linearize leaves it
+        d: wp.array(dtype=dtype),  # as network_linearize leaves it
         mu: wp.array4d(dtype=dtype),  # (fields, horizon, nworld, control_size)
         fields: int,
         horizon: int,
         nworld: int,
         control_size: int,
+        chunk: int,  # rows of a chunk
         first: int,  # first block of the group
         blocks: int,  # blocks of the group
         d_first: wp.int64,
         slot: int,
         # Out:
-        mu_rows: wp.array(dtype=dtype),  # (fields * ROWS * control_size,) scratch of this launch
-        scratch: wp.array(dtype=dtype),  # (ROWS * widest section,) scratch of this launch
+        mu_rows: wp.array(dtype=dtype),  # (fields * chunk * control_size,) scratch of this launch
+        scratch: wp.array(dtype=dtype),  # (chunk * widest section,) scratch of this launch
         grads: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads), accumulated
     ):
         rows = horizon * wp.static(BLOCK)
-        mu_field = wp.static(ROWS) * control_size
+        mu_field = chunk * control_size
         for index in range(blocks):
             block = first + index
-            for row0 in range(0, rows, wp.static(ROWS)):
-                count = wp.min(wp.static(ROWS), rows - row0)
+            for row0 in range(0, rows, chunk):
+                count = wp.min(chunk, rows - row0)
                 for f in range(fields):
                     for r in range(count):
                         t = (row0 + r) / wp.static(BLOCK)
@@ -137,7 +144,7 @@ def make_mlp_kernels(dtype: Any) -> MlpKernels:
                 )
 
     @wp.kernel(module="unique", enable_backward=False)
-    def mlp_reduce(
+    def network_reduce(
         # In:
         partial: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads)
         unpack: wp.array(dtype=wp.int32),  # (parameters,)
@@ -151,4 +158,4 @@ def make_mlp_kernels(dtype: Any) -> MlpKernels:
             total += partial[s, f, at]
         grads[f, i] = total
 
-    return MlpKernels(mlp_linearize, mlp_weight_grad, mlp_reduce)
+    return NetworkKernels(network_linearize, network_weight_grad, network_reduce)
