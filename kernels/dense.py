@@ -101,15 +101,36 @@ def _pitch(n: int, itemsize: int) -> int:
     return (n + lanes - 1) // lanes * lanes
 
 
-def _fully_connected(n_in: int, units: int) -> Layer:
-    return Layer(units, 1, n_in, 0, np.arange(units * n_in).reshape(units, n_in))
+def _mlp_layers(sizes: tuple[int, ...], itemsize: int) -> list[Layer]:
+    """Fully connected layers: input size, widths, output size."""
+    return [
+        Layer(units, 1, n_in, 0, np.arange(units * n_in).reshape(units, n_in))
+        for n_in, units in zip(sizes[:-1], sizes[1:])
+    ]
 
 
-def _mlp_layers(sizes: tuple[int, ...]) -> list[Layer]:
-    return [_fully_connected(n_in, units) for n_in, units in zip(sizes[:-1], sizes[1:])]
+def _wavecnn_layers(sizes: tuple[int, ...], itemsize: int) -> list[Layer]:
+    """Two convolutions of stride 2 and a linear output: state size (2 points), channels, output size.
+
+    The state is read as (point, re/im), the windows of three points overlap by one. conv1.weight is (channel, 1, 3, 2), conv2.weight
+    (channel, channel, 3), out.weight (output, position * channel).
+    """
+    state_size, channels, outputs = sizes
+    points1 = (state_size // 2 - 3) // 2 + 1
+    points2 = (points1 - 3) // 2 + 1
+    pitch = _pitch(channels, itemsize)
+    conv2 = np.full((channels, 3, pitch), -1)
+    conv2[:, :, :channels] = np.arange(channels * channels * 3).reshape(channels, channels, 3).transpose(0, 2, 1)
+    out = np.full((outputs, points2, pitch), -1)
+    out[:, :, :channels] = np.arange(outputs * points2 * channels).reshape(outputs, points2, channels)
+    return [
+        Layer(channels, points1, 6, 4, np.arange(channels * 6).reshape(channels, 6)),
+        Layer(channels, points2, 3 * pitch, 2 * pitch, conv2.reshape(channels, -1)),
+        Layer(outputs, 1, points2 * pitch, 0, out.reshape(outputs, -1)),
+    ]
 
 
-_ARCHITECTURES = {"mlp": _mlp_layers}
+_ARCHITECTURES = {"mlp": _mlp_layers, "wavecnn": _wavecnn_layers}
 """Policies that can be fused, by the name that begins their description; see `layout`."""
 
 
@@ -118,7 +139,8 @@ def layout(network: str, itemsize: int) -> Layout:
     """Lays out a policy for elements of `itemsize` bytes.
 
     Args:
-        network: "mlp:10,100,100,1" is a perceptron with these sizes.
+        network: "mlp:10,100,100,1" is a perceptron with these sizes; "wavecnn:64,60,1" the convolutional controller for a state of
+            size 64 with 60 channels and 1 output.
 
     The concatenated parameters are W_1, b_1, ..., W_o, b_o, each flattened: the order of the torch module's `parameters()`. Packed, each layer
     has its matrix as it is (rows padded; read by the backward pass), its bias, and behind all of these its transpose (read by the
@@ -126,7 +148,7 @@ def layout(network: str, itemsize: int) -> Layout:
     """
     kind, _, numbers = network.partition(":")
     sizes = tuple(int(n) for n in numbers.split(","))
-    return _lay_out(sizes[0], _ARCHITECTURES[kind](sizes), itemsize)
+    return _lay_out(sizes[0], _ARCHITECTURES[kind](sizes, itemsize), itemsize)
 
 
 def _lay_out(state_size: int, layers: list[Layer], itemsize: int) -> Layout:

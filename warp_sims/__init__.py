@@ -20,10 +20,10 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
-from .policies import MLP
+from .policies import MLP, WaveCNN
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
-from .systems import CartPole, DeviceFunctions, System
+from .systems import CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
 
 __version__ = "0.1.0"
 
@@ -33,8 +33,11 @@ __all__ = [
     "DeviceFunctions",
     "Flow",
     "GradientPair",
+    "GuidanceByRepulsion",
+    "QuantumControl",
     "Rollout",
     "System",
+    "WaveCNN",
     "gradient_pair",
     "record_rollout",
     "rollout",

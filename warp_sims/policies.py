@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["MLP", "FusedNetwork", "fused_network"]
+__all__ = ["MLP", "FusedNetwork", "WaveCNN", "fused_network"]
 
 
 class MLP(nn.Sequential):
@@ -58,7 +58,6 @@ class MLP(nn.Sequential):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
         return super().__getitem__(index)
 
-    @torch.no_grad()
     def reset_parameters(self, seed: int | None = None, zero_last: bool = False) -> None:
         """Draws Glorot-uniform weights and sets the biases to zero.
 
@@ -66,15 +65,68 @@ class MLP(nn.Sequential):
             seed: Makes the draw reproducible, the same on every device; None draws from torch's global generator.
             zero_last: Zeroes the output layer's weight, as the published cart-pole and guidance runs do: the controller starts at zero.
         """
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        linears = [m for m in self if isinstance(m, nn.Linear)]
-        for m in linears:
-            limit = math.sqrt(6.0 / (m.in_features + m.out_features))
-            m.weight.copy_((torch.rand(m.weight.shape, generator=generator, dtype=torch.float64) * 2 - 1) * limit)
-            if m.bias is not None:
-                m.bias.zero_()
-        if zero_last:
-            linears[-1].weight.zero_()
+        _glorot([m for m in self if isinstance(m, nn.Linear)], seed, zero_last)
+
+
+class WaveCNN(nn.Module):
+    """The published convolutional controller for `QuantumControl`: two strided convolutions, tanh behind each, a linear output.
+
+    Args:
+        points: Grid points of the wave function, at least 7.
+        width: Channels of both convolutions.
+        dtype, device: Of the parameters, as everywhere in torch.
+
+    Maps wave functions (n, 2 points), [Re psi_1, Im psi_1, ...], to controls (n, 1). Parameters, with p = ((points - 1) // 2 - 1) // 2 positions (7 for 32
+    points): conv1.weight (width, 1, 3, 2), conv1.bias, conv2.weight (width, width, 3), conv2.bias, out.weight (1, p * width), out.bias;
+    out reads the features flattened as (position, channel).
+
+    Raises:
+        TypeError, ValueError: a size is no int or too small.
+    """
+
+    def __init__(
+        self,
+        points: int = 32,
+        width: int = 60,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size, least in (("points", points, 7), ("width", width, 1)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"WaveCNN: {name} is {size!r} of type {type(size).__name__}, expected an int")
+            if size < least:
+                raise ValueError(f"WaveCNN: {name} is {size}, expected at least {least}")
+        self.points, self.width = points, width
+        positions = ((points - 3) // 2 + 1 - 3) // 2 + 1
+        self.conv1 = nn.Conv2d(1, width, (3, 2), stride=2, dtype=dtype, device=device)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=2, dtype=dtype, device=device)
+        self.out = nn.Linear(positions * width, 1, dtype=dtype, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self, seed: int | None = None, zero_last: bool = False) -> None:
+        """Draws Glorot-uniform weights and sets the biases to zero; see `MLP.reset_parameters`."""
+        _glorot([self.conv1, self.conv2, self.out], seed, zero_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Controls (n, 1) for wave functions (n, 2 points)."""
+        h = torch.tanh(self.conv1(x.reshape(-1, 1, self.points, 2))).squeeze(-1)
+        h = torch.tanh(self.conv2(h))
+        return self.out(h.transpose(1, 2).flatten(1))
+
+
+@torch.no_grad()
+def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for layer in layers:
+        receptive = math.prod(layer.weight.shape[2:])
+        limit = math.sqrt(6.0 / (receptive * (layer.weight.shape[0] + layer.weight.shape[1])))
+        layer.weight.copy_((torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64) * 2 - 1) * limit)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    if zero_last:
+        layers[-1].weight.zero_()
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -95,21 +147,38 @@ class FusedNetwork(NamedTuple):
 def fused_network(policy: nn.Module) -> FusedNetwork | None:
     """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it.
 
-    Only `MLP` itself, unchanged: a subclass, a hook, a parametrization, a replaced layer or shared parameters take the torch road.
+    Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or shared parameters take the
+    torch road.
     """
-    if type(policy) is not MLP or _hooked(policy):
+    if _hooked(policy) or any(_hooked(m) for m in policy.children()):
         return None
-    layers = list(policy)
+    found = _fused_mlp(policy) if type(policy) is MLP else _fused_wavecnn(policy) if type(policy) is WaveCNN else None
+    if found is None:
+        return None
+    parameters = [q for m in policy.children() for q in m.parameters(recurse=False)]
+    return None if any(a is b for i, a in enumerate(parameters) for b in parameters[:i]) else found
+
+
+def _fused_mlp(policy: nn.Module) -> FusedNetwork | None:
+    layers = list(policy.children())
     sizes: list[int] = []
-    parameters = []
     for i, m in enumerate(layers):
-        if _hooked(m) or type(m) is not (nn.Tanh if i % 2 else nn.Linear):
+        if type(m) is not (nn.Tanh if i % 2 else nn.Linear):
             return None
         if isinstance(m, nn.Linear):
             if m.bias is None or (sizes and sizes[-1] != m.in_features):
                 return None
             sizes += [m.out_features] if sizes else [m.in_features, m.out_features]
-            parameters += [m.weight, m.bias]
-    if len(layers) % 2 == 0 or any(a is b for i, a in enumerate(parameters) for b in parameters[:i]):
+    if len(layers) % 2 == 0:
         return None
     return FusedNetwork("mlp:" + ",".join(str(size) for size in sizes), sizes[0], sizes[-1])
+
+
+def _fused_wavecnn(policy: Any) -> FusedNetwork | None:
+    if [type(m) for m in policy.children()] != [nn.Conv2d, nn.Conv1d, nn.Linear]:
+        return None
+    n_in, width = 2 * policy.points, policy.width
+    expected = WaveCNN(policy.points, width, device="meta")
+    if any(a.shape != b.shape for a, b in zip(policy.parameters(), expected.parameters())):
+        return None
+    return FusedNetwork(f"wavecnn:{n_in},{width},1", n_in, 1)

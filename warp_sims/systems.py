@@ -13,9 +13,11 @@ import torch
 
 from .bridge import registry as _numbers
 from .kernels import cartpole as _cartpole
+from .kernels import guidance as _guidance
+from .kernels import quantum as _quantum
 from .kernels.system import DeviceFunctions
 
-__all__ = ["CartPole", "DeviceFunctions", "System", "registry", "resolve"]
+__all__ = ["CartPole", "DeviceFunctions", "GuidanceByRepulsion", "QuantumControl", "System", "registry", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,165 @@ class CartPole(System):
         return torch.from_numpy(states.reshape(n, self.state_size)).to(dtype)
 
 
-registry: Mapping[str, type[System]] = MappingProxyType({"cartpole": CartPole})
+@dataclasses.dataclass(frozen=True)
+class GuidanceByRepulsion(System):
+    """Drivers herd evaders to the origin of the plane: evaders flee drivers, each driver steers around the herd.
+
+    State per object, drivers first: [p_x, p_y, v_x, v_y] in m and m/s. Control per driver: [radial, orthogonal], the acceleration
+    per distance [1/s^2] along and across the line from the herd to the driver. Cost of a state: mean squared evader coordinate [m^2].
+    Equations: kernels/guidance.py. The defaults are the published values; distances in the forces are |r| + softening.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside its range.
+    """
+
+    drivers: int = 2
+    """Number of drivers, at least 1."""
+    evaders: int = 4
+    """Number of evaders, at least 1."""
+    dt: float = 4 / 60
+    """Time step [s]."""
+    driver_drag: float = 1.0
+    """Drag of a driver [1/s]."""
+    driver_repulsion: float = 0.2
+    """Strength of the repulsion between drivers [m^2/s^2]."""
+    evader_drag: float = 4.0
+    """Drag of an evader [1/s]."""
+    evader_repulsion: float = 15.0
+    """Strength of the repulsion of an evader by a driver [m^2/s^2]."""
+    flocking: float = 0.2
+    """Strength of the force between evaders [m/s^2]."""
+    flocking_length: float = 0.5
+    """Distance at which the force between evaders changes sign [m]."""
+    softening: float = 0.1
+    """Added to every distance in a force [m]."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("drivers", "evaders"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("dt", "softening"):
+            _require(self, name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a finite number above 0")
+        super().__post_init__()
+
+    @property
+    def state_size(self) -> int:
+        return 4 * (self.drivers + self.evaders)
+
+    @property
+    def control_size(self) -> int:
+        return 2 * self.drivers
+
+    def device_functions(self, dtype: Any) -> DeviceFunctions:
+        return _guidance.make_functions(self.drivers, self.evaders, dtype)
+
+    def initial_states(
+        self, n: int, seed: int = 42, split: Literal["train", "test"] = "train", *, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Returns initial states (n, state_size) at rest: drivers at distance 3 ... 4, a herd of unit size centred at distance 1 ... 2.
+
+        Training and test set are drawn at once. n = 256 and seed 42 give the published sets.
+        """
+        _check_draw("GuidanceByRepulsion.initial_states", n, seed, split)
+        random = np.random.RandomState(seed)
+        total = 2 * n
+
+        def annulus(inner: float) -> np.ndarray:
+            angle, radius = 2 * np.pi * random.rand(total), random.rand(total) + inner
+            return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+        states = np.zeros((total, self.drivers + self.evaders, 2, 2))
+        for i in range(self.drivers):
+            states[:, i, 0] = annulus(3.0)
+        center = annulus(1.0)
+        for j in range(self.drivers, self.drivers + self.evaders):
+            states[:, j, 0] = center + np.stack([random.rand(total) - 0.5, random.rand(total) - 0.5], axis=-1)
+        part = states[:n] if split == "train" else states[n:]
+        return torch.from_numpy(part.astype(np.float32).reshape(n, self.state_size)).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantumControl(System):
+    """A quantum particle in a box, steered by the strength of a linear potential into an eigenstate of the empty box.
+
+    State [Re psi_1, Im psi_1, Re psi_2, ...] at the inner grid points, sum |psi|^2 = 1. Control [field strength]. Cost of a state:
+    1 - |<e_target, psi>|^2; the running loss sums it over the steps. Units with hbar = 1, kinetic term without the factor 1/2.
+    Equations: kernels/quantum.py. The defaults are the published values.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside its range.
+    """
+
+    running_reduction: ClassVar[Literal["mean", "sum"]] = "sum"
+
+    points: int = 32
+    """Inner grid points, at least 4."""
+    dt: float = 0.0625
+    """Time step."""
+    target: int = 3
+    """Eigenstate to reach, 1 (the ground state) ... points."""
+    length: float = 2.0
+    """Width of the box."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self, "points", self.points >= 4, "at least 4")
+        _require(self, "target", 1 <= self.target <= self.points, f"1 (the ground state) ... {self.points} (points)")
+        for name in ("dt", "length"):
+            _require(self, name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a finite number above 0")
+        super().__post_init__()
+
+    @property
+    def state_size(self) -> int:
+        return 2 * self.points
+
+    @property
+    def control_size(self) -> int:
+        return 1
+
+    @property
+    def dx(self) -> float:
+        """Distance of two grid points."""
+        return self.length / (self.points + 1)
+
+    def eigenstate(self, n: int) -> np.ndarray:
+        """Eigenstate n of the empty box at the grid points, (points,), normalised to sum e^2 = 1; n = 1 is the ground state."""
+        e = np.sin(np.pi * n * np.arange(1, self.points + 1) / (self.points + 1))
+        return e / np.sqrt(np.sum(e**2))
+
+    def device_functions(self, dtype: Any) -> DeviceFunctions:
+        return _quantum.make_functions(self.points, dtype)
+
+    def parameters(self, dtype: Any) -> Any:
+        params = _quantum.make_params(self.points, dtype)()
+        params.dt, params.dx = self.dt, self.dx
+        params.eigenstate = self.eigenstate(self.target).tolist()
+        return params
+
+    def initial_states(
+        self, n: int, seed: int = 42, split: Literal["train", "test"] = "train", *, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Returns initial states (n, state_size): random superpositions of the two lowest eigenstates with random phases.
+
+        Training and test set are drawn at once. n = 256 and seed 42 give the published sets.
+        """
+        _check_draw("QuantumControl.initial_states", n, seed, split)
+        random = np.random.RandomState(seed)
+        total = 2 * n
+        c1, c2 = random.normal(size=(total, 1)), random.normal(size=(total, 1))
+        phase1, phase2 = random.uniform(0, 2 * np.pi, (total, 1)), random.uniform(0, 2 * np.pi, (total, 1))
+        norm = np.sqrt(c1**2 + c2**2)
+        psi = c1 / norm * np.exp(1j * phase1) * self.eigenstate(1) + c2 / norm * np.exp(1j * phase2) * self.eigenstate(2)
+        part = psi[:n] if split == "train" else psi[n:]
+        states = np.stack([part.real, part.imag], axis=-1).astype(np.float32)
+        return torch.from_numpy(states.reshape(n, self.state_size)).to(dtype)
+
+
+registry: Mapping[str, type[System]] = MappingProxyType(
+    {"cartpole": CartPole, "guidance": GuidanceByRepulsion, "quantum": QuantumControl}
+)
 """Systems by the name they have on the command line."""
 
 

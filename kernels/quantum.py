@@ -1,0 +1,157 @@
+"""A quantum particle in a box, steered by a linear potential: Crank-Nicolson step, loss, and their hand-written adjoints.
+
+The wave function psi lives on N grid points x_j = j dx (j = 1 ... N, dx = L / (N + 1)) between walls where it vanishes; h is the
+time step and c the control, the strength of the field (units with hbar = 1, and the kinetic term without the factor 1/2):
+
+    H(c) = -d^2/dx^2 + c x        A = (h / 2) H(c)        (1 + i A) psi' = (1 - i A) psi
+
+A is real, symmetric and tridiagonal: diagonal (h/2) (2 / dx^2 + c x_j), off the diagonal -h / (2 dx^2). With M = 1 + i A and
+conj(M) = 1 - i A = 2 - M the step needs one solve and no product:
+
+    psi' = 2 M^-1 psi - psi
+
+Both M and conj(M) are normal with |M z| >= |z|, so that the elimination needs no pivoting, and the step is unitary. Backwards, with
+g = adj_psi' as a complex vector (adj_re + i adj_im) and y = conj(M)^-1 g:
+
+    adj_psi = 2 y - g
+    adj_c   = (h / 2) sum_j x_j Im( conj(y_j) (psi_j + psi'_j) ),        psi + psi' = 2 M^-1 psi
+
+conj(M)^-1 g = conj(M^-1 conj(g)): both solves share one elimination of M.
+
+State [Re psi_1, Im psi_1, Re psi_2, ...], normalised to sum |psi_j|^2 = 1 (no dx); control [c]. Cost of a state against eigenstate
+e_n(j) = sin(pi n j / (N + 1)) / norm, n = 1 the ground state: 1 - |<e_n, psi>|^2.
+
+Source: Schnell and Thuerey, ICLR 2024, section 4 (quantum control).
+"""
+
+import functools
+from typing import Any
+
+import warp as wp
+
+from .system import DeviceFunctions
+
+
+@functools.lru_cache(maxsize=None)
+def make_params(points: int, dtype: Any) -> Any:
+    """Returns the Warp struct of the parameters for `points` grid points and `dtype`."""
+    Eigenstate = wp.types.vector(length=points, dtype=dtype)
+
+    @wp.struct
+    class QuantumParams:
+        dt: dtype
+        dx: dtype
+        eigenstate: Eigenstate  # e_n at the grid points
+
+    return QuantumParams
+
+
+@functools.lru_cache(maxsize=None)
+def make_functions(points: int, dtype: Any) -> DeviceFunctions:
+    """Returns the device functions for `points` grid points and `dtype` (wp.float32 or wp.float64)."""
+    Params = make_params(points, dtype)
+    State = wp.types.vector(length=2 * points, dtype=dtype)
+    Control = wp.types.vector(length=1, dtype=dtype)
+    Complex = wp.types.vector(length=2, dtype=dtype)
+
+    @wp.func
+    def times(a: Complex, b: Complex) -> Complex:
+        return Complex(a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0])
+
+    @wp.func
+    def times_i(s: dtype, a: Complex) -> Complex:
+        """i s a for a real s."""
+        return Complex(-s * a[1], s * a[0])
+
+    @wp.func
+    def reciprocal(a: Complex) -> Complex:
+        s = dtype(1.0) / (a[0] * a[0] + a[1] * a[1])
+        return Complex(a[0] * s, -a[1] * s)
+
+    @wp.func
+    def at(x: State, j: int) -> Complex:
+        return Complex(x[2 * j], x[2 * j + 1])
+
+    @wp.func
+    def pivots(c: dtype, p: Params) -> State:
+        """Reciprocal pivots of M, for the elimination downwards: 1 / (M_jj - M_j,j-1 pivot_{j-1} M_j-1,j)."""
+        inv_dx2 = dtype(1.0) / (p.dx * p.dx)
+        off = dtype(-0.5) * p.dt * inv_dx2
+        out = State()
+        before = Complex()
+        for j in range(points):
+            alpha = dtype(0.5) * p.dt * (dtype(2.0) * inv_dx2 + c * dtype(j + 1) * p.dx)
+            # (i off)^2 = -off^2
+            before = reciprocal(Complex(dtype(1.0) + off * off * before[0], alpha + off * off * before[1]))
+            out[2 * j] = before[0]
+            out[2 * j + 1] = before[1]
+        return out
+
+    @wp.func
+    def solve(rhs: State, pivot: State, p: Params) -> State:
+        """M^-1 rhs."""
+        off = dtype(-0.5) * p.dt / (p.dx * p.dx)
+        out = State()
+        z = Complex()
+        for j in range(points):
+            z = times(at(pivot, j), at(rhs, j) - times_i(off, z))
+            out[2 * j] = z[0]
+            out[2 * j + 1] = z[1]
+        for k in range(1, points):
+            j = points - 1 - k
+            z = at(out, j) - times_i(off, times(at(pivot, j), z))
+            out[2 * j] = z[0]
+            out[2 * j + 1] = z[1]
+        return out
+
+    @wp.func
+    def quantum_step(x: State, u: Control, p: Params) -> State:
+        """Wave function after one time step."""
+        return dtype(2.0) * solve(x, pivots(u[0], p), p) - x
+
+    @wp.func
+    def quantum_step_vjp(x: State, u: Control, p: Params, adj_x_next: State):
+        """Cotangents (adj_x, adj_u) of `quantum_step`."""
+        pivot = pivots(u[0], p)
+        half_sum = solve(x, pivot, p)  # (psi + psi') / 2
+        g = State()
+        for j in range(points):
+            g[2 * j] = adj_x_next[2 * j]
+            g[2 * j + 1] = -adj_x_next[2 * j + 1]
+        y = solve(g, pivot, p)  # conjugate of conj(M)^-1 adj_x_next
+        adj_x = State()
+        adj_c = dtype(0.0)
+        for j in range(points):
+            product = times(at(y, j), at(half_sum, j))
+            adj_c += dtype(j + 1) * product[1]
+            adj_x[2 * j] = dtype(2.0) * y[2 * j] - adj_x_next[2 * j]
+            adj_x[2 * j + 1] = dtype(-2.0) * y[2 * j + 1] - adj_x_next[2 * j + 1]
+        return adj_x, Control(p.dt * p.dx * adj_c)
+
+    @wp.func
+    def overlap(x: State, p: Params) -> Complex:
+        """<e_n, psi>."""
+        total = Complex()
+        for j in range(points):
+            total += p.eigenstate[j] * at(x, j)
+        return total
+
+    @wp.func
+    def quantum_loss(x: State, p: Params) -> dtype:
+        """Cost of one state, 1 - |<e_n, psi>|^2."""
+        o = overlap(x, p)
+        return dtype(1.0) - wp.dot(o, o)
+
+    @wp.func
+    def quantum_loss_vjp(x: State, p: Params, adj_loss: dtype) -> State:
+        """Cotangent adj_x of `quantum_loss`."""
+        o = dtype(-2.0) * adj_loss * overlap(x, p)
+        adj_x = State()
+        for j in range(points):
+            adj_x[2 * j] = o[0] * p.eigenstate[j]
+            adj_x[2 * j + 1] = o[1] * p.eigenstate[j]
+        return adj_x
+
+    return DeviceFunctions(
+        Params, State, Control, quantum_step, quantum_step_vjp, quantum_loss, quantum_loss_vjp
+    )
