@@ -1,17 +1,12 @@
-"""Tensors as Warp arrays, on torch's current stream: the one place where the two meet.
+"""Tensors and Warp's devices, streams and arrays: the one place where memory of the two meets.
 
-Kernels read and write memory that torch owns. Everything that reaches a kernel passes through `view`, detached and contiguous,
-so no `.grad` of torch's is ever adopted by Warp.
+Kernels read and write memory that torch owns, by address; nothing of torch's `.grad` is ever adopted by Warp.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,24 +14,21 @@ import torch
 import warp as wp
 
 _HUGE = 1 << 22
-wp.init()  # device_from_torch and from_torch need the runtime, which is otherwise started by the first launch
-_ARRAY = type(wp.from_torch(torch.empty(1), return_ctype=True))
+wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
+
 WARP_DTYPE = {torch.float32: wp.float32, torch.float64: wp.float64}
-
-
-def view(tensor: torch.Tensor, components: int = 0) -> Any:
-    """Launch argument for a contiguous tensor; with `components`, the last axes hold one vector and are no axes of the array.
-
-    Written out instead of `wp.from_torch(..., return_ctype=True)`, which takes twice as long and is called forty times a rollout.
-    """
-    shape = tensor.shape[: tensor.ndim - components]
-    strides = [step * tensor.element_size() for step in tensor.stride()]
-    return _ARRAY(data=tensor.data_ptr(), ndim=len(shape), shape=shape, strides=strides)
 
 
 def tensor_of(array: wp.array) -> torch.Tensor:
     """Zero-copy tensor over a Warp array, vector components as the last axis."""
     return wp.to_torch(array, requires_grad=False)
+
+
+def array_of(tensor: torch.Tensor) -> wp.array:
+    """Zero-copy Warp array over a tensor, with a gradient of its own."""
+    array = wp.from_torch(tensor.detach(), requires_grad=False)
+    array.requires_grad = True
+    return array
 
 
 def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -72,26 +64,3 @@ def warp_device(device: torch.device) -> Any:
 def constant(key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> torch.Tensor:
     """Tensor of `make(key)` on `device`, kept: tables that depend on sizes and schedules alone."""
     return torch.from_numpy(np.ascontiguousarray(make(key))).to(device)
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(pid: int) -> ThreadPoolExecutor:
-    # keyed by process: threads do not survive a fork
-    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="warp-sims")
-
-
-def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks at once, the first on this thread. Warp's CPU kernels are serial and leave the GIL free."""
-    futures = [_pool(os.getpid()).submit(task) for task in tasks[1:]]
-    try:
-        tasks[0]()
-    finally:
-        for future in futures:
-            future.result()
-
-
-def shares(count: int, least: int = 1) -> list[range]:
-    """Splits `count` items over torch's threads, at least `least` a thread; results must not depend on the split."""
-    threads = max(1, min(torch.get_num_threads(), count // least))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:])]

@@ -5,8 +5,9 @@ Append-only: a number, once given, stands for the same system for the life of th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import warp as wp
@@ -45,9 +46,12 @@ def find(number: int) -> SystemLike:
     return _systems[number]
 
 
-class Prepared(NamedTuple):
-    """A system's kernels and parameters for one dtype and device."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A system's kernels and parameters for one dtype and device. Compared by identity: `prepare` makes one of each."""
 
+    torch_dtype: torch.dtype
+    torch_device: torch.device
     state_size: int
     control_size: int
     dtype: Any
@@ -58,6 +62,11 @@ class Prepared(NamedTuple):
     params: Any
     """The filled struct."""
     kernels: SystemKernels
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a scalar."""
+        return self.torch_dtype.itemsize
 
     @property
     def fused_rollout(self) -> wp.Kernel:
@@ -72,6 +81,8 @@ def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     scalar = WARP_DTYPE[dtype]
     functions = system.device_functions(scalar)
     return Prepared(
+        dtype,
+        device,
         system.state_size,
         system.control_size,
         scalar,

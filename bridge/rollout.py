@@ -5,7 +5,6 @@ adjoint sweep, and for a combined gradient are summed before anything is compare
 step by step: its Jacobians are taken at all points at once before the sweep, its weight gradients behind it.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,9 +71,9 @@ def _apply(function: type[torch.autograd.Function], backward_pass: bool = False)
         raise NotImplementedError(_NO_FORWARD)
 
     plain = function.forward
-    # apply() binds its arguments by the signature of forward, and would inspect it anew at every call
-    plain.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
     reverse_only = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+    # what Function.apply comes to without transforms, less its inspection of the signature of forward at every call
+    direct = super(torch.autograd.Function, reverse_only).apply
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -83,7 +82,9 @@ def _apply(function: type[torch.autograd.Function], backward_pass: bool = False)
         if backward_pass and not torch.is_grad_enabled():
             # nobody can differentiate this again
             return plain(*args)
-        return reverse_only.apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return reverse_only.apply(*args)
+        return direct(*args)
 
     return apply
 

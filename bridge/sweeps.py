@@ -14,16 +14,17 @@ import torch
 import warp as wp
 
 from ..kernels.agreement import NSTATS, chunks, make_combine
-from ..kernels.dense import BLOCK, Column, Layout, layout
+from ..kernels.dense import BLOCK, Column, layout
 from ..kernels.flow import NETWORK, PHYSICS, Flow
 from ..kernels.network import chunk_rows, make_network_kernels
 from . import wide
-from .arrays import constant, empty, in_parallel, shares, stream, view, warp_device
+from .arrays import WARP_DTYPE, constant, empty, stream, warp_device
+from .launches import Launch, Pool, array, in_parallel, shares
 from .registry import Prepared
 
 GPU_LANES = 128
 """Threads of a GPU block in the fused forward sweep."""
-GROUP = 4
+GROUP = 8
 """World blocks that go through linearisation, sweep and weight products together, so that their rows stay in cache."""
 GROUP_BYTES = 1 << 22
 """Bound on the activations of a group; one block is taken even if it is larger."""
@@ -84,29 +85,33 @@ def _edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
     return masks & ~PHYSICS if closed_physics else masks
 
 
-def _launch(kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256) -> None:
-    wp.launch(kernel, dim=dim, inputs=list(args), device=device, record_tape=False, block_dim=block_dim)
+def _check_has_loss(p: Prepared, weights: LossWeights) -> None:
+    if p.functions.loss is None and (weights.final or weights.running):
+        raise ValueError("loss: this system has no loss of its own; pass a callable of (states, controls) or None")
 
 
-def _over_worlds(p: Prepared, kernel: wp.Kernel, nworld: int, before: list[Any], after: list[Any]) -> None:
-    """Launches one thread per world; `first` stands between the arguments `before` and `after`."""
-    if p.device.is_cpu:
-        parts = shares(nworld, WORLDS_PER_THREAD)
-        if len(parts) > 1:
-            commands = [
-                wp.launch(
-                    kernel,
-                    dim=len(part),
-                    inputs=[*before, part.start, *after],
-                    device=p.device,
-                    record_cmd=True,
-                    record_tape=False,
-                )
-                for part in parts
-            ]
-            in_parallel([command.launch for command in commands])
-            return
-    _launch(kernel, nworld, [*before, 0, *after], p.device)
+def _world_parts(p: Prepared, nworld: int) -> list[range]:
+    return shares(nworld, WORLDS_PER_THREAD) if p.device.is_cpu else [range(nworld)]
+
+
+def _launches(p: Prepared, kernel: wp.Kernel, parts: list[range], before: list[Any], after: list[Any]) -> list[Launch]:
+    """One launch a part, a thread per world; the part's first world stands between the arguments `before` and `after`."""
+    return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
+
+
+class _Simulate:
+    """Prepared open-loop sweep."""
+
+    def __init__(self, p: Prepared, horizon: int, nworld: int, threads: int) -> None:
+        n, m, size = p.state_size, p.control_size, p.itemsize
+        self.x0 = array(size, nworld, n, components=1)
+        self.controls = array(size, horizon, nworld, m, components=1)
+        self.states = array(size, horizon + 1, nworld, n, components=1)
+        before = [self.x0, self.controls, p.params, horizon]
+        self.launches = _launches(p, p.kernels.simulate, _world_parts(p, nworld), before, [self.states])
+
+
+_simulate = Pool(_Simulate)
 
 
 def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
@@ -114,20 +119,26 @@ def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Ten
     horizon, nworld = controls.shape[0], x0.shape[0]
     states = empty(x0, horizon + 1, nworld, p.state_size)
     if nworld:
-        with stream(x0.device):
-            _over_worlds(
-                p,
-                p.kernels.simulate,
-                nworld,
-                [view(x0, 1), view(controls, 1), p.params, horizon],
-                [view(states, 1)],
-            )
+        with _simulate.borrow(p, horizon, nworld, torch.get_num_threads()) as sweep, stream(x0.device):
+            sweep.x0.data, sweep.controls.data = x0.data_ptr(), controls.data_ptr()
+            sweep.states.data = states.data_ptr()
+            in_parallel(sweep.launches)
     return states
 
 
-def _check_has_loss(p: Prepared, weights: LossWeights) -> None:
-    if p.functions.loss is None and (weights.final or weights.running):
-        raise ValueError("loss: this system has no loss of its own; pass a callable of (states, controls) or None")
+class _Loss:
+    """Prepared loss of a trajectory."""
+
+    def __init__(self, p: Prepared, horizon: int, nworld: int, weights: LossWeights, threads: int) -> None:
+        self.states = array(p.itemsize, horizon + 1, nworld, p.state_size, components=1)
+        self.controls = array(p.itemsize, horizon, nworld, p.control_size, components=1)
+        self.world_loss = array(p.itemsize, nworld)
+        factors = weights.per_world(nworld, horizon, p.control_size)
+        before = [self.states, self.controls, p.params, horizon, *factors]
+        self.launches = _launches(p, p.kernels.loss, _world_parts(p, nworld), before, [self.world_loss])
+
+
+_loss = Pool(_Loss)
 
 
 def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: LossWeights) -> torch.Tensor:
@@ -137,31 +148,23 @@ def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: Los
     if nworld == 0 or not any(weights):
         return states.new_zeros(())
     world_loss = states.new_empty(nworld)
-    with stream(states.device):
-        _over_worlds(
-            p,
-            p.kernels.loss,
-            nworld,
-            [
-                view(states, 1),
-                view(controls, 1),
-                p.params,
-                horizon,
-                *weights.per_world(nworld, horizon, p.control_size),
-            ],
-            [view(world_loss)],
-        )
+    with _loss.borrow(p, horizon, nworld, weights, torch.get_num_threads()) as sweep, stream(states.device):
+        sweep.states.data, sweep.controls.data = states.data_ptr(), controls.data_ptr()
+        sweep.world_loss.data = world_loss.data_ptr()
+        in_parallel(sweep.launches)
     return world_loss.sum()
 
 
 def pack(network: str, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The policy's parameters as the kernels read them."""
     first = parameters[0]
-    lay = layout(network, first.element_size())
     index = constant((network, first.element_size()), _pack_index, first.device)
-    flat = torch.cat([first.new_zeros(1), *(q.detach().reshape(-1) for q in parameters)])
-    assert flat.numel() == lay.unpack.size + 1
-    return flat.index_select(0, index)
+    zero = constant(first.dtype, _zero, first.device)
+    return torch.cat([zero, *(q.detach().reshape(-1) for q in parameters)]).index_select(0, index)
+
+
+def _zero(dtype: torch.dtype) -> np.ndarray:
+    return torch.zeros(1, dtype=dtype).numpy()
 
 
 def _pack_index(key: tuple[str, int]) -> np.ndarray:
@@ -181,95 +184,120 @@ def blocks_of(nworld: int) -> int:
     return (nworld + BLOCK - 1) // BLOCK
 
 
+def _fixed(tensor: torch.Tensor) -> Any:
+    """Descriptor of a kept tensor with one axis."""
+    descriptor = array(tensor.element_size(), tensor.numel())
+    descriptor.data = tensor.data_ptr()
+    return descriptor
+
+
+class _FusedRollout:
+    """Prepared forward sweep with the policy fused in."""
+
+    def __init__(self, p: Prepared, network: str, horizon: int, nworld: int, weights: LossWeights, threads: int) -> None:
+        n, m, size = p.state_size, p.control_size, p.itemsize
+        lay = layout(network, size)
+        blocks = blocks_of(nworld)
+        self.x0 = array(size, nworld, n, components=1)
+        self.packed = array(size, lay.packed)
+        self.table = constant((network, size), _table, p.torch_device)
+        self.states = array(size, horizon + 1, nworld, n, components=1)
+        self.controls = array(size, horizon, nworld, m, components=1)
+        self.flat_controls = array(size, horizon * nworld * m)
+        self.hidden = array(size, blocks * horizon * BLOCK, lay.row)
+        self.world_loss = array(size, nworld)
+        lanes = 1 if p.device.is_cpu else GPU_LANES
+        before = [self.x0, p.params, self.packed, _fixed(self.table), lay.layers, lay.row, lay.column(0, Column.SECTION)]
+        before += [horizon, nworld, *weights.per_world(nworld, horizon, m)]
+        after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
+        parts = shares(blocks) if p.device.is_cpu else [range(blocks)]
+        self.launches = [
+            Launch(p.fused_rollout, (len(part), lanes), [*before, part.start, *after], p.device, block_dim=lanes)
+            for part in parts
+        ]
+
+
+_fused_rollout = Pool(_FusedRollout)
+
+
 def fused_rollout(
     p: Prepared, network: str, packed: torch.Tensor, x0: torch.Tensor, horizon: int, weights: LossWeights
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fused forward sweep: states, controls, loss and hidden activations (blocks * horizon * BLOCK, row)."""
     _check_has_loss(p, weights)
     nworld = x0.shape[0]
-    lay = layout(network, x0.element_size())
     states = empty(x0, horizon + 1, nworld, p.state_size)
     controls = empty(x0, horizon, nworld, p.control_size)
-    hidden = empty(x0, blocks_of(nworld) * horizon * BLOCK, lay.row)
+    hidden = empty(x0, blocks_of(nworld) * horizon * BLOCK, layout(network, p.itemsize).row)
     if nworld == 0:
         return states, controls, x0.new_zeros(()), hidden
     world_loss = x0.new_empty(nworld)
-    table = constant((network, x0.element_size()), _table, x0.device)
-    blocks = blocks_of(nworld)
-    lanes = 1 if p.device.is_cpu else GPU_LANES
-    before = [
-        view(x0, 1),
-        p.params,
-        view(packed),
-        view(table),
-        lay.layers,
-        lay.row,
-        lay.column(0, Column.SECTION),
-        horizon,
-        nworld,
-        *weights.per_world(nworld, horizon, p.control_size),
-    ]
-    after = [lanes, view(states, 1), view(controls, 1), view(controls.view(-1)), view(hidden), view(world_loss)]
-    kernel = p.fused_rollout
-    with stream(x0.device):
-        parts = shares(blocks) if p.device.is_cpu else [range(blocks)]
-        if len(parts) > 1:
-            commands = [
-                wp.launch(
-                    kernel,
-                    dim=(len(part), lanes),
-                    inputs=[*before, part.start, *after],
-                    device=p.device,
-                    record_cmd=True,
-                    record_tape=False,
-                )
-                for part in parts
-            ]
-            in_parallel([command.launch for command in commands])
-        else:
-            _launch(kernel, (blocks, lanes), [*before, 0, *after], p.device, block_dim=lanes)
+    key = (p, network, horizon, nworld, weights, torch.get_num_threads())
+    with _fused_rollout.borrow(*key) as sweep, stream(x0.device):
+        sweep.x0.data, sweep.packed.data = x0.data_ptr(), packed.data_ptr()
+        sweep.states.data, sweep.hidden.data = states.data_ptr(), hidden.data_ptr()
+        sweep.controls.data = sweep.flat_controls.data = controls.data_ptr()
+        sweep.world_loss.data = world_loss.data_ptr()
+        in_parallel(sweep.launches)
     return states, controls, world_loss.sum(), hidden
 
 
-class _Sweep(NamedTuple):
-    """Arguments of the adjoint kernel around `first`, its outputs, and what must stay alive until it ran."""
+class _Shape(NamedTuple):
+    """What the arguments of an adjoint sweep depend on besides addresses."""
 
-    kernel: wp.Kernel
-    before: list[Any]
-    after: list[Any]
-    mu: torch.Tensor
-    adj_x0: torch.Tensor
-    alive: list[torch.Tensor]
+    horizon: int
+    nworld: int
+    jac: bool
+    adj_loss: bool
+    adj_states: bool
+    adj_controls: bool
 
 
-def _sweep(
-    p: Prepared, back: Backward, states: torch.Tensor, controls: torch.Tensor, jac: torch.Tensor, g: Cotangents
-) -> _Sweep:
-    horizon, nworld = controls.shape[0], controls.shape[1]
-    fields = len(back.schedules)
-    mu = empty(states, fields, horizon, nworld, p.control_size)
-    adj_x0 = states.new_empty((fields, nworld, p.state_size))
-    edges = constant((back.schedules, back.decay == 0.0), _edge_masks, states.device)
-    adj_loss = states.new_empty(0) if g.loss is None else g.loss.reshape(1).contiguous()
-    adj_states = states.new_empty((0, 0, p.state_size)) if g.states is None else g.states.contiguous()
-    adj_controls = states.new_empty((0, 0, p.control_size)) if g.controls is None else g.controls.contiguous()
-    before = [
-        view(states, 1),
-        view(controls, 1),
-        view(jac, 1),
-        p.params,
-        view(edges),
-        back.decay,
-        horizon,
-        *back.weights.per_world(nworld, horizon, p.control_size),
-        view(adj_loss),
-        view(adj_states, 1),
-        view(adj_controls, 1),
-    ]
-    after = [view(mu, 1), view(adj_x0, 1)]
-    return _Sweep(
-        p.kernels.adjoint[fields - 1], before, after, mu, adj_x0, [adj_loss, adj_states, adj_controls, jac, edges]
-    )
+class _AdjointArguments:
+    """Arguments of the adjoint kernel around the first world of a launch."""
+
+    def __init__(self, p: Prepared, back: Backward, shape: _Shape) -> None:
+        horizon, nworld, n, m, size = shape.horizon, shape.nworld, p.state_size, p.control_size, p.itemsize
+        fields = len(back.schedules)
+        self.kernel = p.kernels.adjoint[fields - 1]
+        self.edges = constant((back.schedules, back.decay == 0.0), _edge_masks, p.torch_device)
+        edges = array(4, fields, horizon)
+        edges.data = self.edges.data_ptr()
+        self.states = array(size, horizon + 1, nworld, n, components=1)
+        self.controls = array(size, horizon, nworld, m, components=1)
+        self.jac = array(size, *((horizon, nworld, m) if shape.jac else (0, 0, 0)), n, components=1)
+        self.adj_loss = array(size, 1 if shape.adj_loss else 0)
+        self.adj_states = array(size, *((horizon + 1, nworld) if shape.adj_states else (0, 0)), n, components=1)
+        self.adj_controls = array(size, *((horizon, nworld) if shape.adj_controls else (0, 0)), m, components=1)
+        self.mu = array(size, fields, horizon, nworld, m, components=1)
+        self.adj_x0 = array(size, fields, nworld, n, components=1)
+        self.before = [self.states, self.controls, self.jac, p.params, edges, back.decay, horizon]
+        self.before += [*back.weights.per_world(nworld, horizon, m), self.adj_loss, self.adj_states, self.adj_controls]
+        self.after = [self.mu, self.adj_x0]
+
+    def point(self, states: torch.Tensor, controls: torch.Tensor, g: Cotangents) -> list[torch.Tensor]:
+        """Sets the addresses of the inputs; the returned tensors must live until the launch has been made."""
+        alive = [t.contiguous() for t in g if t is not None]
+        rest = iter(alive)
+        for target, t in ((self.adj_loss, g.loss), (self.adj_states, g.states), (self.adj_controls, g.controls)):
+            target.data = 0 if t is None else next(rest).data_ptr()
+        self.states.data, self.controls.data = states.data_ptr(), controls.data_ptr()
+        return alive
+
+
+def _shape_of(controls: torch.Tensor, jac: bool, g: Cotangents) -> _Shape:
+    return _Shape(controls.shape[0], controls.shape[1], jac, *(t is not None for t in g))
+
+
+class _Adjoint:
+    """Prepared adjoint sweep over all worlds."""
+
+    def __init__(self, p: Prepared, back: Backward, shape: _Shape, threads: int) -> None:
+        self.arguments = a = _AdjointArguments(p, back, shape)
+        self.launches = _launches(p, a.kernel, _world_parts(p, shape.nworld), a.before, a.after)
+
+
+_adjoint = Pool(_Adjoint)
 
 
 def adjoint(
@@ -279,16 +307,19 @@ def adjoint(
 
     `jac` is dN/dx (horizon, nworld, control_size, state_size), None where no network edge is open.
     """
-    nworld = controls.shape[1]
-    if jac is None:
-        jac = states.new_empty((0, 0, 0, p.state_size))
-    if nworld == 0:
-        fields = len(back.schedules)
-        return states.new_empty((fields, *controls.shape)), states.new_empty((fields, 0, p.state_size))
-    with stream(states.device):
-        s = _sweep(p, back, states, controls, jac, g)
-        _over_worlds(p, s.kernel, nworld, s.before, s.after)
-    return s.mu, s.adj_x0
+    fields = len(back.schedules)
+    mu = empty(states, fields, *controls.shape)
+    adj_x0 = states.new_empty((fields, *states.shape[1:]))
+    if controls.shape[1]:
+        key = (p, back, _shape_of(controls, jac is not None, g), torch.get_num_threads())
+        with _adjoint.borrow(*key) as sweep, stream(states.device):
+            a = sweep.arguments
+            alive = a.point(states, controls, g)
+            a.jac.data = 0 if jac is None else jac.data_ptr()
+            a.mu.data, a.adj_x0.data = mu.data_ptr(), adj_x0.data_ptr()
+            in_parallel(sweep.launches)
+            del alive
+    return mu, adj_x0
 
 
 def fused_backward(
@@ -304,94 +335,145 @@ def fused_backward(
     """Backward pass of a fused rollout: gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size)."""
     horizon, nworld = controls.shape[0], controls.shape[1]
     fields = len(back.schedules)
-    lay = layout(network, states.element_size())
+    lay = layout(network, p.itemsize)
     if nworld == 0:
         return states.new_zeros((fields, lay.unpack.size)), states.new_zeros((fields, 0, p.state_size))
     if not p.device.is_cpu:
         rows = wide.Rows(lay, packed, hidden, horizon, nworld)
         d, jac = wide.linearize(rows, back.network_open)
         mu, adj_x0 = adjoint(p, back, states, controls, jac, g)
-        unpack = constant((network, states.element_size()), _unpack_index, states.device)
+        unpack = constant((network, p.itemsize), _unpack_index, states.device)
         return wide.weight_grad(rows, d, mu, unpack), adj_x0
-    return _fused_backward_cpu(p, back, network, lay, packed, hidden, states, controls, g)
-
-
-def _fused_backward_cpu(
-    p: Prepared,
-    back: Backward,
-    network: str,
-    lay: Layout,
-    packed: torch.Tensor,
-    hidden: torch.Tensor,
-    states: torch.Tensor,
-    controls: torch.Tensor,
-    g: Cotangents,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    horizon, nworld = controls.shape[0], controls.shape[1]
-    fields, layers, m = len(back.schedules), lay.layers, p.control_size
-    blocks = blocks_of(nworld)
-    group_size = max(1, min(GROUP, GROUP_BYTES // (horizon * BLOCK * lay.row * states.element_size())))
-    groups = (blocks + group_size - 1) // group_size
-    slots = min(SLOTS, groups)
-    kernels = make_network_kernels(p.dtype)
-
-    points = (horizon, nworld, m) if back.network_open else (0, 0, 0)
-    jac = empty(states, *points, p.state_size)
-    group_d = min(group_size, blocks) * m * horizon * BLOCK * lay.row_adj
-    parts = shares(slots)
-    d = empty(states, len(parts) * group_d)
-    chunk = chunk_rows(lay.widest, states.element_size())
-    mu_rows = states.new_empty((len(parts), fields * chunk * m))
-    scratch = states.new_empty((len(parts), chunk * lay.widest))
-    partial = states.new_zeros((slots, fields, lay.grads))
-    table = constant((network, states.element_size()), _table, states.device)
-    s = _sweep(p, back, states, controls, jac, g)
-
-    def command(kernel: wp.Kernel, args: list[Any]) -> Any:
-        return wp.launch(kernel, dim=1, inputs=args, device=p.device, record_cmd=True, record_tape=False)
-
-    shared = [layers, lay.row, lay.row_adj, view(hidden)]
-
-    def task(thread: int, part: range) -> Callable[[], None]:
-        """Takes the slots of `part`, group by group: linearise, sweep, multiply, while the group's rows are in cache."""
-        linearize = command(
-            kernels.linearize,
-            [view(packed), view(table), *shared, horizon, nworld, p.state_size, m, int(back.network_open)]
-            + [0, thread * group_d, view(d), view(jac.view(-1))],
-        )
-        sweep = command(s.kernel, [*s.before, 0, *s.after])
-        multiply = command(
-            kernels.weight_grad,
-            [view(table), *shared, view(d), view(s.mu), fields, horizon, nworld, m, chunk]
-            + [0, 0, thread * group_d, 0]
-            + [view(mu_rows[thread]), view(scratch[thread]), view(partial)],
-        )
-        first_linearize, first_sweep, first_multiply = 11, len(s.before), 12
-
-        def run() -> None:
-            for slot in part:
-                for group in range(slot, groups, slots):
-                    first = group * group_size
-                    count = min(group_size, blocks - first)
-                    world = first * BLOCK
-                    linearize.set_param_at_index(first_linearize, first)
-                    linearize.set_dim(count)
-                    linearize.launch()
-                    sweep.set_param_at_index(first_sweep, world)
-                    sweep.set_dim(min(count * BLOCK, nworld - world))
-                    sweep.launch()
-                    multiply.set_param_at_index(first_multiply, first)
-                    multiply.set_param_at_index(first_multiply + 1, count)
-                    multiply.set_param_at_index(first_multiply + 3, slot)
-                    multiply.launch()
-
-        return run
-
-    in_parallel([task(i, part) for i, part in enumerate(parts)])
     grads = states.new_empty((fields, lay.unpack.size))
-    unpack = constant((network, states.element_size()), _unpack_index, states.device)
-    _launch(kernels.reduce, (fields, lay.unpack.size), [view(partial), view(unpack), view(grads)], p.device)
-    return grads, s.adj_x0
+    adj_x0 = states.new_empty((fields, nworld, p.state_size))
+    key = (p, back, network, _shape_of(controls, back.network_open, g), torch.get_num_threads())
+    with _fused_backward.borrow(*key) as sweep:
+        sweep(packed, hidden, states, controls, g, grads, adj_x0)
+    return grads, adj_x0
+
+
+class _FusedBackward:
+    """Prepared backward pass of a fused rollout on a CPU.
+
+    World blocks go through in groups, each linearised, swept and multiplied while its rows are in cache. A group adds to one of a fixed
+    number of partial sums, and a thread owns whole partial sums: the result does not depend on the number of threads.
+    """
+
+    def __init__(self, p: Prepared, back: Backward, network: str, shape: _Shape, threads: int) -> None:
+        horizon, nworld, n, m, size = shape.horizon, shape.nworld, p.state_size, p.control_size, p.itemsize
+        fields = len(back.schedules)
+        lay = layout(network, size)
+        kernels = make_network_kernels(p.dtype)
+        blocks = blocks_of(nworld)
+        like = torch.empty(0, dtype=p.torch_dtype)
+
+        most = max(1, min(GROUP, GROUP_BYTES // (horizon * BLOCK * lay.row * size)))
+        # at least as many groups as partial sums, so that all threads have work
+        group = max(1, min(most, blocks // SLOTS))
+        groups = (blocks + group - 1) // group
+        slots = min(SLOTS, groups)
+        parts = shares(slots)
+        chunk = chunk_rows(lay.widest, size)
+
+        self.arguments = a = _AdjointArguments(p, back, shape)
+        self.packed, self.hidden = array(size, lay.packed), array(size, blocks * horizon * BLOCK, lay.row)
+        self.grads = array(size, fields, lay.unpack.size)
+        # scratch of this object, never seen outside
+        group_d = group * m * horizon * BLOCK * lay.row_adj
+        self.mu = empty(like, fields, horizon, nworld, m)
+        self.jac = empty(like, *((horizon, nworld, m, n) if shape.jac else (0, 0, 0, n)))
+        self.partial = empty(like, slots, fields, lay.grads)
+        a.mu.data, a.jac.data = self.mu.data_ptr(), self.jac.data_ptr()
+        partial = array(size, slots, fields, lay.grads)
+        partial.data = self.partial.data_ptr()
+        scalar_mu = array(size, fields, horizon, nworld, m)
+        scalar_mu.data = self.mu.data_ptr()
+        self.table = constant((network, size), _table, p.torch_device)
+        self.unpack = constant((network, size), _unpack_index, p.torch_device)
+        unpack = array(4, lay.unpack.size)
+        unpack.data = self.unpack.data_ptr()
+        common = [lay.layers, lay.row, lay.row_adj, self.hidden]
+        self.scratch: list[torch.Tensor] = []
+
+        def task(part: range) -> Callable[[], None]:
+            d = empty(like, group_d)
+            mu_rows = empty(like, fields * chunk * m)
+            scaled = empty(like, chunk * lay.widest)
+            self.scratch += [d, mu_rows, scaled]
+            first_linearize = 11
+            linearize = Launch(
+                kernels.linearize,
+                1,
+                [self.packed, _fixed(self.table), *common, horizon, nworld, n, m, int(shape.jac), 0, 0]
+                + [_fixed(d), _fixed(self.jac.view(-1))],
+                p.device,
+            )
+            first_sweep = len(a.before)
+            sweep = Launch(a.kernel, 1, [*a.before, 0, *a.after], p.device)
+            first_multiply = 12
+            multiply = Launch(
+                kernels.weight_grad,
+                1,
+                [_fixed(self.table), *common, _fixed(d), scalar_mu, fields, horizon, nworld, m, chunk, 0, 0, 0, 0]
+                + [_fixed(mu_rows), _fixed(scaled), partial],
+                p.device,
+            )
+
+            def run() -> None:
+                for slot in part:
+                    for first in range(slot * group, blocks, slots * group):
+                        count, world = min(group, blocks - first), first * BLOCK
+                        linearize.put(first_linearize, first)
+                        linearize.resize(count)
+                        linearize()
+                        sweep.put(first_sweep, world)
+                        sweep.resize(min(count * BLOCK, nworld - world))
+                        sweep()
+                        multiply.put(first_multiply, first)
+                        multiply.put(first_multiply + 1, count)
+                        multiply.put(first_multiply + 3, slot)
+                        multiply()
+
+            return run
+
+        self.tasks = [task(part) for part in parts]
+        self.reduce = Launch(kernels.reduce, (fields, lay.unpack.size), [partial, unpack, self.grads], p.device)
+
+    def __call__(
+        self,
+        packed: torch.Tensor,
+        hidden: torch.Tensor,
+        states: torch.Tensor,
+        controls: torch.Tensor,
+        g: Cotangents,
+        grads: torch.Tensor,
+        adj_x0: torch.Tensor,
+    ) -> None:
+        """Runs the backward pass; writes grads and adj_x0."""
+        alive = self.arguments.point(states, controls, g)
+        self.arguments.adj_x0.data = adj_x0.data_ptr()
+        self.packed.data, self.hidden.data, self.grads.data = packed.data_ptr(), hidden.data_ptr(), grads.data_ptr()
+        self.partial.zero_()
+        in_parallel(self.tasks)
+        self.reduce()
+        del alive
+
+
+_fused_backward = Pool(_FusedBackward)
+
+
+class _Combine:
+    """Prepared comparison of two flat gradients."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, size: int, keep_check: bool) -> None:
+        itemsize = dtype.itemsize
+        self.base, self.check, self.combined = (array(itemsize, size) for _ in range(3))
+        self.stats = array(8, chunks(size), NSTATS)
+        args = [self.base, self.check, size, int(keep_check), self.combined, self.stats]
+        self.launch = Launch(make_combine(WARP_DTYPE[dtype]), chunks(size), args, warp_device(device))
+
+
+_combine = Pool(_Combine)
 
 
 def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -400,12 +482,8 @@ def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[
     combined = torch.empty_like(base)
     stats = torch.empty((chunks(size), NSTATS), dtype=torch.float64, device=base.device)
     if size:
-        scalar = {torch.float32: wp.float32, torch.float64: wp.float64}[base.dtype]
-        with stream(base.device):
-            _launch(
-                make_combine(scalar),
-                chunks(size),
-                [view(base), view(check), size, int(keep_check), view(combined), view(stats)],
-                warp_device(base.device),
-            )
+        with _combine.borrow(base.dtype, base.device, size, keep_check) as c, stream(base.device):
+            c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
+            c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
+            c.launch()
     return combined, stats.sum(0)

@@ -7,19 +7,12 @@ import warp as wp
 from torch import Tensor
 
 from . import operators, sweeps
-from .arrays import tensor_of
+from .arrays import array_of, tensor_of
 from .registry import prepare
 from .rollout import Policy, Spec, split, torch_backward, torch_forward
 from .sweeps import Backward, Cotangents, LossWeights
 
 _NO_LOSS = LossWeights(0.0, 0.0, 0.0)
-
-
-def _array(tensor: Tensor) -> wp.array:
-    """Warp array over a tensor's memory, with a gradient of its own."""
-    array = wp.from_torch(tensor, requires_grad=False)
-    array.requires_grad = True
-    return array
 
 
 def record(
@@ -44,7 +37,7 @@ def record(
             states, controls, _, hidden, packed = operators.fused_rollout(
                 spec.system, network, values, x0, spec.horizon, 0.0, 0.0, 0.0
             )
-    states_array, controls_array = _array(states), _array(controls)
+    states_array, controls_array = array_of(states), array_of(controls)
 
     def backward() -> None:
         g = Cotangents(None, tensor_of(states_array.grad), tensor_of(controls_array.grad))

@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 16
 
 def chunk_rows(widest: int, itemsize: int) -> int:
     """Rows of a chunk, a multiple of BLOCK, for a widest section of `widest` elements."""
-    return max(2, min(16, CHUNK_BYTES // (widest * itemsize * BLOCK))) * BLOCK
+    return max(4, min(32, CHUNK_BYTES // (widest * itemsize * BLOCK))) * BLOCK
 
 
 class NetworkKernels(NamedTuple):

@@ -142,6 +142,8 @@ class FusedNetwork(NamedTuple):
     """For kernels/dense.py, which lays it out."""
     in_size: int
     out_size: int
+    parameters: dict[str, torch.Tensor]
+    """By name, in the order of the module's `parameters()`."""
 
 
 def fused_network(policy: nn.Module) -> FusedNetwork | None:
@@ -150,35 +152,41 @@ def fused_network(policy: nn.Module) -> FusedNetwork | None:
     Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or shared parameters take the
     torch road.
     """
-    if _hooked(policy) or any(_hooked(m) for m in policy.children()):
+    # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the rest of the checks
+    kind = type(policy)
+    if (kind is not MLP and kind is not WaveCNN) or _hooked(policy):
         return None
-    found = _fused_mlp(policy) if type(policy) is MLP else _fused_wavecnn(policy) if type(policy) is WaveCNN else None
-    if found is None:
-        return None
-    parameters = [q for m in policy.children() for q in m.parameters(recurse=False)]
-    return None if any(a is b for i, a in enumerate(parameters) for b in parameters[:i]) else found
+    parameters: dict[str, torch.Tensor] = {}
+    for name, layer in policy._modules.items():
+        if layer is None or _hooked(layer):
+            return None
+        for key, value in layer._parameters.items():
+            if value is None or any(value is other for other in parameters.values()):
+                return None
+            parameters[f"{name}.{key}"] = value
+    return _fused_mlp(policy, parameters) if kind is MLP else _fused_wavecnn(policy, parameters)
 
 
-def _fused_mlp(policy: nn.Module) -> FusedNetwork | None:
-    layers = list(policy.children())
+def _fused_mlp(policy: nn.Module, parameters: dict[str, torch.Tensor]) -> FusedNetwork | None:
+    layers = list(policy._modules.values())
     sizes: list[int] = []
     for i, m in enumerate(layers):
         if type(m) is not (nn.Tanh if i % 2 else nn.Linear):
             return None
         if isinstance(m, nn.Linear):
-            if m.bias is None or (sizes and sizes[-1] != m.in_features):
+            if sizes and sizes[-1] != m.in_features:
                 return None
             sizes += [m.out_features] if sizes else [m.in_features, m.out_features]
     if len(layers) % 2 == 0:
         return None
-    return FusedNetwork("mlp:" + ",".join(str(size) for size in sizes), sizes[0], sizes[-1])
+    return FusedNetwork("mlp:" + ",".join(map(str, sizes)), sizes[0], sizes[-1], parameters)
 
 
-def _fused_wavecnn(policy: Any) -> FusedNetwork | None:
+def _fused_wavecnn(policy: Any, parameters: dict[str, torch.Tensor]) -> FusedNetwork | None:
     if [type(m) for m in policy.children()] != [nn.Conv2d, nn.Conv1d, nn.Linear]:
         return None
     n_in, width = 2 * policy.points, policy.width
     expected = WaveCNN(policy.points, width, device="meta")
-    if any(a.shape != b.shape for a, b in zip(policy.parameters(), expected.parameters())):
+    if any(a.shape != b.shape for a, b in zip(parameters.values(), expected.parameters())):
         return None
-    return FusedNetwork(f"wavecnn:{n_in},{width},1", n_in, 1)
+    return FusedNetwork(f"wavecnn:{n_in},{width},1", n_in, 1, parameters)

@@ -178,23 +178,21 @@ def make_plan(
     decay = check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     spec = Spec(system.number, horizon, base, check, decay, *weights)
-    names, parameters = [], []
-    for name, parameter in policy.named_parameters():
-        if parameter.device != x0.device:
-            raise ValueError(
-                f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the device of x0; move one with .to()"
-            )
-        names.append(name)
-        parameters.append(parameter)
-    autocast = torch.is_autocast_enabled(x0.device.type)
     fused = fused_network(policy)
     network = None if fused is None else fused.description
+    named = dict(policy.named_parameters()) if fused is None else fused.parameters
+    names, parameters = list(named), list(named.values())
+    autocast = torch.is_autocast_enabled(x0.device.type)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
             f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected {system.state_size} (state_size) to "
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
-    for i, (name, parameter) in enumerate(zip(names, parameters)):
+    for i, (name, parameter) in enumerate(named.items()):
+        if parameter.device != x0.device:
+            raise ValueError(
+                f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the device of x0; move one with .to()"
+            )
         if parameter.dtype != x0.dtype and parameter.is_floating_point():
             if not autocast:
                 raise TypeError(

@@ -1,0 +1,103 @@
+"""Prepared launches: what a launch needs besides addresses is packed once and kept.
+
+`wp.launch` packs some twenty arguments anew each time, which for a small rollout takes longer than the kernels. A `Launch` here is
+recorded once for given shapes; afterwards only the addresses in its array descriptors are replaced. Whoever launches borrows the prepared object
+from a pool, so threads and nested calls never share one.
+"""
+
+import contextlib
+import functools
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
+import warp as wp
+
+_ARRAY = type(wp.from_torch(torch.empty(1), return_ctype=True))
+KEPT = 16
+"""Shapes of one kind whose prepared launches are kept."""
+
+T = TypeVar("T")
+
+
+def array(itemsize: int, *shape: int, components: int = 0) -> Any:
+    """Descriptor of a contiguous array without an address yet; the last axes can be the components of a vector element."""
+    strides = [itemsize] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        strides[i] = strides[i + 1] * shape[i + 1]
+    axes = len(shape) - components
+    return _ARRAY(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
+
+
+class Launch:
+    """A kernel with its arguments, recorded; array arguments are descriptors from `array`."""
+
+    def __init__(self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256) -> None:
+        # an empty launch records nothing
+        self._command = wp.launch(
+            kernel, dim=dim, inputs=list(args), device=device, record_cmd=True, record_tape=False, block_dim=block_dim
+        )
+
+    def __call__(self) -> None:
+        self._command.launch()
+
+    def resize(self, dim: int) -> None:
+        """Sets the number of threads."""
+        self._command.set_dim(dim)
+
+    def put(self, index: int, value: int) -> None:
+        """Replaces an integer argument."""
+        self._command.set_param_at_index(index, value)
+
+
+class Pool(Generic[T]):
+    """Prepared objects by key; one is borrowed by one caller at a time, the least recently used keys are forgotten."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self._make = make
+        self._idle: OrderedDict[Hashable, list[T]] = OrderedDict()
+
+    @contextlib.contextmanager
+    def borrow(self, *key: Any) -> Iterator[T]:
+        """Lends the object made by `make(*key)`."""
+        idle = self._idle.setdefault(key, [])
+        try:
+            item = idle.pop()
+        except IndexError:
+            item = self._make(*key)
+        try:
+            yield item
+        finally:
+            idle.append(item)
+            if len(self._idle) > KEPT:
+                with contextlib.suppress(KeyError):
+                    self._idle.popitem(last=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(pid: int) -> ThreadPoolExecutor:
+    # keyed by process: threads do not survive a fork
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="warp-sims")
+
+
+def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
+    """Runs the tasks at once, the first on this thread. Warp's CPU kernels are serial and leave the GIL free."""
+    if len(tasks) == 1:
+        tasks[0]()
+        return
+    futures = [_threads(os.getpid()).submit(task) for task in tasks[1:]]
+    try:
+        tasks[0]()
+    finally:
+        for future in futures:
+            future.result()
+
+
+def shares(count: int, least: int = 1) -> list[range]:
+    """Splits `count` items over torch's threads, at least `least` a thread; results must not depend on the split."""
+    threads = max(1, min(torch.get_num_threads(), count // least))
+    bounds = [count * i // threads for i in range(threads + 1)]
+    return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
