@@ -34,7 +34,8 @@ def array_of(tensor: torch.Tensor) -> wp.array:
 def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """Uninitialised tensor with dtype and device of `like`.
 
-    Large ones on a CPU come from numpy, which asks for huge pages: a trajectory is written once, and with small pages the
+    Large ones on a CPU come from numpy, which asks for huge pages: a trajectory is written once, and with
+        small pages the
     faults of fresh memory cost more than the simulation that fills it (48 ms against 8 ms for 98 MB here).
     """
     if like.device.type != "cpu" or like.element_size() * math.prod(shape) < _HUGE:
@@ -54,7 +55,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def warp_device(device: torch.device) -> Any:
     """Warp's device for torch's."""
     return wp.device_from_torch(device)

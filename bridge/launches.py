@@ -1,8 +1,9 @@
 """Prepared launches: what a launch needs besides addresses is packed once and kept.
 
-`wp.launch` packs some twenty arguments anew each time, which for a small rollout takes longer than the kernels. A `Launch` here is
-recorded once for given shapes; afterwards only the addresses in its array descriptors are replaced. Whoever launches borrows the prepared object
-from a pool, so threads and nested calls never share one.
+`wp.launch` packs some twenty arguments anew each time, which for a small rollout takes longer than the
+kernels. A `Launch` here is recorded once for given shapes; afterwards only the addresses in its array
+descriptors are replaced. Whoever launches borrows the prepared object from a pool, so threads and nested
+calls never share one.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ T = TypeVar("T")
 
 
 def array(itemsize: int, *shape: int, components: int = 0) -> Any:
-    """Descriptor of a contiguous array without an address yet; the last axes can be the components of a vector element."""
+    """Descriptor of a contiguous array without an address yet; the last axes can be the components of a
+    vector element.
+    """
     strides = [itemsize] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * shape[i + 1]
@@ -35,10 +38,18 @@ def array(itemsize: int, *shape: int, components: int = 0) -> Any:
 class Launch:
     """A kernel with its arguments, recorded; array arguments are descriptors from `array`."""
 
-    def __init__(self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256) -> None:
+    def __init__(
+        self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
+    ) -> None:
         # an empty launch records nothing
         self._command = wp.launch(
-            kernel, dim=dim, inputs=list(args), device=device, record_cmd=True, record_tape=False, block_dim=block_dim
+            kernel,
+            dim=dim,
+            inputs=list(args),
+            device=device,
+            record_cmd=True,
+            record_tape=False,
+            block_dim=block_dim,
         )
 
     def __call__(self) -> None:
@@ -54,7 +65,9 @@ class Launch:
 
 
 class Pool(Generic[T]):
-    """Prepared objects by key; one is borrowed by one caller at a time, the least recently used keys are forgotten."""
+    """Prepared objects by key; one is borrowed by one caller at a time, the least recently used keys are
+    forgotten.
+    """
 
     def __init__(self, make: Callable[..., T]) -> None:
         self._make = make
@@ -84,7 +97,9 @@ def _threads(pid: int) -> ThreadPoolExecutor:
 
 
 def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks at once, the first on this thread. Warp's CPU kernels are serial and leave the GIL free."""
+    """Runs the tasks at once, the first on this thread. Warp's CPU kernels are serial and leave the GIL
+    free.
+    """
     if len(tasks) == 1:
         tasks[0]()
         return
@@ -97,7 +112,9 @@ def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
 
 
 def shares(count: int, least: int = 1) -> list[range]:
-    """Splits `count` items over torch's threads, at least `least` a thread; results must not depend on the split."""
+    """Splits `count` items over torch's threads, at least `least` a thread; results must not depend on
+    the split.
+    """
     threads = max(1, min(torch.get_num_threads(), count // least))
     bounds = [count * i // threads for i in range(threads + 1)]
     return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:])]

@@ -1,7 +1,8 @@
-"""The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need values.
+"""The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need
+values.
 
-None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would make
-forward-mode derivatives silently zero).
+None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would
+make forward-mode derivatives silently zero).
 """
 
 import math
@@ -14,19 +15,21 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..kernels.agreement import NSTATS
-from ..kernels.dense import BLOCK, layout
-from . import sweeps
+from ..kernels.layout import BLOCK, layout
+from . import fused, sweeps
 from .arrays import capturing
 from .registry import prepare
 from .sweeps import Backward, Cotangents, LossWeights
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of another size
-takes another summation order, and a policy amplifies it."""
+"""Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of
+another size takes another summation order, and a policy amplifies it."""
 
 
 class _Operator:
-    """A torch operator that is called past the dispatcher where nobody watches: it costs more than a launch there."""
+    """A torch operator that is called past the dispatcher where nobody watches: it costs more than a
+    launch there.
+    """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
         self._body = body
@@ -49,7 +52,8 @@ def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:
 def _check_finite(x0: Tensor) -> None:
     if x0.numel() == 0 or capturing(x0.device):
         return
-    # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they are
+    # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they
+    # are
     if math.isfinite(float(x0.detach().sum())):
         return
     finite = torch.isfinite(x0)
@@ -76,7 +80,9 @@ def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
 
 
 @_operator("loss")
-def loss(system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float) -> Tensor:
+def loss(
+    system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float
+) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
     p = prepare(system, states.dtype, states.device)
     return sweeps.loss(p, states.contiguous(), controls.contiguous(), LossWeights(final, running, control))
@@ -101,9 +107,9 @@ def fused_rollout(
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters."""
     _check_finite(x0)
     p = prepare(system, x0.dtype, x0.device)
-    packed = sweeps.pack(network, parameters)
+    packed = fused.pack(network, parameters)
     weights = LossWeights(final, running, control)
-    return *sweeps.fused_rollout(p, network, packed, x0.contiguous(), horizon, weights), packed
+    return *fused.rollout(p, network, packed, x0.contiguous(), horizon, weights), packed
 
 
 @fused_rollout.register_fake
@@ -146,8 +152,10 @@ def fused_backward(
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld, state_size)."""
-    return sweeps.fused_backward(
+    """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
+    state_size).
+    """
+    return fused.backward(
         prepare(system, states.dtype, states.device),
         Backward(base, check, decay, LossWeights(final, running, control)),
         network,
@@ -179,7 +187,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     fields = 2 if check else 1
     parameters = layout(network, states.element_size()).unpack.size
-    return states.new_empty((fields, parameters)), states.new_empty((fields, states.shape[1], states.shape[2]))
+    return states.new_empty((fields, parameters)), states.new_empty(
+        (fields, states.shape[1], states.shape[2])
+    )
 
 
 @_operator("adjoint")
@@ -202,7 +212,8 @@ def adjoint(
 ) -> tuple[Tensor, Tensor]:
     """Adjoint sweep: cotangents of the controls (fields, horizon, nworld, control_size) and of x0.
 
-    `recomputed` are the controls as the policy gives them for all stored states at once; they must be the stored ones.
+    `recomputed` are the controls as the policy gives them for all stored states at once; they must be the
+    stored ones.
     """
     if recomputed is not None:
         _check_recomputed(recomputed, controls, tolerance)
@@ -241,15 +252,20 @@ def _(
 def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float) -> None:
     if controls.numel() == 0 or capturing(controls.device):
         return
-    if torch.allclose(recomputed, controls, rtol=0.0, atol=tolerance * (1.0 + _largest(controls)), equal_nan=True):
+    if torch.allclose(
+        recomputed, controls, rtol=0.0, atol=tolerance * (1.0 + _largest(controls)), equal_nan=True
+    ):
         return
     off = (recomputed - controls).abs()
     off = torch.where(off.isnan(), torch.inf, off)
     t, world, c = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     raise ValueError(
-        f"policy: for the state of step {t}, world {world} it gave control {float(controls[t, world, c])!r} in the forward pass and "
-        f"{float(recomputed[t, world, c])!r} when recomputed with all steps in one batch; expected a policy that acts row by row and "
-        "deterministically (no batch normalisation in training mode, no dropout, no state of its own); call policy.eval() or remove "
+        f"policy: for the state of step {t}, world {world} it gave control {float(controls[t, world, c])!r} "
+        f"in the forward pass and "
+        f"{float(recomputed[t, world, c])!r} when recomputed with all steps in one batch; expected a policy "
+        f"that acts row by row and "
+        "deterministically (no batch normalisation in training mode, no dropout, no state of its own); call "
+        "policy.eval() or remove "
         "what mixes rows or draws random numbers"
     )
 
@@ -261,12 +277,12 @@ def _largest(x: Tensor) -> float:
 
 @_operator("combine")
 def combine(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
-    """Component-wise comparison of two flat gradients: the combined one, and the sums named in kernels/agreement.py."""
+    """Component-wise comparison of two flat gradients: the combined one, and the sums named in
+    kernels/agreement.py.
+    """
     return sweeps.combine(base.contiguous(), check.contiguous(), keep_check)
 
 
 @combine.register_fake
 def _(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(base), base.new_empty(NSTATS, dtype=torch.float64)
-
-

@@ -48,7 +48,9 @@ def find(number: int) -> SystemLike:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """A system's kernels and parameters for one dtype and device. Compared by identity: `prepare` makes one of each."""
+    """A system's kernels and parameters for one dtype and device. Compared by identity: `prepare` makes
+    one of each.
+    """
 
     torch_dtype: torch.dtype
     torch_device: torch.device
@@ -74,7 +76,7 @@ class Prepared:
         return make_fused_rollout(self.functions, self.dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     """Returns what a launch for this system, dtype and device needs."""
     system = find(number)

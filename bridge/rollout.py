@@ -1,7 +1,9 @@
-"""A whole rollout as one differentiable torch operation, with the policy fused into the sweep or evaluated by torch.
+"""A whole rollout as one differentiable torch operation, with the policy fused into the sweep or evaluated by
+torch.
 
-Both return (states, controls, loss) and differentiate all three: the cotangents that arrive in one backward pass go into one
-adjoint sweep, and for a combined gradient are summed before anything is compared. Backwards, nothing of the network runs
+Both return (states, controls, loss) and differentiate all three: the cotangents that arrive in one backward
+pass go into one adjoint sweep, and for a combined gradient are summed before anything is compared. Backwards,
+nothing of the network runs
 step by step: its Jacobians are taken at all points at once before the sweep, its weight gradients behind it.
 """
 
@@ -19,11 +21,13 @@ JACOBIAN_ELEMENTS = 1 << 26
 """Elements of the policy's Jacobians held at once on the torch road; more worlds go through in blocks."""
 
 _NO_SECOND = (
-    "second derivatives through a rollout are not implemented: the adjoint kernels have no adjoint of their own; "
+    "second derivatives through a rollout are not implemented: the adjoint kernels have no adjoint of their "
+    "own; "
     "compute the outer derivative by finite differences, or detach() the inner gradient"
 )
 _NO_FORWARD = (
-    "forward-mode derivatives (jvp, jacfwd, dual numbers) through a rollout are not implemented: the flows are defined on the "
+    "forward-mode derivatives (jvp, jacfwd, dual numbers) through a rollout are not implemented: the flows "
+    "are defined on the "
     "backward pass; use reverse mode (backward, torch.func.grad, torch.autograd.grad)"
 )
 
@@ -64,7 +68,8 @@ class _BackwardPass(torch.autograd.Function):
 def _apply(function: type[torch.autograd.Function], backward_pass: bool = False) -> Callable[..., Any]:
     """Returns `function.apply`, with forward-mode derivatives an error that says so.
 
-    torch.compile refuses a Function that has a `jvp`, so the error is a subclass, left out where a graph is traced.
+    torch.compile refuses a Function that has a `jvp`, so the error is a subclass, left out where a graph is
+    traced.
     """
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -72,7 +77,8 @@ def _apply(function: type[torch.autograd.Function], backward_pass: bool = False)
 
     plain = function.forward
     reverse_only = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
-    # what Function.apply comes to without transforms, less its inspection of the signature of forward at every call
+    # what Function.apply comes to without transforms, less its inspection of the signature of forward at
+    # every call
     direct = super(torch.autograd.Function, reverse_only).apply
 
     def apply(*args: Any) -> Any:
@@ -148,7 +154,9 @@ _fused_backward = _apply(FusedBackward, backward_pass=True)
 
 
 class FusedRollout(torch.autograd.Function):
-    """Rollout with the policy fused into the sweep: (x0, spec, network, *parameters) -> states, controls, loss, (internals)."""
+    """Rollout with the policy fused into the sweep: (x0, spec, network, *parameters) -> states, controls,
+    loss, (internals).
+    """
 
     @staticmethod
     def forward(x0: Tensor, spec: Spec, network: str, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -166,33 +174,52 @@ class FusedRollout(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any, _hidden: Any, _packed: Any) -> Any:
+    def backward(
+        ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any, _hidden: Any, _packed: Any
+    ) -> Any:
         states, controls, hidden, packed, *parameters = ctx.saved_tensors
         flat, adj_x0 = _fused_backward(
-            ctx.spec, _wants_x0(ctx), ctx.network, packed, hidden, states, controls, adj_loss, adj_states, adj_controls
+            ctx.spec,
+            _wants_x0(ctx),
+            ctx.network,
+            packed,
+            hidden,
+            states,
+            controls,
+            adj_loss,
+            adj_states,
+            adj_controls,
         )
         return adj_x0, None, None, *split(flat, parameters)
 
 
 class Policy(NamedTuple):
-    """A policy that torch evaluates: the module, the names of its parameters, and the autocast it ran under."""
+    """A policy that torch evaluates: the module, the names of its parameters, and the autocast it ran
+    under.
+    """
 
     module: torch.nn.Module
     names: tuple[str, ...]
     autocast: torch.dtype | None
 
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with torch.autocast(
+            x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        ):
             u = functional_call(self.module, dict(zip(self.names, parameters)), (x,))
         return u.to(x.dtype)
 
     @property
     def tolerance(self) -> float | None:
-        """Accepted difference of recomputed controls under autocast: a few units in the last place of its type."""
+        """Accepted difference of recomputed controls under autocast: a few units in the last place of its
+        type.
+        """
         return None if self.autocast is None else 16.0 * torch.finfo(self.autocast).eps
 
 
-def torch_forward(policy: Policy, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def torch_forward(
+    policy: Policy, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """States, controls and loss, the policy evaluated by torch step by step."""
     x, states, controls = x0, [x0], []
     for t in range(spec.horizon):
@@ -215,7 +242,9 @@ def torch_backward(
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet compared."""
+    """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
+    compared.
+    """
     horizon, nworld, m = controls.shape
     n = states.shape[2]
     per_world = max(1, horizon * m * n)
@@ -228,7 +257,11 @@ def torch_backward(
         scale = nworld / max(controls[:, part].shape[1], 1)
         g, a = _torch_backward_block(
             policy,
-            spec if len(share) == 1 else spec._replace(final=spec.final / scale, running=spec.running / scale, control=spec.control / scale),
+            spec
+            if len(share) == 1
+            else spec._replace(
+                final=spec.final / scale, running=spec.running / scale, control=spec.control / scale
+            ),
             states[:, part],
             controls[:, part],
             parameters,
@@ -317,7 +350,9 @@ _torch_backward_pass = _apply(TorchBackward, backward_pass=True)
 
 
 class TorchRollout(torch.autograd.Function):
-    """Rollout with the policy evaluated by torch: (x0, spec, policy, *parameters) -> states, controls, loss."""
+    """Rollout with the policy evaluated by torch: (x0, spec, policy, *parameters) -> states, controls,
+    loss.
+    """
 
     @staticmethod
     def forward(x0: Tensor, spec: Spec, policy: Policy, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,7 +369,15 @@ class TorchRollout(torch.autograd.Function):
     def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any) -> Any:
         states, controls, *parameters = ctx.saved_tensors
         flat, adj_x0 = _torch_backward_pass(
-            ctx.policy, ctx.spec, _wants_x0(ctx), states, controls, adj_loss, adj_states, adj_controls, *parameters
+            ctx.policy,
+            ctx.spec,
+            _wants_x0(ctx),
+            states,
+            controls,
+            adj_loss,
+            adj_states,
+            adj_controls,
+            *parameters,
         )
         return adj_x0, None, None, *split(flat, parameters)
 
@@ -346,7 +389,21 @@ class SimulateBackward(_BackwardPass):
     def forward(system: int, states: Tensor, controls: Tensor, adj_states: Tensor) -> tuple[Tensor, Tensor]:
         schedule = Flow.MODIFIED.value * controls.shape[0]
         mu, adj_x0 = operators.adjoint(
-            system, schedule, "", 1.0, 0.0, 0.0, 0.0, states, controls, None, 0.0, None, None, adj_states, None
+            system,
+            schedule,
+            "",
+            1.0,
+            0.0,
+            0.0,
+            0.0,
+            states,
+            controls,
+            None,
+            0.0,
+            None,
+            None,
+            adj_states,
+            None,
         )
         return mu[0], adj_x0[0]
 
@@ -374,7 +431,9 @@ class Simulate(torch.autograd.Function):
 
 
 fused_rollout = _apply(FusedRollout)
-"""(x0, spec, network, *parameters) -> states, controls, loss, and two tensors that only the backward pass reads."""
+"""(x0, spec, network, *parameters) -> states, controls, loss, and two tensors that only the backward pass
+reads.
+"""
 torch_rollout = _apply(TorchRollout)
 """(x0, spec, policy, *parameters) -> states, controls, loss."""
 simulate = _apply(Simulate)

@@ -6,7 +6,7 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from . import operators, sweeps
+from . import fused, operators
 from .arrays import array_of, tensor_of
 from .registry import prepare
 from .rollout import Policy, Spec, split, torch_backward, torch_forward
@@ -24,7 +24,8 @@ def record(
     x0: Tensor,
     x0_array: wp.array | None,
 ) -> tuple[wp.array, wp.array]:
-    """Runs the forward pass and records the backward pass; returns states and controls as arrays with `.grad`.
+    """Runs the forward pass and records the backward pass; returns states and controls as arrays with
+    `.grad`.
 
     Cotangents accumulate into `x0_array.grad`, if there is one, and into `.grad` of the parameters.
     """
@@ -47,7 +48,7 @@ def record(
             else:
                 p = prepare(spec.system, states.dtype, states.device)
                 back = Backward(spec.base, "", spec.decay, _NO_LOSS)
-                grads, adj_x0 = sweeps.fused_backward(p, back, network, packed, hidden, states, controls, g)
+                grads, adj_x0 = fused.backward(p, back, network, packed, hidden, states, controls, g)
             if x0_array is not None:
                 tensor_of(x0_array.grad).view(adj_x0[0].shape).add_(adj_x0[0])
             for parameter, grad in zip(parameters, split(grads[0], parameters)):

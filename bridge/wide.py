@@ -1,13 +1,14 @@
 """The wide products of a fused policy through torch: the road of GPUs, and the check of the CPU kernels.
 
-Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/dense.py for the equations and the layout.
+Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/dense.py for the
+equations and the layout.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from ..kernels.dense import BLOCK, Column, Layout
+from ..kernels.layout import BLOCK, Column, Layout
 
 
 class Rows(NamedTuple):
@@ -37,7 +38,9 @@ class Rows(NamedTuple):
 
     def spans(self, layer: int) -> list[tuple[slice, slice]]:
         """Per position of a layer: what it reads of its input section, and what it writes of the next."""
-        hop, pitch, units = (self.layout.column(layer, c) for c in (Column.HOP, Column.PITCH_UNITS, Column.UNITS))
+        hop, pitch, units = (
+            self.layout.column(layer, c) for c in (Column.HOP, Column.PITCH_UNITS, Column.UNITS)
+        )
         return [
             (slice(i * hop, i * hop + self.window(layer)), slice(i * pitch, i * pitch + units))
             for i in range(self.layout.column(layer, Column.POSITIONS))
@@ -91,8 +94,12 @@ def linearize(rows: Rows, want_jac: bool) -> tuple[list[list[torch.Tensor]], tor
     return hidden_cotangents, torch.stack(jacobian, dim=2).contiguous() if want_jac else None
 
 
-def weight_grad(rows: Rows, d: list[list[torch.Tensor]], mu: torch.Tensor, unpack: torch.Tensor) -> torch.Tensor:
-    """Gradients (fields, parameters) from the control cotangents mu (fields, horizon, nworld, control_size)."""
+def weight_grad(
+    rows: Rows, d: list[list[torch.Tensor]], mu: torch.Tensor, unpack: torch.Tensor
+) -> torch.Tensor:
+    """Gradients (fields, parameters) from the control cotangents mu (fields, horizon, nworld,
+    control_size).
+    """
     lay = rows.layout
     packed = mu.new_zeros((mu.shape[0], lay.grads))
     for f, field in enumerate(mu):

@@ -4,9 +4,10 @@ With a base gradient b (the paper: modified, M) and a check gradient c (regular,
 
     C_i = b_i  where sign(b_i) = sign(c_i),  else 0          with sign(0) = sign(0)
 
-A NaN in the base stays NaN: a diverged simulation must not look like a disagreement. A NaN in the check gives 0.
-Non-finite components of either are counted. From the same pass come the sums that the norms, the cosine and the share
-of agreeing signs need; they are taken in float64, chunk by chunk in a fixed order, so they are deterministic.
+A NaN in the base stays NaN: a diverged simulation must not look like a disagreement. A NaN in the check gives
+0. Non-finite components of either are counted. From the same pass come the sums that the norms, the cosine
+and the share of agreeing signs need; they are taken in float64, chunk by chunk in a fixed order, so they are
+deterministic.
 
 Source of the rule: Schnell and Thuerey, ICLR 2024, section 3 ("gradient combination").
 """
@@ -28,7 +29,7 @@ def chunks(size: int) -> int:
     return (size + CHUNK - 1) // CHUNK
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_combine(dtype: Any) -> wp.Kernel:
     """Returns the comparison kernel for `dtype`; launch with `dim=chunks(size)`."""
 

@@ -1,7 +1,9 @@
-"""Cart with any number of independent poles: one semi-implicit Euler step, its loss, and their hand-written adjoints.
+"""Cart with any number of independent poles: one semi-implicit Euler step, its loss, and their hand-written
+adjoints.
 
-With cart position x [m], cart velocity v [m/s], pole angles q_i [rad] from upright, pole rates w_i [rad/s], force f [N]
-on the cart, time step h [s], gravity g [m/s^2], pole mass m [kg], total mass M [kg], half pole length l [m]:
+With cart position x [m], cart velocity v [m/s], pole angles q_i [rad] from upright, pole rates w_i [rad/s],
+force f [N] on the cart, time step h [s], gravity g [m/s^2], pole mass m [kg], total mass M [kg], half pole
+length l [m]:
 
     A_i  = (f + m l sin(q_i) w_i^2) / M
     D_i  = l (4/3 - m cos(q_i)^2 / M)
@@ -10,8 +12,8 @@ on the cart, time step h [s], gravity g [m/s^2], pole mass m [kg], total mass M 
 
     w_i' = w_i + h wd_i     q_i' = q_i + h w_i'     v' = v + h vd     x' = x + h v'
 
-A_i knows pole i only, and M is the same for any number of poles: the published system, not an exact multi-body one.
-Reading it backwards, with adj_y the cotangent dL/dy, and everything that reaches v' and w_i':
+A_i knows pole i only, and M is the same for any number of poles: the published system, not an exact
+multi-body one. Reading it backwards, with adj_y the cotangent dL/dy, and everything that reaches v' and w_i':
 
     s        = adj_v' + h adj_x'            adj_x += adj_x'     adj_v   += s       adj_vd    = h s
     s_i      = adj_w_i' + h adj_q_i'        adj_q += adj_q_i'   adj_w_i += s_i
@@ -37,9 +39,11 @@ import warp as wp
 from .system import DeviceFunctions
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_params(dtype: Any) -> Any:
-    """Returns the Warp struct of the cart-pole's parameters for `dtype`, fields as in `warp_sims.CartPole`."""
+    """Returns the Warp struct of the cart-pole's parameters for `dtype`, fields as in
+    `warp_sims.CartPole`.
+    """
 
     @wp.struct
     class CartPoleParams:
@@ -52,7 +56,7 @@ def make_params(dtype: Any) -> Any:
     return CartPoleParams
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_functions(poles: int, dtype: Any) -> DeviceFunctions:
     """Returns the device functions of a cart with `poles` poles for `dtype` (wp.float32 or wp.float64)."""
     Params = make_params(dtype)
@@ -112,7 +116,11 @@ def make_functions(poles: int, dtype: Any) -> DeviceFunctions:
             adj_a = -c * adj_num
             through = k * w * (adj_vd + adj_a)
             adj_s = p.gravity * adj_num + through * w
-            adj_c = -a * adj_num - k * wd * adj_vd - dtype(2.0) * p.pole_length * p.pole_mass * inv_total * c * adj_den
+            adj_c = (
+                -a * adj_num
+                - k * wd * adj_vd
+                - dtype(2.0) * p.pole_length * p.pole_mass * inv_total * c * adj_den
+            )
             adj_f += adj_a
             adj_x[3 + 2 * i] = adj_w + dtype(2.0) * s * through
             adj_x[2 + 2 * i] = adj_x_next[2 + 2 * i] + c * adj_s - s * adj_c

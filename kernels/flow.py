@@ -5,8 +5,8 @@ Unrolled, for t = 0 ... T-1, with the policy N and the simulator S:
     u_t     = N(x_t, theta)
     x_{t+1} = S(x_t, u_t)
 
-two edges leave every state x_t: the *physics* edge into S and the *network* edge into N. Backwards, with lam the
-cotangent of a state and mu the cotangent of a control:
+two edges leave every state x_t: the *physics* edge into S and the *network* edge into N. Backwards, with lam
+the cotangent of a state and mu the cotangent of a control:
 
     lam_T = dL/dx_T
     mu_t  = (dS/du)^T lam_{t+1} + dL/du_t
@@ -26,7 +26,9 @@ NETWORK = 2
 
 
 class Flow(str, enum.Enum):
-    """A gradient flow. The value is its letter, as in the paper; anywhere a flow is taken, name and letter work too."""
+    """A gradient flow. The value is its letter, as in the paper; anywhere a flow is taken, name and
+    letter work too.
+    """
 
     REGULAR = "R"
     """Plain backpropagation through time: both edges open."""

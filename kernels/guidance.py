@@ -1,26 +1,31 @@
-"""Guidance by repulsion: drivers herd evaders to the origin; explicit Euler step, loss, and their hand-written adjoints.
+"""Guidance by repulsion: drivers herd evaders to the origin; explicit Euler step, loss, and their
+hand-written adjoints.
 
-Drivers i and evaders j are points in the plane with position x [m] and velocity v [m/s]; h [s] is the time step. With r the vector
-between two agents, d = softening + |r|, perp(r) = (-r_y, r_x), and each driver's control (c_0, c_1):
+Drivers i and evaders j are points in the plane with position x [m] and velocity v [m/s]; h [s] is the time
+step. With r the vector between two agents, d = softening + |r|, perp(r) = (-r_y, r_x), and each driver's
+control (c_0, c_1):
 
     center_i = x_i - sum_j x_j
-    a_i = c_0 center_i + c_1 perp(center_i) - driver_drag v_i + driver_repulsion sum_{k != i} (x_i - x_k) / d^2
-    a_j = -evader_repulsion sum_i (x_i - x_j) / d^2 - evader_drag v_j + flocking sum_{k != j} f(d) (x_k - x_j)
-    f(d) = flocking_length / d^2 - 1 / d
+    a_i = c_0 center_i + c_1 perp(center_i) - driver_drag v_i + driver_repulsion sum_{k != i} (x_i - x_k) /
+    d^2 a_j = -evader_repulsion sum_i (x_i - x_j) / d^2 - evader_drag v_j + flocking sum_{k != j} f(d) (x_k -
+    x_j) f(d) = flocking_length / d^2 - 1 / d
 
     x' = x + h v        v' = v + h a
 
 A pair force g(d) r is differentiated as
 
-    adj_r = g(d) adj + (r . adj) g'(d) r / |r|          the second term is 0 where two agents coincide: |r| r -> 0
+    adj_r = g(d) adj + (r . adj) g'(d) r / |r|          the second term is 0 where two agents coincide: |r| r
+    -> 0
 
-with g = 1/d^2, g' = -2/d^3 and f' = -2 flocking_length / d^3 + 1/d^2. Backwards, with b_a = h adj_v' the cotangent of an acceleration:
+with g = 1/d^2, g' = -2/d^3 and f' = -2 flocking_length / d^3 + 1/d^2. Backwards, with b_a = h adj_v' the
+cotangent of an acceleration:
 
     adj_x = adj_x' + pair terms + center terms          adj_v = adj_v' + h adj_x' - drag b_a
     adj_c0 = center_i . b_i        adj_c1 = perp(center_i) . b_i
     adj_center_i = c_0 b_i - c_1 perp(b_i)              to x_i with +1, to every x_j with -1
 
-State per object, drivers first: [p_x, p_y, v_x, v_y]; control per driver [c_0, c_1]. Cost of a state: mean over evaders and axes of x_j^2.
+State per object, drivers first: [p_x, p_y, v_x, v_y]; control per driver [c_0, c_1]. Cost of a state: mean
+over evaders and axes of x_j^2.
 
 Source: Schnell and Thuerey, ICLR 2024, section 4 (guidance by repulsion), after Ko and Zuazua (2020).
 """
@@ -33,7 +38,7 @@ import warp as wp
 from .system import DeviceFunctions
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_params(dtype: Any) -> Any:
     """Returns the Warp struct of the parameters for `dtype`, fields as in `warp_sims.GuidanceByRepulsion`."""
 
@@ -51,7 +56,7 @@ def make_params(dtype: Any) -> Any:
     return GuidanceParams
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
     """Returns the device functions for these numbers of agents and `dtype` (wp.float32 or wp.float64)."""
     Params = make_params(dtype)

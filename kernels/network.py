@@ -1,8 +1,8 @@
 """Wide kernels of a fused policy: everything of its backward pass that need not run in time order.
 
-`linearize` runs before the adjoint sweep, `weight_grad` behind it, both over all points of a group of world blocks that stays
-in cache; `reduce` adds the partial sums of the groups in a fixed order. No kernel here knows a system. They run on
-CPUs; on a GPU the same products go through torch (see bridge/wide.py).
+`linearize` runs before the adjoint sweep, `weight_grad` behind it, both over all points of a group of world
+blocks that stays in cache; `reduce` adds the partial sums of the groups in a fixed order. No kernel here
+knows a system. They run on CPUs; on a GPU the same products go through torch (see bridge/wide.py).
 """
 
 import functools
@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from .dense import BLOCK, make_network_functions
+from .dense import make_network_functions
+from .layout import BLOCK
 
 CHUNK_BYTES = 1 << 16
-"""Size of a weight product's chunk of one section: small enough that it stays in cache for all products of the layer."""
+"""Size of a weight product's chunk of one section: small enough that it stays in cache for all products
+of the layer.
+"""
 
 
 def chunk_rows(widest: int, itemsize: int) -> int:
@@ -29,7 +32,7 @@ class NetworkKernels(NamedTuple):
     reduce: wp.Kernel
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_network_kernels(dtype: Any) -> NetworkKernels:
     """Returns the wide kernels for `dtype` (wp.float32 or wp.float64)."""
     functions = make_network_functions(dtype)

@@ -1,25 +1,27 @@
-"""A quantum particle in a box, steered by a linear potential: Crank-Nicolson step, loss, and their hand-written adjoints.
+"""A quantum particle in a box, steered by a linear potential: Crank-Nicolson step, loss, and their
+hand-written adjoints.
 
-The wave function psi lives on N grid points x_j = j dx (j = 1 ... N, dx = L / (N + 1)) between walls where it vanishes; h is the
-time step and c the control, the strength of the field (units with hbar = 1, and the kinetic term without the factor 1/2):
+The wave function psi lives on N grid points x_j = j dx (j = 1 ... N, dx = L / (N + 1)) between walls where it
+vanishes; h is the time step and c the control, the strength of the field (units with hbar = 1, and the
+kinetic term without the factor 1/2):
 
     H(c) = -d^2/dx^2 + c x        A = (h / 2) H(c)        (1 + i A) psi' = (1 - i A) psi
 
-A is real, symmetric and tridiagonal: diagonal (h/2) (2 / dx^2 + c x_j), off the diagonal -h / (2 dx^2). With M = 1 + i A and
-conj(M) = 1 - i A = 2 - M the step needs one solve and no product:
+A is real, symmetric and tridiagonal: diagonal (h/2) (2 / dx^2 + c x_j), off the diagonal -h / (2 dx^2). With
+M = 1 + i A and conj(M) = 1 - i A = 2 - M the step needs one solve and no product:
 
     psi' = 2 M^-1 psi - psi
 
-Both M and conj(M) are normal with |M z| >= |z|, so that the elimination needs no pivoting, and the step is unitary. Backwards, with
-g = adj_psi' as a complex vector (adj_re + i adj_im) and y = conj(M)^-1 g:
+Both M and conj(M) are normal with |M z| >= |z|, so that the elimination needs no pivoting, and the step is
+unitary. Backwards, with g = adj_psi' as a complex vector (adj_re + i adj_im) and y = conj(M)^-1 g:
 
     adj_psi = 2 y - g
     adj_c   = (h / 2) sum_j x_j Im( conj(y_j) (psi_j + psi'_j) ),        psi + psi' = 2 M^-1 psi
 
 conj(M)^-1 g = conj(M^-1 conj(g)): both solves share one elimination of M.
 
-State [Re psi_1, Im psi_1, Re psi_2, ...], normalised to sum |psi_j|^2 = 1 (no dx); control [c]. Cost of a state against eigenstate
-e_n(j) = sin(pi n j / (N + 1)) / norm, n = 1 the ground state: 1 - |<e_n, psi>|^2.
+State [Re psi_1, Im psi_1, Re psi_2, ...], normalised to sum |psi_j|^2 = 1 (no dx); control [c]. Cost of a
+state against eigenstate e_n(j) = sin(pi n j / (N + 1)) / norm, n = 1 the ground state: 1 - |<e_n, psi>|^2.
 
 Source: Schnell and Thuerey, ICLR 2024, section 4 (quantum control).
 """
@@ -32,7 +34,7 @@ import warp as wp
 from .system import DeviceFunctions
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_params(points: int, dtype: Any) -> Any:
     """Returns the Warp struct of the parameters for `points` grid points and `dtype`."""
     Eigenstate = wp.types.vector(length=points, dtype=dtype)
@@ -46,7 +48,7 @@ def make_params(points: int, dtype: Any) -> Any:
     return QuantumParams
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_functions(points: int, dtype: Any) -> DeviceFunctions:
     """Returns the device functions for `points` grid points and `dtype` (wp.float32 or wp.float64)."""
     Params = make_params(points, dtype)

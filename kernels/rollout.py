@@ -8,8 +8,8 @@ Factories that turn a system's device functions into kernels. All trajectories h
     loss            per-world loss of a trajectory
     adjoint         the recursion of flow.py backwards, for one or two gradient fields at once
 
-The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t |u_t|^2 ]   with c the
-system's cost of a state; means and the like are in the weights.
+The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t
+|u_t|^2 ]   with c the system's cost of a state; means and the like are in the weights.
 """
 
 import functools
@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from .dense import BLOCK, make_network_functions
+from .dense import make_network_functions
 from .flow import NETWORK, PHYSICS
+from .layout import BLOCK
 from .system import DeviceFunctions
 
-# Loops over poles, agents and grid points stay loops: unrolled, large adjoints take minutes to compile for a GPU.
+# Loops over poles, agents and grid points stay loops: unrolled, large adjoints take minutes to compile for a
+# GPU.
 _OPTIONS = {"max_unroll": 4}
 
 
@@ -38,7 +40,7 @@ def _kernel(function: Any) -> wp.Kernel:
     return wp.kernel(function, module="unique", enable_backward=False, module_options=dict(_OPTIONS))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_system_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels:
     """Returns the kernels of a system that need no policy."""
     return SystemKernels(
@@ -72,7 +74,7 @@ def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
     return _kernel(simulate)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _make_world_loss(functions: DeviceFunctions, dtype: Any) -> Any:
     """Returns the device function that gives one world's share of the loss."""
     Params, State, Control = functions.Params, functions.State, functions.Control
@@ -138,7 +140,14 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
 
     @wp.func
     def leave(
-        edges: int, decay: dtype, direct: State, through_physics: State, jac: wp.array3d(dtype=State), t: int, world: int, mu: Control
+        edges: int,
+        decay: dtype,
+        direct: State,
+        through_physics: State,
+        jac: wp.array3d(dtype=State),
+        t: int,
+        world: int,
+        mu: Control,
     ) -> State:
         """Cotangent of x_t: a closed gate selects, it never multiplies (0 inf is NaN)."""
         lam = direct
@@ -153,9 +162,13 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
         # In:
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
         controls: wp.array2d(dtype=Control),  # (horizon, nworld)
-        jac: wp.array3d(dtype=State),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
+        jac: wp.array3d(
+            dtype=State
+        ),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
         p: Params,
-        edges: wp.array2d(dtype=wp.int32),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
+        edges: wp.array2d(
+            dtype=wp.int32
+        ),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
         horizon: int,
         w_final: dtype,
@@ -219,11 +232,12 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
     return _kernel(adjoint)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
     """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
 
-    On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every thread of it.
+    On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every
+    thread of it.
     """
     Params, State, Control = functions.Params, functions.State, functions.Control
     step = functions.step
@@ -275,7 +289,19 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
                     hidden[first_row + r, i] = dtype(0.0)
             barrier()
             u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
-            forward(params, table, layers, row, hidden, wp.int64(first_row) * wp.int64(row), flat_controls, u0, worlds, lane, lanes)
+            forward(
+                params,
+                table,
+                layers,
+                row,
+                hidden,
+                wp.int64(first_row) * wp.int64(row),
+                flat_controls,
+                u0,
+                worlds,
+                lane,
+                lanes,
+            )
             barrier()
             for r in range(lane, worlds, lanes):
                 world = world0 + r
@@ -283,6 +309,8 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
             barrier()
         for r in range(lane, worlds, lanes):
             world = world0 + r
-            world_loss[world] = world_loss_of(states, controls, p, horizon, w_final, w_running, w_control, world)
+            world_loss[world] = world_loss_of(
+                states, controls, p, horizon, w_final, w_running, w_control, world
+            )
 
     return _kernel(fused_rollout)

@@ -1,5 +1,5 @@
-"""A differentiable physics engine in NVIDIA Warp, for training policies through simulators on the gradient flow that suits
-physics.
+"""A differentiable physics engine in NVIDIA Warp, for training policies through simulators on the gradient
+flow that suits physics.
 
     import torch, warp_sims as ws
 
@@ -8,8 +8,8 @@ physics.
     out = ws.rollout(system, policy, system.initial_states(8), horizon=100, flow="combined", loss="final")
     out.loss.backward()
 
-See `rollout` for training through a simulator, `gradient_pair` for micro-batches and several processes, `System` for systems of
-your own, `train` for the whole loop, and the command `warp-sims`.
+See `rollout` for training through a simulator, `gradient_pair` for micro-batches and several processes,
+`System` for systems of your own, `train` for the whole loop, and the command `warp-sims`.
 """
 
 from pathlib import Path as _Path

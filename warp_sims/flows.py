@@ -32,21 +32,26 @@ def schedule(
             )
         if Flow.COMBINED.value in base:
             raise ValueError(
-                f"{call}: flow has 'combined' at step {base.index(Flow.COMBINED.value)}, expected 'regular', 'modified', 'network' or 'stopped' "
-                "in a list: the comparison is of whole gradients, not of steps; use gradient_pair with base= and check="
+                f"{call}: flow has 'combined' at step {base.index(Flow.COMBINED.value)}, expected 'regular', "
+                f"'modified', 'network' or 'stopped' "
+                "in a list: the comparison is of whole gradients, not of steps; use gradient_pair with base= "
+                "and check="
             )
     else:
         raise TypeError(
-            f"{call}: flow is {flow!r} of type {type(flow).__name__}, expected a name, a letter, a Flow or a list of these"
+            f"{call}: flow is {flow!r} of type {type(flow).__name__}, expected a name, a letter, a Flow or a "
+            f"list of these"
         )
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int):
             raise TypeError(
-                f"{call}: window is {window!r} of type {type(window).__name__}, expected an int of at least 1 or None"
+                f"{call}: window is {window!r} of type {type(window).__name__}, expected an int of at least "
+                f"1 or None"
             )
         if window < 1:
             raise ValueError(
-                f"{call}: window is {window}, expected at least 1 step (both edges close at t = window, 2 window, ...), or None"
+                f"{call}: window is {window}, expected at least 1 step (both edges close at t = window, 2 "
+                f"window, ...), or None"
             )
         for t in range(window, horizon, window):
             base[t] = Flow.STOPPED.value
@@ -63,9 +68,12 @@ def check_decay(decay: float, call: str = "rollout") -> float:
         ValueError: outside [0, 1].
     """
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise TypeError(f"{call}: decay is {decay!r} of type {type(decay).__name__}, expected a number in [0, 1]")
+        raise TypeError(
+            f"{call}: decay is {decay!r} of type {type(decay).__name__}, expected a number in [0, 1]"
+        )
     if math.isnan(decay) or not 0.0 <= decay <= 1.0:
         raise ValueError(
-            f"{call}: decay is {decay!r}, expected a number in [0, 1]: the factor on what crosses a physics edge, 1 for none"
+            f"{call}: decay is {decay!r}, expected a number in [0, 1]: the factor on what crosses a physics "
+            f"edge, 1 for none"
         )
     return float(decay)

@@ -1,4 +1,6 @@
-"""Two gradients of one rollout and their comparison, explicitly: for micro-batches and for several processes."""
+"""Two gradients of one rollout and their comparison, explicitly: for micro-batches and for several
+processes.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge import operators
-from .bridge.rollout import split, torch_backward, torch_forward
+from .bridge.rollout import torch_backward, torch_forward
 from .flows import Flow, schedule
 from .rollouts import Loss, Plan, _check_horizon, custom_loss_value, make_plan
 from .systems import System
@@ -20,7 +22,8 @@ __all__ = ["GradientPair", "gradient_pair"]
 class GradientPair:
     """A base and a check gradient of the same loss, averaged over `worlds` worlds, not yet compared.
 
-    The comparison is not additive, C(a) + C(b) is not C(a + b): add pairs (`+`, `all_reduce`) first, then `combine`.
+    The comparison is not additive, C(a) + C(b) is not C(a + b): add pairs (`+`, `all_reduce`) first, then
+    `combine`.
     """
 
     loss: Tensor
@@ -50,7 +53,9 @@ class GradientPair:
 
     @property
     def agreement(self) -> Tensor:
-        """Share of equal signs among the components where either gradient is nonzero, scalar; NaN if all are zero."""
+        """Share of equal signs among the components where either gradient is nonzero, scalar; NaN if all
+        are zero.
+        """
         return self._sums[3] / self._sums[4]
 
     @property
@@ -66,7 +71,8 @@ class GradientPair:
     def combine(self, keep: Literal["base", "check"] = "base") -> dict[str, Tensor]:
         """Per component the kept gradient where the signs agree, else 0; by parameter name.
 
-        sign(0) = sign(0). NaN in the kept gradient stays NaN, NaN in the other gives 0; `nonfinite` counts both.
+        sign(0) = sign(0). NaN in the kept gradient stays NaN, NaN in the other gives 0; `nonfinite` counts
+        both.
 
         Raises:
             ValueError: `keep` is neither "base" (the published rule) nor "check".
@@ -86,7 +92,8 @@ class GradientPair:
             if name not in parameters or parameters[name].shape != shape:
                 found = tuple(parameters[name].shape) if name in parameters else "none"
                 raise ValueError(
-                    f"GradientPair.assign: parameter {name!r} has shape {found} in this policy, expected {tuple(shape)}; "
+                    f"GradientPair.assign: parameter {name!r} has shape {found} in this policy, expected "
+                    f"{tuple(shape)}; "
                     "assign to the policy that the pair was computed for"
                 )
         for name, grad in self.combine(keep).items():
@@ -97,7 +104,10 @@ class GradientPair:
         if not isinstance(other, GradientPair):
             return NotImplemented
         if self.names != other.names or self.shapes != other.shapes:
-            raise ValueError("GradientPair: cannot add pairs of different policies; expected the same parameter names and shapes")
+            raise ValueError(
+                "GradientPair: cannot add pairs of different policies; expected the same parameter names and "
+                "shapes"
+            )
         worlds = self.worlds + other.worlds
         a, b = (self.worlds / worlds, other.worlds / worlds) if worlds else (0.5, 0.5)
         # a pair without worlds has no say, whatever its numbers are
@@ -108,14 +118,16 @@ class GradientPair:
         )
 
     def all_reduce(self, group: "torch.distributed.ProcessGroup | None" = None) -> "GradientPair":
-        """The pair of the worlds of all processes of a `torch.distributed` group: one reduction of one flat buffer.
+        """The pair of the worlds of all processes of a `torch.distributed` group: one reduction of one flat
+        buffer.
 
         Raises:
             RuntimeError: `torch.distributed` is not initialised.
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             raise RuntimeError(
-                "GradientPair.all_reduce: torch.distributed is not initialised; call torch.distributed.init_process_group first"
+                "GradientPair.all_reduce: torch.distributed is not initialised; call "
+                "torch.distributed.init_process_group first"
             )
         counts = self.flat.new_tensor([self.loss.detach() * self.worlds, self.worlds])
         buffer = torch.cat([self.flat.reshape(-1) * self.worlds, counts])
@@ -157,8 +169,8 @@ def gradient_pair(
 
     Args:
         base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
-        system, policy, x0, horizon, loss, control_cost, window, decay: As in `rollout`. A callable loss should be a mean over worlds,
-            or pairs do not add up to the pair of all worlds.
+        system, policy, x0, horizon, loss, control_cost, window, decay: As in `rollout`. A callable loss
+            should be a mean over worlds, or pairs do not add up to the pair of all worlds.
 
     Returns:
         `GradientPair` over the trainable parameters of the policy.
@@ -172,12 +184,25 @@ def gradient_pair(
         one, second = schedule(flow, _check_horizon(horizon, call), window, call)
         if second:
             raise ValueError(
-                f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': it is the pair that is combined"
+                f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': it "
+                f"is the pair that is combined"
             )
         letters.append(one)
     if loss is None:
-        raise ValueError(f'{call}: loss is None, expected "final", "running" or a callable of (states, controls)')
-    plan = make_plan(call, system, policy, x0.detach() if isinstance(x0, Tensor) else x0, horizon, *letters, decay, loss, control_cost)
+        raise ValueError(
+            f'{call}: loss is None, expected "final", "running" or a callable of (states, controls)'
+        )
+    plan = make_plan(
+        call,
+        system,
+        policy,
+        x0.detach() if isinstance(x0, Tensor) else x0,
+        horizon,
+        *letters,
+        decay,
+        loss,
+        control_cost,
+    )
     trainable = [q.requires_grad for q in dict(policy.named_parameters()).values()]
     with torch.no_grad():
         value, grads = _pair(plan, call)
@@ -196,7 +221,14 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
     hidden = packed = None
     if plan.network is not None:
         states, controls, value, hidden, packed = operators.fused_rollout(
-            spec.system, plan.network, parameters, plan.x0, spec.horizon, spec.final, spec.running, spec.control
+            spec.system,
+            plan.network,
+            parameters,
+            plan.x0,
+            spec.horizon,
+            spec.final,
+            spec.running,
+            spec.control,
         )
     else:
         states, controls, value = torch_forward(plan.policy, spec, plan.x0, parameters)
@@ -228,5 +260,7 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
             adj_controls,
         )
     else:
-        grads, _ = torch_backward(plan.policy, spec, states, controls, parameters, adj_loss, adj_states, adj_controls)
+        grads, _ = torch_backward(
+            plan.policy, spec, states, controls, parameters, adj_loss, adj_states, adj_controls
+        )
     return value, grads

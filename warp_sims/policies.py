@@ -1,4 +1,6 @@
-"""Policies that the engine fuses into its sweeps. Any other torch module works too and is evaluated by torch."""
+"""Policies that the engine fuses into its sweeps. Any other torch module works too and is evaluated by
+torch.
+"""
 
 import math
 from collections import OrderedDict
@@ -20,8 +22,8 @@ class MLP(nn.Sequential):
         out_size: Size of the output, the system's `control_size`.
         dtype, device: Of the parameters, as everywhere in torch.
 
-    Maps (n, in_size) to (n, out_size). `state_dict` keys are 0.weight (hidden[0], in_size), 0.bias (hidden[0],), 2.weight, ...
-    Parameters start as `reset_parameters()` leaves them.
+    Maps (n, in_size) to (n, out_size). `state_dict` keys are 0.weight (hidden[0], in_size), 0.bias
+    (hidden[0],), 2.weight, ... Parameters start as `reset_parameters()` leaves them.
 
     Raises:
         TypeError, ValueError: a size is no int or below 1.
@@ -37,7 +39,10 @@ class MLP(nn.Sequential):
         device: torch.device | str | None = None,
     ) -> None:
         if isinstance(hidden, int) or not isinstance(hidden, Sequence):
-            raise TypeError(f"MLP: hidden is {hidden!r}, expected a sequence of widths such as (100, 100), () for a linear policy")
+            raise TypeError(
+                f"MLP: hidden is {hidden!r}, expected a sequence of widths such as (100, 100), () for a "
+                f"linear policy"
+            )
         sizes = (in_size, *hidden, out_size)
         for size in sizes:
             if isinstance(size, bool) or not isinstance(size, int):
@@ -62,23 +67,27 @@ class MLP(nn.Sequential):
         """Draws Glorot-uniform weights and sets the biases to zero.
 
         Args:
-            seed: Makes the draw reproducible, the same on every device; None draws from torch's global generator.
-            zero_last: Zeroes the output layer's weight, as the published cart-pole and guidance runs do: the controller starts at zero.
+            seed: Makes the draw reproducible, the same on every device; None draws from torch's global
+                generator.
+            zero_last: Zeroes the output layer's weight, as the published cart-pole and guidance runs do: the
+                controller starts at zero.
         """
         _glorot([m for m in self if isinstance(m, nn.Linear)], seed, zero_last)
 
 
 class WaveCNN(nn.Module):
-    """The published convolutional controller for `QuantumControl`: two strided convolutions, tanh behind each, a linear output.
+    """The published convolutional controller for `QuantumControl`: two strided convolutions, tanh behind
+    each, a linear output.
 
     Args:
         points: Grid points of the wave function, at least 7.
         width: Channels of both convolutions.
         dtype, device: Of the parameters, as everywhere in torch.
 
-    Maps wave functions (n, 2 points), [Re psi_1, Im psi_1, ...], to controls (n, 1). Parameters, with p = ((points - 1) // 2 - 1) // 2 positions (7 for 32
-    points): conv1.weight (width, 1, 3, 2), conv1.bias, conv2.weight (width, width, 3), conv2.bias, out.weight (1, p * width), out.bias;
-    out reads the features flattened as (position, channel).
+    Maps wave functions (n, 2 points), [Re psi_1, Im psi_1, ...], to controls (n, 1). Parameters, with p =
+    ((points - 1) // 2 - 1) // 2 positions (7 for 32 points): conv1.weight (width, 1, 3, 2), conv1.bias,
+    conv2.weight (width, width, 3), conv2.bias, out.weight (1, p * width), out.bias; out reads the features
+    flattened as (position, channel).
 
     Raises:
         TypeError, ValueError: a size is no int or too small.
@@ -122,7 +131,9 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
     for layer in layers:
         receptive = math.prod(layer.weight.shape[2:])
         limit = math.sqrt(6.0 / (receptive * (layer.weight.shape[0] + layer.weight.shape[1])))
-        layer.weight.copy_((torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64) * 2 - 1) * limit)
+        layer.weight.copy_(
+            (torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64) * 2 - 1) * limit
+        )
         if layer.bias is not None:
             layer.bias.zero_()
     if zero_last:
@@ -131,7 +142,10 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -149,10 +163,11 @@ class FusedNetwork(NamedTuple):
 def fused_network(policy: nn.Module) -> FusedNetwork | None:
     """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it.
 
-    Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or shared parameters take the
-    torch road.
+    Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or
+    shared parameters take the torch road.
     """
-    # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the rest of the checks
+    # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
+    # rest of the checks
     kind = type(policy)
     if (kind is not MLP and kind is not WaveCNN) or _hooked(policy):
         return None

@@ -35,14 +35,14 @@ def record_rollout(
 
     Args:
         tape: The tape that records.
-        x0: Initial states (nworld, state_size), a Warp array or a tensor, float32 or float64. A Warp array with
-            `requires_grad=True` gets its cotangent in `.grad`.
+        x0: Initial states (nworld, state_size), a Warp array or a tensor, float32 or float64. A Warp array
+            with `requires_grad=True` gets its cotangent in `.grad`.
         system, policy, horizon, flow, window, decay: As in `rollout`, but not flow "combined".
 
     Returns:
-        States (horizon + 1, nworld, state_size) and controls (horizon, nworld, control_size) as Warp arrays with `.grad`. The tape's
-        backward pass adds to `.grad` of the policy's (torch) parameters, as torch's would; `tape.zero()` clears the arrays,
-        `policy.zero_grad()` the parameters.
+        States (horizon + 1, nworld, state_size) and controls (horizon, nworld, control_size) as Warp arrays
+        with `.grad`. The tape's backward pass adds to `.grad` of the policy's (torch) parameters, as torch's
+        would; `tape.zero()` clears the arrays, `policy.zero_grad()` the parameters.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the flow is "combined".
@@ -53,14 +53,16 @@ def record_rollout(
     base, check = schedule(flow, _check_horizon(horizon, call), window, call)
     if check:
         raise ValueError(
-            f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape gradients add up, the comparison "
+            f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape "
+            f"gradients add up, the comparison "
             "does not; use gradient_pair"
         )
     array = None
     if isinstance(x0, wp.array):
         if x0.dtype not in (wp.float32, wp.float64) or x0.ndim != 2:
             raise TypeError(
-                f"{call}: x0 is a Warp array of {x0.ndim} dimensions and dtype {x0.dtype.__name__}, expected 2 dimensions of float32 or float64"
+                f"{call}: x0 is a Warp array of {x0.ndim} dimensions and dtype {x0.dtype.__name__}, expected "
+                f"2 dimensions of float32 or float64"
             )
         array = x0 if x0.requires_grad else None
         x0 = tensor_of(x0)

