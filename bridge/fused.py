@@ -30,7 +30,7 @@ from .sweeps import (
 
 GPU_LANES = 128
 """Threads of a GPU block in the fused forward sweep."""
-GROUP = 8
+GROUP = 4
 """World blocks that go through linearisation, sweep and weight products together, so that their rows stay
 in cache.
 """
@@ -198,7 +198,6 @@ class _Backward:
 
         self.arguments = a = AdjointArguments(p, back, shape)
         self.packed, self.hidden = array(size, lay.packed), array(size, blocks * horizon * BLOCK, lay.row)
-        self.grads = array(size, fields, lay.unpack.size)
         # scratch of this object, never seen outside
         group_d = group * m * horizon * BLOCK * lay.row_adj
         self.mu = empty(like, fields, horizon, nworld, m)
@@ -211,8 +210,6 @@ class _Backward:
         scalar_mu.data = self.mu.data_ptr()
         self.table = constant((network, size), _table, p.torch_device)
         self.unpack = constant((network, size), _unpack_index, p.torch_device)
-        unpack = array(4, lay.unpack.size)
-        unpack.data = self.unpack.data_ptr()
         common = [lay.layers, lay.row, lay.row_adj, self.hidden]
         self.scratch: list[torch.Tensor] = []
 
@@ -272,9 +269,6 @@ class _Backward:
             return run
 
         self.tasks = [task(part) for part in parts]
-        self.reduce = Launch(
-            kernels.reduce, (fields, lay.unpack.size), [partial, unpack, self.grads], p.device
-        )
 
     def __call__(
         self,
@@ -289,14 +283,10 @@ class _Backward:
         """Runs the backward pass; writes grads and adj_x0."""
         alive = self.arguments.point(states, controls, g)
         self.arguments.adj_x0.data = adj_x0.data_ptr()
-        self.packed.data, self.hidden.data, self.grads.data = (
-            packed.data_ptr(),
-            hidden.data_ptr(),
-            grads.data_ptr(),
-        )
+        self.packed.data, self.hidden.data = packed.data_ptr(), hidden.data_ptr()
         self.partial.zero_()
         in_parallel(self.tasks)
-        self.reduce()
+        torch.index_select(self.partial.sum(0), 1, self.unpack, out=grads)
         del alive
 
 

@@ -35,30 +35,32 @@ typedef REAL real;
   #if defined(__AVX512F__)
     #define WS_VB 64
     #define WS_NV 4
+    #define WS_RO 8
   #else
     #define WS_VB 32
     #define WS_NV 3
+    #define WS_RO 4
   #endif
   enum { VL = WS_VB / (int)sizeof(real) };
   typedef real vec __attribute__((ext_vector_type(VL)));
   #define WS_LOAD(p) ([](const real* q_) { vec v_; __builtin_memcpy(&v_, q_, sizeof(vec)); return v_; })(p)
   #define WS_STORE(p, v) do { vec s_ = (v); __builtin_memcpy((p), &s_, sizeof(vec)); } while (0)
   #define WS_FMA(a, b, c) __builtin_elementwise_fma(a, b, c)
-  #define WS_ZERO(V) \\
-    vec acc[BLOCK][V]; \\
-    _Pragma("unroll") for (int r = 0; r < BLOCK; ++r) \\
+  #define WS_ZERO(R, V) \\
+    vec acc[R][V]; \\
+    _Pragma("unroll") for (int r = 0; r < R; ++r) \\
       _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = (vec)(real(0));
-  // acc[r][v] += sum_k x[r * xr + k * xk] * m[k * mk + v * VL + lane], for BLOCK rows and V vectors
-  #define WS_TILE(V, x, xr, xk, m, mk, K) \\
+  // acc[r][v] += sum_k x[r * xr + k * xk] * m[k * mk + v * VL + lane], for R rows and V vectors
+  #define WS_TILE(R, V, x, xr, xk, m, mk, K) \\
     { const real* m_ = (m); const real* x_ = (x); \\
       for (int k = 0; k < (K); ++k, m_ += (mk), x_ += (xk)) { \\
         vec w_[V]; \\
         _Pragma("unroll") for (int v = 0; v < V; ++v) w_[v] = WS_LOAD(m_ + v * VL); \\
-        _Pragma("unroll") for (int r = 0; r < BLOCK; ++r) { \\
+        _Pragma("unroll") for (int r = 0; r < R; ++r) { \\
           vec b_ = (vec)(x_[r * (xr)]); \\
           _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = WS_FMA(b_, w_[v], acc[r][v]); } } }
-  #define WS_EACH(V, BODY) \\
-    _Pragma("unroll") for (int r = 0; r < BLOCK; ++r) \\
+  #define WS_EACH(R, V, BODY) \\
+    _Pragma("unroll") for (int r = 0; r < R; ++r) \\
       _Pragma("unroll") for (int v = 0; v < V; ++v) { BODY }
 #endif
 """
@@ -147,9 +149,9 @@ _FORWARD = """
         int j = 0;
         #define WS_LAYER(V) \\
           for (; j + V * VL <= pitch_units; j += V * VL) { \\
-            WS_ZERO(V) \\
-            WS_TILE(V, xb, row, 1, wt + j, pitch_units, window) \\
-            WS_EACH(V, WS_STORE(yb + r * row + j + v * VL, vtanh(acc[r][v] + WS_LOAD(b + j + v * VL)));) }
+            WS_ZERO(BLOCK, V) \\
+            WS_TILE(BLOCK, V, xb, row, 1, wt + j, pitch_units, window) \\
+            WS_EACH(BLOCK, V, WS_STORE(yb + r * row + j + v * VL, vtanh(acc[r][v] + WS_LOAD(b + j + v * VL)));) }
         #if WS_NV >= 4
         WS_LAYER(4)
         #endif
@@ -174,6 +176,8 @@ _LINEARIZE = """
   real* ds = d.data + d0;
   const int* O = table.data + (layers - 1) * TABLE;
   const int x_section = table.data[SECTION];
+  // the rows come from memory, the next step's are the next ones
+  for (int i = BLOCK * row; i < 2 * BLOCK * row; i += 64 / (int)sizeof(real)) __builtin_prefetch(rows + i);
   const real* wo = P + O[BACKWARD] + component * O[PITCH_WINDOW];
   if (layers == 1) {
     // a linear policy has no hidden rows: its Jacobian is its matrix
@@ -207,17 +211,17 @@ _LINEARIZE = """
         int j = 0;
         #define WS_LAYER(V) \\
           for (; j + V * VL <= pitch_window; j += V * VL) { \\
-            WS_ZERO(V) \\
-            WS_TILE(V, x, row_adj, 1, w + j, pitch_window, units) \\
+            WS_ZERO(BLOCK, V) \\
+            WS_TILE(BLOCK, V, x, row_adj, 1, w + j, pitch_window, units) \\
             if (l == 0) { \\
-              WS_EACH(V, if (r < worlds) for (int q = 0; q < VL; ++q) { \\
+              WS_EACH(BLOCK, V, if (r < worlds) for (int q = 0; q < VL; ++q) { \\
                            const int i = at * T[HOP] + j + v * VL + q; \\
                            if (j + v * VL + q < T[WINDOW]) { real* p = &jac.data[j0 + r * jr + i]; \\
                              *p = many ? *p + acc[r][v][q] : acc[r][v][q]; } }) \\
             } else if (many) { \\
-              WS_EACH(V, real* p = y + r * row_adj + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
+              WS_EACH(BLOCK, V, real* p = y + r * row_adj + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
             } else { \\
-              WS_EACH(V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
+              WS_EACH(BLOCK, V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
                          WS_STORE(y + r * row_adj + j + v * VL, acc[r][v] * (real(1) - av * av));) \\
             } }
         #if WS_NV >= 4
@@ -289,18 +293,15 @@ _WEIGHT_GRAD = """
         WS_STORE(gb, s);
       }
       const real* a = rows + T[INPUT];
-      for (int o = 0; o < units; o += BLOCK) {
+      for (int o = 0; o < units; o += WS_RO) {
         real* gw = g + T[BACKWARD] + o * pitch_window;
         int j = 0;
         #define WS_LAYER(V) \\
           for (; j + V * VL <= pitch_window; j += V * VL) { \\
-            WS_ZERO(V) \\
+            WS_ZERO(WS_RO, V) \\
             for (int at = 0; at < T[POSITIONS]; ++at) \\
-              WS_TILE(V, sc + at * pitch_units + o, 1, width, a + at * T[HOP] + j, row, nrows) \\
-            WS_EACH(V, real* p = gw + r * pitch_window + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
-        #if WS_NV >= 4
-        WS_LAYER(4)
-        #endif
+              WS_TILE(WS_RO, V, sc + at * pitch_units + o, 1, width, a + at * T[HOP] + j, row, nrows) \\
+            WS_EACH(WS_RO, V, real* p = gw + r * pitch_window + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
         WS_LAYER(3)
         WS_LAYER(2)
         WS_LAYER(1)

@@ -15,6 +15,8 @@ import numpy as np
 
 BLOCK = 4
 """Worlds that share each weight row while it is in registers; also the rows of a CPU register tile."""
+TILE_ROWS = 8
+"""Rows to which a matrix is padded: the tallest register tile of a weight product."""
 PAD = 64
 """Bytes to which a section of a row is padded: one AVX-512 vector."""
 TABLE_COLUMNS = 12
@@ -152,7 +154,7 @@ def _lay_out(state_size: int, layers: list[Layer], itemsize: int) -> Layout:
         table[i, : c.FORWARD] = layer.window, layer.units, pitch_window, pitch_units
         table[i, c.BACKWARD : c.SECTION + 1] = offset, column, layer.positions, layer.hop, section
         # rows padded to a whole register tile, so that the products may write one
-        offset += (layer.units + BLOCK - 1) // BLOCK * BLOCK * pitch_window
+        offset += (layer.units + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * pitch_window
         table[i, c.BIAS] = offset
         offset += pitch_units
         column += section

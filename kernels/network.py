@@ -1,7 +1,7 @@
 """Wide kernels of a fused policy: everything of its backward pass that need not run in time order.
 
 `linearize` runs before the adjoint sweep, `weight_grad` behind it, both over all points of a group of world
-blocks that stays in cache; `reduce` adds the partial sums of the groups in a fixed order. No kernel here
+blocks that stays in cache. No kernel here
 knows a system. They run on CPUs; on a GPU the same products go through torch (see bridge/wide.py).
 """
 
@@ -13,7 +13,7 @@ import warp as wp
 from .dense import make_network_functions
 from .layout import BLOCK
 
-CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 15
 """Size of a weight product's chunk of one section: small enough that it stays in cache for all products
 of the layer.
 """
@@ -29,7 +29,6 @@ class NetworkKernels(NamedTuple):
 
     linearize: wp.Kernel
     weight_grad: wp.Kernel
-    reduce: wp.Kernel
 
 
 @functools.cache
@@ -146,19 +145,4 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     grads.shape[2],
                 )
 
-    @wp.kernel(module="unique", enable_backward=False)
-    def network_reduce(
-        # In:
-        partial: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads)
-        unpack: wp.array(dtype=wp.int32),  # (parameters,)
-        # Out:
-        grads: wp.array2d(dtype=dtype),  # (fields, parameters), the order of the concatenated parameters
-    ):
-        f, i = wp.tid()
-        at = unpack[i]
-        total = partial[0, f, at]
-        for s in range(1, partial.shape[0]):
-            total += partial[s, f, at]
-        grads[f, i] = total
-
-    return NetworkKernels(network_linearize, network_weight_grad, network_reduce)
+    return NetworkKernels(network_linearize, network_weight_grad)
