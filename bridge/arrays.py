@@ -14,7 +14,6 @@ import torch
 import warp as wp
 
 _HUGE = 1 << 22
-wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
 
 WARP_DTYPE = {torch.float32: wp.float32, torch.float64: wp.float64}
 
@@ -58,6 +57,7 @@ def capturing(device: torch.device) -> bool:
 @functools.cache
 def warp_device(device: torch.device) -> Any:
     """Warp's device for torch's."""
+    wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
     return wp.device_from_torch(device)
 
 

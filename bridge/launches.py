@@ -17,11 +17,16 @@ from typing import Any, Generic, TypeVar
 import torch
 import warp as wp
 
-_ARRAY = type(wp.from_torch(torch.empty(1), return_ctype=True))
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
 
 T = TypeVar("T")
+
+
+@functools.cache
+def _descriptor() -> Any:
+    """Warp's array descriptor; asked for late, because asking starts Warp's runtime."""
+    return type(wp.from_torch(torch.empty(1), return_ctype=True))
 
 
 def array(itemsize: int, *shape: int, components: int = 0) -> Any:
@@ -32,7 +37,7 @@ def array(itemsize: int, *shape: int, components: int = 0) -> Any:
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * shape[i + 1]
     axes = len(shape) - components
-    return _ARRAY(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
+    return _descriptor()(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
 
 
 class Launch:

@@ -18,12 +18,16 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
+from . import systems
+from .animation import animate
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
+from .runs import load_run
 from .systems import CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
+from .training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -37,10 +41,16 @@ __all__ = [
     "QuantumControl",
     "Rollout",
     "System",
+    "TrainConfig",
+    "TrainResult",
     "WaveCNN",
+    "animate",
     "gradient_pair",
+    "load_run",
     "record_rollout",
     "rollout",
     "simulate",
     "step",
+    "systems",
+    "train",
 ]

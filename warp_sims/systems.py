@@ -215,6 +215,12 @@ class CartPole(System):
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return _cartpole.make_functions(self.poles, dtype)
 
+    def draw(self, axes: Any, state: np.ndarray) -> None:
+        """Draws the cart on its rail and every pole in a colour of its own, upright up."""
+        from .drawing import draw_cartpole
+
+        draw_cartpole(axes, self, state)
+
     def initial_states(
         self,
         n: int,

@@ -1,0 +1,189 @@
+"""The command line: `warp-sims` and `python -m warp_sims`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+import warp as wp
+
+from . import __version__, systems
+from .animation import animate
+from .demo import run_demo
+from .flows import Flow
+from .options import DEFAULTS, add_animate_options, add_demo_options, add_train_options
+from .policies import MLP
+from .train_config import TrainConfig
+from .training import train
+
+INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+class UsageError(Exception):
+    """What the command line refuses, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0, 1 (training failed), 2 (refused) or 130 (Ctrl-C)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in words
+    try:
+        with _importable_here(), _quiet_warp():
+            options = _parse(words)
+            options.run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except FloatingPointError as error:
+        if traceback:
+            raise
+        return _fail(error, 1)
+    except (UsageError, ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        if traceback:
+            raise
+        return _fail(error, 2)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print("warp-sims: error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _importable_here() -> Iterator[None]:
+    """Puts the current directory on the path, as `python -m` does: `module:Class` may lie there."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+@contextlib.contextmanager
+def _quiet_warp() -> Iterator[None]:
+    """Keeps Warp's notes on compiled modules out of the output: this program's choice, not the library's."""
+    level = wp.config.log_level
+    wp.config.log_level = wp.LOG_ERROR
+    try:
+        yield
+    finally:
+        wp.config.log_level = level
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="warp-sims",
+        description="Trains controllers through simulators, on the gradient flow that suits physics.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"warp-sims {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], summary: str, more: str = ""
+    ) -> _Parser:
+        made = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}", allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        made.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+        return made
+
+    train_command = command(
+        "train",
+        _run_train,
+        "train a controller through a simulator",
+        "The defaults are the published settings of the cart-pole. `warp-sims train SYSTEM --help` lists the "
+        "numbers of that system as options, too.",
+    )
+    # The system that is named decides which options there are: `train cartpole --poles 4`.
+    named = words[1] if words[:1] == ["train"] and len(words) > 1 else None
+    if named is not None and named.startswith("-"):
+        if named not in ("-h", "--help"):
+            raise UsageError(f"{named} stands before the system; give warp-sims train SYSTEM {named} …")
+        named = None
+    add_train_options(train_command, named)
+    add_animate_options(command("animate", _run_animate, "draw the controlled system of a run as GIF or MP4"))
+    add_demo_options(
+        command(
+            "demo",
+            _run_demo,
+            "train a cart-pole controller with two flows side by side, and draw what came out",
+        )
+    )
+    return parser.parse_args(words)
+
+
+def _run_train(options: argparse.Namespace) -> None:
+    given = vars(options)
+    fields = {
+        name.removeprefix("field:"): value for name, value in given.items() if name.startswith("field:")
+    }
+    system = systems.resolve(options.system)(**fields)
+    settings = {name: given[name] for name in DEFAULTS if name in given and name != "system"}
+    flow = Flow.parse(options.flow)
+    policy = MLP(system.state_size, tuple(options.hidden), system.control_size)
+    policy.reset_parameters(seed=options.seed, zero_last=options.zero_last)
+    policy.to(getattr(torch, options.dtype))
+    try:
+        policy.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {options.device!r} cannot be used ({error}); give cpu, cuda or cuda:INDEX"
+        ) from error
+    config = TrainConfig(system=system, policy=policy, **settings)
+    label = type(system).__name__.lower() if ":" in options.system else options.system
+    out = options.out or os.path.join("runs", f"{label}_{flow.name.lower()}")
+    result = train(config, out, overwrite=options.overwrite, progress=options.progress)
+    log = result.log
+    best = int(log["loss_test"].argmin())
+    print(
+        f"test loss {log['loss_test'][0]:.4g} before training, {log['loss_test'][-1]:.4g} after "
+        f"{log['seconds'][-1]:.0f} s; best {log['loss_test'][best]:.4g} in epoch {log['epoch'][best]}"
+    )
+    print(f"curves: {os.path.join(out, 'curves.png')}")
+    print(f"to see it move: warp-sims animate {shlex.quote(out)}")
+
+
+def _run_animate(options: argparse.Namespace) -> None:
+    runs = options.runs
+    source: Any = runs[0]
+    if len(runs) > 1:
+        titles = [os.path.basename(os.path.normpath(run)) for run in runs]
+        source = dict(zip(titles if len(set(titles)) == len(runs) else runs, runs, strict=True))
+    path = animate(
+        source,
+        options.out,
+        world=options.world,
+        horizon=options.horizon,
+        checkpoint=options.checkpoint,
+        fps=options.fps,
+    )
+    print(f"animation: {path}")
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    curves, animation = run_demo(
+        options.out,
+        flows=options.flows,
+        poles=options.poles,
+        epochs=options.epochs,
+        progress=options.progress,
+    )
+    print(f"curves:    {curves}")
+    print(f"animation: {animation}")

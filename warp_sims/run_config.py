@@ -1,0 +1,171 @@
+"""A run's settings as the contents of its config.json, and back.
+
+A system is written as its name in the registry (or `module:Class`) with its fields, a policy as
+`module:Class` with the constructor arguments that it keeps as attributes of the same name. What cannot be
+written so (a class made inside a function, an argument that is not kept) is written as null, and has to be
+handed over when the run is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import warp as wp
+
+from . import systems
+from .flows import Flow
+from .policies import MLP
+from .train_config import TrainConfig
+
+FORMAT = "warp-sims run 1"
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """Returns what config.json holds: enough to rebuild system and policy, and the versions in use."""
+    settings = config.settings()
+    flow = config.flow
+    settings["flow"] = (
+        flow.name.lower() if isinstance(flow, Flow) else [Flow.parse(f).name.lower() for f in flow]
+    )
+    if callable(config.loss):
+        settings["loss"] = {"callable": _import_name(config.loss)}
+    return {
+        "format": FORMAT,
+        "system": {"class": system_name(type(config.system)), "fields": _fields(config.system)},
+        "policy": {
+            "class": _import_name(type(config.policy)),
+            "arguments": _arguments(config.policy),
+            "parameters": sum(p.numel() for p in config.policy.parameters()),
+        },
+        "training": settings,
+        "versions": versions(),
+    }
+
+
+def from_json(
+    data: Mapping[str, Any],
+    *,
+    system: systems.System | None = None,
+    policy: torch.nn.Module | None = None,
+    loss: Callable[..., torch.Tensor] | None = None,
+) -> TrainConfig:
+    """Returns the settings that `to_json` wrote; what is given here takes the place of what is written."""
+    settings = dict(data["training"])
+    if isinstance(settings["loss"], dict):
+        settings["loss"] = loss or _imported(settings["loss"]["callable"], "loss")
+    if system is None:
+        system = build_system(data)
+    if policy is None:
+        policy = _build_policy(data)
+    dtype = {"float32": torch.float32, "float64": torch.float64}[settings["dtype"]]
+    # Where the run took place is a fact about that machine; here it continues wherever the policy is put.
+    settings["device"] = None
+    return TrainConfig(system=system, policy=policy.to(dtype), **settings)
+
+
+def build_system(data: Mapping[str, Any]) -> systems.System:
+    """Returns the system of a run from the contents of its config.json."""
+    written = data["system"]
+    if written["class"] is None or written["fields"] is None:
+        raise ValueError("the run's system cannot be rebuilt from its config.json; give it as system=…")
+    return systems.resolve(written["class"])(**_keywords(written["fields"]))
+
+
+def _build_policy(data: Mapping[str, Any]) -> torch.nn.Module:
+    written = data["policy"]
+    if written["class"] is None or written["arguments"] is None:
+        raise ValueError(
+            "the run's policy cannot be rebuilt from its config.json, which holds the constructor "
+            "arguments only of a class that can be imported and keeps each of them as an attribute of the "
+            "same name; give it as policy=…"
+        )
+    return _imported(written["class"], "policy")(**_keywords(written["arguments"]))
+
+
+def system_name(system_class: type) -> str | None:
+    """Returns the name under which `systems.resolve` finds a class; None where it finds none."""
+    for name, registered in systems.registry.items():
+        if registered is system_class:
+            return name
+    return _import_name(system_class)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what a run depends on."""
+    from . import __version__  # set after this module is imported
+
+    return {
+        "python": platform.python_version(),
+        "warp-sims": __version__,
+        "torch": torch.__version__,
+        "warp-lang": wp.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _import_name(thing: Any) -> str | None:
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if not module or not name or "<" in name:
+        return None
+    return f"{module}:{name}"
+
+
+def _imported(name: str | None, what: str) -> Any:
+    module, _, path = (name or "").partition(":")
+    try:
+        if not path:
+            raise ValueError("it has no name that can be imported")
+        found = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the run's {what} cannot be imported ({error}); give it as {what}=…") from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns `value` as JSON holds it; raises TypeError for what JSON does not hold."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    raise TypeError
+
+
+def _fields(system: systems.System) -> dict[str, Any] | None:
+    try:
+        return {f.name: _plain(getattr(system, f.name)) for f in dataclasses.fields(system) if f.init}
+    except TypeError:
+        return None
+
+
+def _arguments(policy: torch.nn.Module) -> dict[str, Any] | None:
+    if type(policy) is MLP:
+        linears = [layer for layer in policy if isinstance(layer, torch.nn.Linear)]
+        sizes = [layer.in_features for layer in linears] + [linears[-1].out_features]
+        return {"in_size": sizes[0], "hidden": sizes[1:-1], "out_size": sizes[-1]}
+    parameters = inspect.signature(type(policy)).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    try:  # dtype and device are those of the weights
+        return {
+            p.name: _plain(getattr(policy, p.name)) for p in parameters if p.name not in ("dtype", "device")
+        }
+    except (AttributeError, TypeError):
+        return None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only; frozen dataclasses and layer sizes want to be hashable."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _keywords(written: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _tuples(value) for name, value in written.items()}

@@ -1,0 +1,215 @@
+"""The settings of one training run, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from .flows import Flow, check_decay, schedule
+from .optimizers import OPTIMIZERS
+from .systems import System
+
+CLIPS = ("none", "value", "norm")
+LOSSES = ("final", "running")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainConfig:
+    """What is trained, on what and how. The defaults are the published settings of the cart-pole.
+
+    Attributes:
+        system: The simulator, a `ws.System`.
+        policy: The controller, any `torch.nn.Module` from (n, state_size) to (n, control_size).
+        flow: Backward flow: a name, a letter, a `ws.Flow`, or a list of one per step (not C).
+        horizon: Steps of one rollout.
+        loss: "final", "running", or a callable of (states, controls) that returns a scalar tensor.
+        control_cost: Weight of the mean squared control that is added to the loss.
+        window: Truncation window in steps: both edges closed at every multiple of it. None: no truncation.
+        decay: Factor in [0, 1] on what crosses the physics edge backwards.
+        samples: Number of initial states in the training set, and as many in the test set.
+        batch: Initial states of one update. Batches are taken in order and never shuffled.
+        epochs: Passes over the training set.
+        optimizer: "adam" (with Keras's place for epsilon), "sgd", "adagrad", "adadelta" or "rmsprop".
+        lr: Learning rate.
+        momentum: Momentum of "sgd"; 0.8, 0.9 and 0.95 are the published ones.
+        clip: "none", "value" (every component to [-clip_at, clip_at]) or "norm" (of all components together).
+            It acts on the final gradient, for C on the combined one.
+        clip_at: Bound of the clip.
+        seed: Seed of the initial states; 42 gives the published data sets.
+        dtype: "float32" or "float64". None: the dtype of the policy's parameters, which it must agree with.
+        device: Where the run takes place. None: the device of the policy's parameters, which it must agree
+            with.
+        log_every: Epochs from one row of the log to the next. Train and test loss are evaluated for each row.
+        checkpoint_every: Epochs from one writing of the checkpoints to the next. They are written at the end
+            and after an interruption as well, so this bounds what a killed process loses.
+        tensorboard: Write TensorBoard events into the run folder.
+    """
+
+    system: System
+    policy: torch.nn.Module
+    flow: Flow | str | Sequence[Flow | str] = "combined"
+    horizon: int = 100
+    loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "final"
+    control_cost: float = 0.0
+    window: int | None = None
+    decay: float = 1.0
+    samples: int = 256
+    batch: int = 8
+    epochs: int = 1000
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    clip: str = "none"
+    clip_at: float = 1.0
+    seed: int = 42
+    dtype: str | torch.dtype | None = None
+    device: str | torch.device | None = None
+    log_every: int = 1
+    checkpoint_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.system, System):
+            raise TypeError(
+                f"TrainConfig: system={self.system!r} is a {type(self.system).__name__}, expected a "
+                "ws.System; give for example ws.CartPole(poles=4)"
+            )
+        if not isinstance(self.policy, torch.nn.Module):
+            raise TypeError(
+                f"TrainConfig: policy is a {type(self.policy).__name__}, expected a torch.nn.Module; give "
+                "for example ws.MLP(system.state_size, (100, 100), system.control_size)"
+            )
+        for name in ("horizon", "samples", "batch", "epochs", "log_every", "checkpoint_every"):
+            self._set(name, _whole(name, getattr(self, name), at_least=1))
+        self._set("seed", _whole("seed", self.seed, at_least=0))
+        if self.batch > self.samples:
+            raise ValueError(
+                f"TrainConfig: batch={self.batch} is larger than samples={self.samples}; give a batch of at "
+                "most that many initial states, or more samples"
+            )
+        for name, low, high in (
+            ("control_cost", 0.0, math.inf),
+            ("momentum", 0.0, 1.0),
+            ("lr", 0.0, math.inf),
+            ("clip_at", 0.0, math.inf),
+        ):
+            positive = name in ("lr", "clip_at")
+            self._set(name, _real(name, getattr(self, name), low, high, positive=positive))
+        self._set("decay", check_decay(self.decay, "TrainConfig"))
+        self._check_choice("optimizer", OPTIMIZERS)
+        self._check_choice("clip", CLIPS)
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(
+                f"TrainConfig: momentum={self.momentum} with optimizer={self.optimizer!r}, expected 0; "
+                "momentum is for optimizer='sgd'"
+            )
+        if not callable(self.loss):
+            self._check_choice("loss", LOSSES, instead="or a callable of (states, controls)")
+        if not isinstance(self.tensorboard, bool):
+            raise TypeError(f"TrainConfig: tensorboard={self.tensorboard!r}, expected True or False")
+        self._set("flow", self._checked_flow())
+        self._check_parameters()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...], instead: str = "") -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            expected = ", ".join(repr(c) for c in choices)
+            kind = ValueError if isinstance(value, str) else TypeError
+            raise kind(
+                f"TrainConfig: {name}={value!r}, expected one of {expected}"
+                + (f", {instead}" if instead else "")
+            )
+
+    def _checked_flow(self) -> Flow | tuple[Flow, ...]:
+        schedule(self.flow, self.horizon, self.window, "TrainConfig")
+        return Flow.parse(self.flow) if isinstance(self.flow, str) else tuple(map(Flow.parse, self.flow))
+
+    def _check_parameters(self) -> None:
+        """Settles dtype and device by the policy's parameters."""
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(
+                "TrainConfig: the policy has no parameter that requires a gradient, expected at least one; "
+                "give a policy with parameters, or unfreeze them with requires_grad_()"
+            )
+        dtype, device = trained[0].dtype, trained[0].device
+        wanted = dtype if self.dtype is None else _dtype(self.dtype)
+        if dtype not in (torch.float32, torch.float64) or wanted != dtype:
+            expected = "float32 or float64" if wanted == dtype else _dtype_name(wanted)
+            raise ValueError(
+                f"TrainConfig: the policy's parameters are {_dtype_name(dtype)}, expected {expected}; "
+                "convert them with policy.float() or policy.double()"
+            )
+        self._set("dtype", _dtype_name(dtype))
+        if self.device is not None:
+            asked = torch.device(self.device)
+            if asked.type != device.type or asked.index not in (None, device.index):
+                raise ValueError(
+                    f"TrainConfig: device={str(asked)!r} but the policy is on {str(device)!r}, expected the "
+                    f"same; move it with policy.to({str(asked)!r})"
+                )
+        self._set("device", str(device))
+
+    def settings(self) -> dict[str, Any]:
+        """Returns every field but the system and the policy."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("system", "policy")]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the run as torch's own."""
+        return _dtype(cast(str, self.dtype))
+
+
+def _whole(name: str, value: Any, *, at_least: int) -> int:
+    expected = f"expected a whole number of at least {at_least}"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"TrainConfig: {name}={value!r} is a {type(value).__name__}, {expected}") from None
+    if number < at_least:
+        raise ValueError(f"TrainConfig: {name}={number}, {expected}")
+    return number
+
+
+def _real(name: str, value: Any, low: float, high: float, *, positive: bool) -> float:
+    if positive:
+        expected = "expected a finite number above 0"
+    elif high == math.inf:
+        expected = "expected a finite number of at least 0"
+    else:
+        expected = f"expected a number from {low:g} to {high:g}"
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"TrainConfig: {name}={value!r} is a {type(value).__name__}, {expected}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"TrainConfig: {name}={value!r} is a {type(value).__name__}, {expected}") from None
+    if not math.isfinite(number) or not low <= number <= high or (positive and number == 0.0):
+        raise ValueError(f"TrainConfig: {name}={number:g}, {expected}")
+    return number
+
+
+def _dtype(value: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "float64": torch.float64}
+    if isinstance(value, torch.dtype):
+        if value in known.values():
+            return value
+    elif value in known:
+        return known[value]
+    raise ValueError(f"TrainConfig: dtype={value!r}, expected 'float32' or 'float64'")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
