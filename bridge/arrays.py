@@ -23,6 +23,12 @@ def tensor_of(array: wp.array) -> torch.Tensor:
     return wp.to_torch(array, requires_grad=False)
 
 
+def grad_of(array: wp.array) -> torch.Tensor:
+    """Zero-copy tensor over the gradient of a Warp array that requires one."""
+    grad: Any = array.grad
+    return tensor_of(grad)
+
+
 def array_of(tensor: torch.Tensor) -> wp.array:
     """Zero-copy Warp array over a tensor, with a gradient of its own."""
     array = wp.from_torch(tensor.detach(), requires_grad=False)

@@ -47,7 +47,7 @@ class Launch:
         self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
     ) -> None:
         # an empty launch records nothing
-        self._command = wp.launch(
+        self._command: Any = wp.launch(
             kernel,
             dim=dim,
             inputs=list(args),

@@ -40,7 +40,7 @@ class _Operator:
         watched = (
             torch.compiler.is_compiling()
             or _get_current_dispatch_mode() is not None
-            or torch._C._functorch.maybe_current_level() is not None
+            or torch._C._are_functorch_transforms_active()
         )
         return self._operator(*args) if watched else self._body(*args)
 

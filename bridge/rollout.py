@@ -79,7 +79,7 @@ def _apply(function: type[torch.autograd.Function], backward_pass: bool = False)
     reverse_only = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
     # what Function.apply comes to without transforms, less its inspection of the signature of forward at
     # every call
-    direct = super(torch.autograd.Function, reverse_only).apply
+    direct: Any = super(torch.autograd.Function, reverse_only).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -288,10 +288,10 @@ def _torch_backward_block(
 ) -> tuple[Tensor, Tensor]:
     horizon, nworld, m = controls.shape
     points = states[:-1].reshape(horizon * nworld, states.shape[2])
-    recomputed, pull = vjp(lambda q: policy(q, points), tuple(parameters))
+    recomputed, pull, *_ = vjp(lambda q: policy(q, points), tuple(parameters))
     jac = None
     if spec.network_open:
-        _, pull_x = vjp(lambda x: policy(parameters, x), points)
+        _, pull_x, *_ = vjp(lambda x: policy(parameters, x), points)
         # one unit cotangent a control component: rows do not mix, so all points share a product
         columns = []
         for c in range(m):

@@ -7,7 +7,7 @@ import warp as wp
 from torch import Tensor
 
 from . import fused, operators
-from .arrays import array_of, tensor_of
+from .arrays import array_of, grad_of
 from .registry import prepare
 from .rollout import Policy, Spec, split, torch_backward, torch_forward
 from .sweeps import Backward, Cotangents, LossWeights
@@ -41,7 +41,7 @@ def record(
     states_array, controls_array = array_of(states), array_of(controls)
 
     def backward() -> None:
-        g = Cotangents(None, tensor_of(states_array.grad), tensor_of(controls_array.grad))
+        g = Cotangents(None, grad_of(states_array), grad_of(controls_array))
         with torch.no_grad():
             if hidden is None or packed is None or network is None:
                 grads, adj_x0 = torch_backward(policy, spec, states, controls, values, *g)
@@ -50,7 +50,7 @@ def record(
                 back = Backward(spec.base, "", spec.decay, _NO_LOSS)
                 grads, adj_x0 = fused.backward(p, back, network, packed, hidden, states, controls, g)
             if x0_array is not None:
-                tensor_of(x0_array.grad).view(adj_x0[0].shape).add_(adj_x0[0])
+                grad_of(x0_array).view(adj_x0[0].shape).add_(adj_x0[0])
             for parameter, grad in zip(parameters, split(grads[0], parameters)):
                 if parameter.requires_grad:
                     parameter.grad = grad.clone() if parameter.grad is None else parameter.grad + grad

@@ -151,7 +151,8 @@ _FORWARD = """
           for (; j + V * VL <= pitch_units; j += V * VL) { \\
             WS_ZERO(BLOCK, V) \\
             WS_TILE(BLOCK, V, xb, row, 1, wt + j, pitch_units, window) \\
-            WS_EACH(BLOCK, V, WS_STORE(yb + r * row + j + v * VL, vtanh(acc[r][v] + WS_LOAD(b + j + v * VL)));) }
+            WS_EACH(BLOCK, V, const int at = j + v * VL; \\
+                              WS_STORE(yb + r * row + at, vtanh(acc[r][v] + WS_LOAD(b + at)));) }
         #if WS_NV >= 4
         WS_LAYER(4)
         #endif
@@ -219,7 +220,8 @@ _LINEARIZE = """
                            if (j + v * VL + q < T[WINDOW]) { real* p = &jac.data[j0 + r * jr + i]; \\
                              *p = many ? *p + acc[r][v][q] : acc[r][v][q]; } }) \\
             } else if (many) { \\
-              WS_EACH(BLOCK, V, real* p = y + r * row_adj + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
+              WS_EACH(BLOCK, V, real* p = y + r * row_adj + j + v * VL; \\
+                                WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
             } else { \\
               WS_EACH(BLOCK, V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
                          WS_STORE(y + r * row_adj + j + v * VL, acc[r][v] * (real(1) - av * av));) \\
@@ -301,7 +303,8 @@ _WEIGHT_GRAD = """
             WS_ZERO(WS_RO, V) \\
             for (int at = 0; at < T[POSITIONS]; ++at) \\
               WS_TILE(WS_RO, V, sc + at * pitch_units + o, 1, width, a + at * T[HOP] + j, row, nrows) \\
-            WS_EACH(WS_RO, V, real* p = gw + r * pitch_window + j + v * VL; WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
+            WS_EACH(WS_RO, V, real* p = gw + r * pitch_window + j + v * VL; \\
+                              WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
         WS_LAYER(3)
         WS_LAYER(2)
         WS_LAYER(1)

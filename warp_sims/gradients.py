@@ -179,15 +179,8 @@ def gradient_pair(
         TypeError, ValueError: an argument does not fit; the message says what was expected.
     """
     call = "gradient_pair"
-    letters = []
-    for name, flow in (("base", base), ("check", check)):
-        one, second = schedule(flow, _check_horizon(horizon, call), window, call)
-        if second:
-            raise ValueError(
-                f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': it "
-                f"is the pair that is combined"
-            )
-        letters.append(one)
+    base_letters = _one_field(call, "base", base, horizon, window)
+    check_letters = _one_field(call, "check", check, horizon, window)
     if loss is None:
         raise ValueError(
             f'{call}: loss is None, expected "final", "running" or a callable of (states, controls)'
@@ -198,7 +191,8 @@ def gradient_pair(
         policy,
         x0.detach() if isinstance(x0, Tensor) else x0,
         horizon,
-        *letters,
+        base_letters,
+        check_letters,
         decay,
         loss,
         control_cost,
@@ -213,6 +207,18 @@ def gradient_pair(
     names = tuple(n for n, wanted in zip(plan.policy.names, trainable) if wanted)
     shapes = tuple(q.shape for q, wanted in zip(plan.parameters, trainable) if wanted)
     return GradientPair(value, plan.x0.shape[0], names, shapes, grads)
+
+
+def _one_field(
+    call: str, name: str, flow: str | Flow | Sequence[str | Flow], horizon: int, window: int | None
+) -> str:
+    one, second = schedule(flow, _check_horizon(horizon, call), window, call)
+    if second:
+        raise ValueError(
+            f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': "
+            "it is the pair that is combined"
+        )
+    return one
 
 
 def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:

@@ -358,7 +358,7 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
     if (
         torch.compiler.is_compiling()
         or x0.shape[0] == 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._are_functorch_transforms_active()
     ):
         return
     rows = x0[:_PROBE_ROWS].detach()
