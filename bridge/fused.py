@@ -26,6 +26,7 @@ from .sweeps import (
     adjoint,
     check_has_loss,
     shape_of,
+    total,
 )
 
 GPU_LANES = 128
@@ -136,7 +137,7 @@ def rollout(
         sweep.controls.data = sweep.flat_controls.data = controls.data_ptr()
         sweep.world_loss.data = world_loss.data_ptr()
         in_parallel(sweep.launches)
-    return states, controls, world_loss.sum(), hidden
+    return states, controls, total(world_loss), hidden
 
 
 def backward(

@@ -94,6 +94,17 @@ def _launches(
     return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
 
 
+_ROW = 1024
+
+
+def total(world_loss: torch.Tensor) -> torch.Tensor:
+    """Sum over worlds, the same for every number of threads: torch splits a long sum by them, and short ones not."""
+    if world_loss.numel() <= 16 * _ROW:
+        return total(world_loss)
+    whole = world_loss.numel() // _ROW * _ROW
+    return world_loss[:whole].view(-1, _ROW).sum(1).sum() + world_loss[whole:].sum()
+
+
 class _Simulate:
     """Prepared open-loop sweep."""
 
@@ -147,7 +158,7 @@ def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: Los
         sweep.states.data, sweep.controls.data = states.data_ptr(), controls.data_ptr()
         sweep.world_loss.data = world_loss.data_ptr()
         in_parallel(sweep.launches)
-    return world_loss.sum()
+    return total(world_loss)
 
 
 class Shape(NamedTuple):

@@ -79,7 +79,8 @@ class GradientPair:
         """
         if keep not in ("base", "check"):
             raise ValueError(f'GradientPair.combine: keep is {keep!r}, expected "base" or "check"')
-        return self._named(self._compared(keep == "check")[0])
+        # a copy: optimizers and clipping change gradients in place, and the pair keeps its own
+        return self._named(self._compared(keep == "check")[0].clone())
 
     def assign(self, policy: nn.Module, keep: Literal["base", "check"] = "base") -> None:
         """Puts the combined gradient into the `.grad` of the policy's parameters, replacing what is there.
@@ -129,8 +130,12 @@ class GradientPair:
                 "GradientPair.all_reduce: torch.distributed is not initialised; call "
                 "torch.distributed.init_process_group first"
             )
-        counts = self.flat.new_tensor([self.loss.detach() * self.worlds, self.worlds])
-        buffer = torch.cat([self.flat.reshape(-1) * self.worlds, counts])
+        # a share without worlds has no say, whatever its numbers are (the mean over no worlds is NaN)
+        flat, loss = self.flat, self.loss.detach()
+        if not self.worlds:
+            flat, loss = torch.zeros_like(flat), torch.zeros_like(loss)
+        counts = torch.stack([loss * self.worlds, loss.new_tensor(float(self.worlds))])
+        buffer = torch.cat([flat.reshape(-1) * self.worlds, counts])
         torch.distributed.all_reduce(buffer, group=group)
         worlds = int(buffer[-1].round())
         mean = buffer / max(worlds, 1)

@@ -206,6 +206,11 @@ def make_plan(
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
     for i, (name, parameter) in enumerate(named.items()):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{call}: policy parameter {name!r} has no shape yet, expected initialised parameters; "
+                "call the policy once on a few states"
+            )
         if parameter.device != x0.device:
             raise ValueError(
                 f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the "
@@ -268,6 +273,8 @@ def _check_states(system: System, x: Any, call: str, name: str) -> Tensor:
             f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); "
             f"use torch.as_tensor"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"{call}: {name} is {x.layout}, expected a dense tensor; use .to_dense()")
     if x.ndim != 2 or x.shape[1] != system.state_size:
         raise ValueError(
             f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}) for "
@@ -355,11 +362,7 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
     pass, where all controls are recomputed. Tracing a compiled graph, nothing can be read, so nothing is
     tried.
     """
-    if (
-        torch.compiler.is_compiling()
-        or x0.shape[0] == 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
         return
     rows = x0[:_PROBE_ROWS].detach()
     fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}
@@ -373,7 +376,13 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
 
         def evaluate(x: Tensor) -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
-            return functional_call(policy.module, fixed | buffers, (x,))
+            try:
+                return functional_call(policy.module, fixed | buffers, (x,))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(
+                    f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
+                    f"(n, {system.control_size}): {error}"
+                ) from error
 
         u = evaluate(rows)
         expected = (rows.shape[0], system.control_size)
