@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.func import functional_call, vjp
 
 from ..kernels.flow import NETWORK, Flow
@@ -85,6 +86,8 @@ def _apply(function: type[torch.autograd.Function], backward_pass: bool = False)
         if torch.compiler.is_compiling():
             # compiled graphs refuse second derivatives themselves
             return plain(*args) if backward_pass else function.apply(*args)
+        # a pullback may be called when the transform that wrapped its tensors is over
+        args = unwrap_dead_wrappers(args)
         if backward_pass and not torch.is_grad_enabled():
             # nobody can differentiate this again
             return plain(*args)
@@ -320,7 +323,9 @@ def _torch_backward_block(
     fields = []
     for f in range(mu.shape[0]):
         (field,) = pull(mu[f].reshape(horizon * nworld, m))
-        fields.append(torch.cat([g.reshape(-1) for g in field]) if field else mu.new_zeros(0))
+        fields.append(
+            torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
+        )
     return torch.stack(fields), adj_x0
 
 
