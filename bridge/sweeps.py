@@ -98,7 +98,9 @@ _ROW = 1024
 
 
 def total(world_loss: torch.Tensor) -> torch.Tensor:
-    """Sum over worlds, the same for every number of threads: torch splits a long sum by them, and short ones not."""
+    """Sum over worlds, the same for every number of threads: torch splits a long sum by them, and short
+    ones not.
+    """
     if world_loss.numel() <= 16 * _ROW:
         return world_loss.sum()
     whole = world_loss.numel() // _ROW * _ROW
