@@ -1,0 +1,102 @@
+"""The peers of the benchmarks compute the same gradients and make the same updates."""
+
+from functools import partial
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import cartpole
+from reference import rollout as oracle
+
+from benchmarks.peers.torch_eager import TorchEager
+
+for package in ("jax", "optax"):
+    pytest.importorskip(package, reason=f"the JAX peer needs {package}")
+jax_scan = import_module("benchmarks.peers.jax_scan")
+
+GOLDEN = Path(__file__).parent / "golden"
+SYSTEM = {"dt": 0.03, "gravity": 9.7, "pole_mass": 0.12, "total_mass": 1.3, "length": 0.45}
+HORIZON = 30
+PEERS = {"torch": TorchEager} | {
+    f"jax-{plan}": partial(jax_scan.JaxScan, plan=plan) for plan in jax_scan.PLANS
+}
+
+# Difference of gradients or weights, relative to the norm of each array. float64: sums in another order.
+TOLERANCE_64 = 1e-10
+# float32: five updates of Adam, whose ratio of moments amplifies the rounding of small gradient components.
+TOLERANCE_32 = 1e-4
+
+
+def problem(poles=2, widths=(9, 6), nworld=5, seed=0):
+    random = np.random.default_rng(seed)
+    sizes = [2 + 2 * poles, *widths, 1]
+    weights = []
+    for size, size_next in pairwise(sizes):
+        weights += [
+            random.normal(size=(size_next, size)) / np.sqrt(size),
+            0.1 * random.normal(size=size_next),
+        ]
+    weights[-2] *= 4.0  # strong enough a feedback that C differs from M
+    x0 = random.uniform(-1.0, 1.0, (nworld, sizes[0]))
+    return SYSTEM, widths, x0, weights, HORIZON
+
+
+def assert_close(actual, expected, tolerance):
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def oracle_gradients(system, widths, x0, weights, horizon, flow, loss):
+    sizes = [x0.shape[1], *widths, 1]
+    layers = [torch.nn.Linear(a, b) for a, b in pairwise(sizes)]
+    policy = torch.nn.Sequential(*(module for layer in layers for module in (layer, torch.nn.Tanh())))[
+        :-1
+    ].double()
+    with torch.no_grad():
+        for parameter, array in zip(policy.parameters(), weights, strict=True):
+            parameter.copy_(torch.tensor(array))
+    objective = {"final": oracle.final, "running": oracle.running}[loss](cartpole.loss)
+    step = partial(cartpole.step, **system)
+    result = oracle.gradients(step, policy, torch.tensor(x0), flow, horizon, objective)
+    return [gradient.numpy() for gradient in result.parameters.values()]
+
+
+@pytest.mark.parametrize("flow, loss", [("R", "final"), ("M", "running"), ("C", "final"), ("C", "running")])
+def test_peers_compute_the_gradients_of_the_oracle(flow, loss):
+    arguments = problem()
+    expected = oracle_gradients(*arguments, flow, loss)
+    if flow == "C":
+        assert 0 < sum(np.count_nonzero(array) for array in expected) < sum(array.size for array in expected)
+    for peer in PEERS.values():
+        assert_close(peer(*arguments, flow, loss, dtype="float64").gradients(), expected, TOLERANCE_64)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_compute_the_authors_gradients(peer):
+    golden = np.load(GOLDEN / "cartpole_NC4_f64.npz")
+    system = {"dt": float(golden["dt"]), "gravity": 9.8, "pole_mass": 0.1, "total_mass": 1.1, "length": 0.5}
+    weights = [golden[f"big_w{i}"].T for i in range(6)]
+    arguments = (system, (100, 100), golden["x0"].reshape(4, -1), weights, 100, "C", "final")
+    expected = [golden[f"big_FINAL_grad_C_w{i}"].T for i in range(6)]
+    assert_close(PEERS[peer](*arguments, dtype="float64").gradients(), expected, TOLERANCE_64)
+
+
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_peers_make_the_same_first_updates(flow):
+    arguments = problem()
+    first, *others = (peer(*arguments, flow, "final") for peer in PEERS.values())
+    start = first.weights()
+    losses = [first.update() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    moved = [after - before for after, before in zip(first.weights(), start, strict=True)]
+    for other in others:
+        np.testing.assert_allclose([other.update() for _ in range(5)], losses, rtol=1e-5)
+        assert_close(
+            [after - before for after, before in zip(other.weights(), start, strict=True)],
+            moved,
+            TOLERANCE_32,
+        )
