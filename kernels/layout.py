@@ -106,8 +106,9 @@ def _wavecnn_layers(sizes: tuple[int, ...], itemsize: int) -> list[Layer]:
     1, 3, 2), conv2.weight (channel, channel, 3), out.weight (output, position * channel).
     """
     state_size, channels, outputs = sizes
-    points1 = (state_size // 2 - 3) // 2 + 1
-    points2 = (points1 - 3) // 2 + 1
+    points2 = ((state_size // 2 - 3) // 2 - 2) // 2 + 1
+    # as many as the second convolution reads: where its stride leaves a remainder, there is one more
+    points1 = 2 * points2 + 1
     pitch = _pitch(channels, itemsize)
     conv2 = np.full((channels, 3, pitch), -1)
     conv2[:, :, :channels] = (
@@ -149,8 +150,9 @@ def _lay_out(state_size: int, layers: list[Layer], itemsize: int) -> Layout:
     offset = column = 0
     for i, layer in enumerate(layers):
         pitch_window, pitch_units = _pitch(layer.window, itemsize), _pitch(layer.units, itemsize)
-        # the last window may be read beyond its end by part of a vector
-        section = _pitch((layer.positions - 1) * layer.hop + pitch_window, itemsize)
+        # the last window may be read beyond its end by part of a vector, or leave some of the state unread
+        reach = (layer.positions - 1) * layer.hop + pitch_window
+        section = _pitch(max(reach, 0 if i else state_size), itemsize)
         table[i, : c.FORWARD] = layer.window, layer.units, pitch_window, pitch_units
         table[i, c.BACKWARD : c.SECTION + 1] = offset, column, layer.positions, layer.hop, section
         # rows padded to a whole register tile, so that the products may write one

@@ -16,7 +16,12 @@ imageio = pytest.importorskip("imageio.v2")
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from warp_sims.drawing import POLE_COLOURS  # noqa: E402
+from warp_sims.drawing import (  # noqa: E402
+    DRIVER_COLOUR,
+    EVADER_COLOUR,
+    POLE_COLOURS,
+    WAVE_COLOUR,
+)
 from warp_sims.plots import plot_curves, trailing_mean  # noqa: E402
 from warp_sims.runs import LOG_COLUMNS  # noqa: E402
 
@@ -169,3 +174,53 @@ def test_curves_are_drawn_for_one_run_and_for_several(names, tmp_path):
     blue = np.abs(picture[:, :, :3] / 255.0 - to_rgb("#0072B2")).max(axis=2) < 0.05
     assert blue.sum() > 500, "the first curve is there in full colour"
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def pixels_of(picture, colour):
+    """How many pixels have a colour."""
+    return int((np.abs(picture[:, :, :3] / 255.0 - to_rgb(colour)).max(axis=2) < 0.15).sum())
+
+
+def test_a_herd_is_drawn_in_the_plane(tmp_path):
+    system = ws.GuidanceByRepulsion(drivers=2, evaders=3)
+    axes = Figure().subplots()
+    state = system.initial_states(1)[0].numpy()
+    system.draw(axes, state)
+    drawn = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    np.testing.assert_allclose(drawn["driver"], state.reshape(-1, 4)[:2, :2], atol=1e-6)
+    np.testing.assert_allclose(drawn["evader"], state.reshape(-1, 4)[2:, :2], atol=1e-6)
+    limits = axes.get_xlim()
+    axes.clear()
+    state[:2] = 30.0, -1.0  # a driver that runs away stays at the edge, the view where it is
+    system.draw(axes, state)
+    assert axes.get_xlim() == limits == (-axes.get_xlim()[1], axes.get_xlim()[1])
+    drawn = [line.get_xydata() for line in axes.get_lines() if line.get_label() == "driver"]
+    assert len(drawn[0]) == 1
+
+    out = ws.rollout(system, ws.MLP(20, (4,), 4), system.initial_states(2), horizon=3, loss=None)
+    frames = imageio.mimread(ws.animate(out, tmp_path / "herd.gif", system=system, fps=5))
+    assert frames[0].shape[0] == frames[0].shape[1] == 480
+    for colour in (DRIVER_COLOUR, EVADER_COLOUR):
+        assert all(pixels_of(frame, colour) > 100 for frame in frames)
+
+
+def test_a_wave_is_drawn_above_the_controls(tmp_path):
+    system = ws.QuantumControl(points=9, target=2)
+    axes = Figure().subplots()
+    e = system.eigenstate(2)
+    system.draw(axes, np.stack([0.6 * e, 0.8 * e], axis=1).ravel())
+    target, density = (line.get_xydata() for line in axes.get_lines())
+    np.testing.assert_allclose(target, density, atol=1e-12)
+    assert density[:, 1].sum() * system.dx == pytest.approx(1.0), "a probability"
+    assert density[[0, -1]].tolist() == [[0.0, 0.0], [system.length, 0.0]], "the walls"
+
+    policy = ws.WaveCNN(9, 4)
+    out = ws.rollout(system, policy, system.initial_states(2), horizon=6, loss=None)
+    with_strip = imageio.mimread(ws.animate(out, tmp_path / "wave.gif", system=system, fps=5))
+    without = imageio.mimread(ws.animate(out.states, tmp_path / "plain.gif", system=system, fps=5))
+    assert with_strip[0].shape[0] > without[0].shape[0]
+    strip = with_strip[0].shape[0] - without[0].shape[0]
+    shown = [pixels_of(frame[-strip:], WAVE_COLOUR) for frame in with_strip]
+    assert shown[0] < shown[3] < shown[6], "the controls grow with time"
+    other = imageio.mimread(ws.animate(out, tmp_path / "other.gif", system=system, world=1, fps=5))
+    assert np.abs(other[3].astype(int) - with_strip[3]).max() > 100

@@ -1,5 +1,6 @@
 """What torch asks of an operation: layouts, saved tensors, transforms, compilation, and errors elsewhere."""
 
+import contextlib
 from collections import Counter
 
 import pytest
@@ -296,6 +297,25 @@ def test_without_gradients_at_all(policy, x0):
             out = run(policy, x0)
         assert not out.loss.requires_grad
         assert all(torch.equal(a, b) for a, b in zip(out[:3], expected[:3], strict=True))
+
+
+def test_inference_mode_leaves_nothing_behind(policy):
+    """Memory that was prepared there can be written afterwards, too."""
+    x0 = make_states(CART, 6)  # a shape of this test alone
+    expected = expected_gradients(CART, policy, x0, HORIZON, "C", loss="running")
+    with torch.inference_mode():
+        pair = ws.gradient_pair(CART, policy, x0, horizon=HORIZON, loss="running")
+        own = ws.gradient_pair(CART, policy, x0, horizon=HORIZON, loss=mean_of_cosines)
+    found = gradients(CART, policy, x0, HORIZON, "C", loss="running")
+    assert_close(found, expected, 1e-12)
+    again = ws.gradient_pair(CART, policy, x0, horizon=HORIZON, loss=mean_of_cosines)
+    combined = {name.removeprefix("net."): gradient for name, gradient in pair.combine().items()}
+    assert_close(combined, {name: found[name] for name in combined}, 1e-12)
+    assert_close(own.base, again.base, 1e-12)
+
+
+def mean_of_cosines(states, controls):
+    return states.cos().mean() + controls.cos().mean()
 
 
 def test_parameters_of_the_loss_get_ordinary_gradients(policy, x0):
@@ -654,45 +674,50 @@ def test_the_trial_leaves_no_trace(x0):
 # Memory
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def poison():
     """Memory that torch hands out uninitialised is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.zeros(1).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    try:
+        assert torch.zeros(1).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("nworld", [1, 3, 17])
-def test_kernels_overwrite_their_outputs(policy, nworld, flow, request):
+@pytest.mark.parametrize("system, hidden", [(CART, (9, 7)), (Unicycle(), (33, 8))], ids=["cart", "unicycle"])
+@pytest.mark.parametrize("road", ROADS)
+def test_kernels_overwrite_their_outputs(road, system, hidden, nworld, flow, request):
     """Worlds that fill their blocks or do not, layers that fill their vectors or do not."""
-    everything = []
-    for poisoned in (False, True):
-        if poisoned:
-            request.getfixturevalue("poison")
-        for system, road_policy in (
-            (CART, policy),
-            (
-                Unicycle(),
-                on_road("fused" if type(policy) is ws.MLP else "torch", make_net(Unicycle(), (33, 8))),
-            ),
-        ):
-            x0 = make_states(system, nworld)
-            for loss in (None, lambda states, controls: states.sin().mean() + controls.cos().mean()):
-                c = make_cotangents(system, HORIZON, nworld)
-                options = {"loss": loss, "cotangents": c}
-                everything.append(gradients(system, road_policy, x0, HORIZON, flow, **options))
-            everything.append({"": ws.simulate(system, x0, c.controls)})
-        if system.control_size:
-            pair = ws.gradient_pair(
-                CART, policy, make_states(CART, nworld), horizon=HORIZON, control_cost=0.2
-            )
-            everything.append(pair.base | {"loss": pair.loss, "cosine": pair.cosine})
-            everything.append(pair.combine("check"))
-    half = len(everything) // 2
-    for clean, poisoned in zip(everything[:half], everything[half:], strict=True):
-        assert_close(poisoned, clean, 0.0)
+    policy, x0 = on_road(road, make_net(system, hidden)), make_states(system, nworld)
+    horizon = 9  # of this test alone: nothing is prepared before there is poison
+    c = make_cotangents(system, horizon, nworld)
+
+    def everything():
+        for loss in (None, mean_of_cosines):
+            yield gradients(system, policy, x0, horizon, flow, loss=loss, cotangents=c)
+        yield {"states": ws.simulate(system, x0, c.controls)}
+        pair = ws.gradient_pair(
+            system,
+            policy,
+            x0,
+            horizon=horizon,
+            loss=mean_of_cosines,
+            control_cost=0.2,
+            check=flow.replace("C", "R"),
+        )
+        yield pair.base | {"loss": pair.loss, "cosine": pair.cosine}
+        yield pair.check
+        yield pair.combine("check")
+
+    with poison():
+        poisoned = list(everything())
+    clean = list(everything())
+    for one, other in zip(poisoned, clean, strict=True):
+        assert all(tensor.isfinite().all() for tensor in other.values())
+        assert_close(one, other, 0.0)

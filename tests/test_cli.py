@@ -93,6 +93,58 @@ def test_published_settings_are_the_defaults(monkeypatch):
     assert torch.equal(seen["weights"][2], expected[2].weight)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected", "shapes"),
+    [
+        (
+            "guidance",
+            {"system": ws.GuidanceByRepulsion(drivers=2, evaders=4), "horizon": 60, "control_cost": 0.1},
+            [(100, 24), (100,), (100, 100), (100,), (4, 100), (4,)],
+        ),
+        (
+            "quantum",
+            {"system": ws.QuantumControl(points=32, target=3), "horizon": 128, "control_cost": 0.0},
+            [(60, 1, 3, 2), (60,), (60, 60, 3), (60,), (1, 420), (1,)],
+        ),
+    ],
+)
+def test_published_settings_of_the_other_systems(name, expected, shapes, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "warp_sims.cli.train", lambda config, out, **options: seen.update(config=config) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["train", name])
+    config = seen["config"]
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (config.samples, config.batch, config.seed, config.epochs) == (256, 8, 42, 1000)
+    assert (config.optimizer, config.lr, config.clip, config.loss) == ("adam", 1e-3, "none", "running")
+    weights = list(config.policy.parameters())
+    assert [tuple(w.shape) for w in weights] == shapes
+    assert weights[0].any()
+    # the published quantum script zeroes a bias instead, which is zero already
+    assert bool(weights[-2].any()) == (name == "quantum")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["guidance", "--drivers", "1", "--evaders", "2", "--hidden", "8"], ws.MLP),
+        (["quantum", "--points", "9", "--width", "4"], ws.WaveCNN),
+        (["quantum", "--points", "4", "--policy", "mlp", "--hidden"], ws.MLP),
+    ],
+)
+def test_the_other_systems_are_trained_and_drawn(arguments, kind, capsys):
+    small = ["--horizon", "5", "--samples", "8", "--batch", "4", "--epochs", "2", "--no-progress"]
+    assert main(["train", *arguments, *small, "--out", "run"]) == 0
+    assert main(["animate", "run"]) == 0
+    assert "animation: run/animation.gif" in capsys.readouterr().out
+    config, policy, log = ws.load_run("run")
+    assert type(policy) is kind
+    assert config.loss == "running"
+    assert log["epoch"].tolist() == [-1, 0, 1]
+
+
 def test_a_system_of_ones_own_is_named_by_module_and_class(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "import dataclasses\nimport warp_sims as ws\n@dataclasses.dataclass(frozen=True)\nclass "
@@ -153,6 +205,11 @@ def test_help_lists_commands_and_the_numbers_of_a_system(capsys):
         (["train", "cartpole", "--hidden", "0"], "MLP: size 0"),
         (["train", "cartpole", "--device", "abacus"], "'abacus' cannot be used"),
         (["train", "cartpole", "--wings", "2"], "--wings"),
+        (["train", "cartpole", "--width", "2"], "--width is not for --policy mlp"),
+        (["train", "quantum", "--hidden", "9"], "--hidden is not for --policy wavecnn"),
+        (["train", "guidance", "--policy", "wavecnn"], "not a GuidanceByRepulsion; give --policy mlp"),
+        (["train", "quantum", "--points", "6"], "WaveCNN: points is 6, expected at least 7"),
+        (["train", "quantum", "--target", "33"], "target is 33, expected 1"),
         (["animate", "missing"], "missing does not exist"),
         (["animate", "."], "holds no config.json"),
         (["demo", "--flows", "X"], "'X'"),

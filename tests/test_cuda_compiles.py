@@ -1,4 +1,6 @@
-"""Every kernel compiles for sm_80 and sm_90, on machines without a GPU too; the cart-pole's without spills."""
+"""Every kernel compiles for sm_80 and sm_90, on machines without a GPU too; the cart-pole's without
+spills.
+"""
 
 import re
 import shutil

@@ -385,8 +385,8 @@ def test_curves_are_followed(run):
     """Losses within 10% of the authors' while rounding allows it, on average within 15% afterwards.
 
     From epoch 8 on rounding decides: weights changed by 1e-6 give losses up to 25% apart. In that epoch the
-    authors' run of R meets a gradient of norm 370, and its loss rises by a quarter; none of twelve such runs of
-    ours met one.
+    authors' run of R meets a gradient of norm 370, and its loss rises by a quarter; none of twelve such runs
+    of ours met one.
     """
     policy, curve = run.start(), run.curve()
     settings = run.settings | {"flow": run.flow, "epochs": max(curve) + 1}

@@ -247,13 +247,17 @@ def test_tied_parameters_count_once(flow):
 
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("block", [1, 4, 17])
-def test_jacobians_in_blocks_of_worlds(flow, block, monkeypatch):
+@pytest.mark.parametrize(
+    "system, loss", [(Unicycle(), own_loss), (CART, own_loss), (CART, "final"), (CART, "running")], ids=str
+)
+def test_jacobians_in_blocks_of_worlds(system, loss, block, flow, monkeypatch):
     """A policy that torch evaluates, with Jacobians too large to be held at once."""
-    policy, x0 = Evaluated(make_net(Unicycle())), make_states(Unicycle(), 17)
-    options = {"loss": own_loss, "control_cost": 0.5, "cotangents": make_cotangents(Unicycle(), HORIZON, 17)}
-    expected = gradients(Unicycle(), policy, x0, HORIZON, flow, **options)
-    monkeypatch.setattr(bridge_rollout, "JACOBIAN_ELEMENTS", block * HORIZON * 2 * 3)
-    assert_close(gradients(Unicycle(), policy, x0, HORIZON, flow, **options), expected, TOLERANCE[x0.dtype])
+    policy, x0 = Evaluated(make_net(system)), make_states(system, 17)
+    options = {"loss": loss, "control_cost": 0.5, "cotangents": make_cotangents(system, HORIZON, 17)}
+    expected = gradients(system, policy, x0, HORIZON, flow, **options)
+    elements = HORIZON * system.state_size * system.control_size
+    monkeypatch.setattr(bridge_rollout, "JACOBIAN_ELEMENTS", block * elements)
+    assert_close(gradients(system, policy, x0, HORIZON, flow, **options), expected, TOLERANCE[x0.dtype])
 
 
 # float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,21 @@ import torch
 
 from .flows import Flow
 from .plots import COLOURS, need_matplotlib
-from .rollouts import rollout
+from .rollouts import Rollout, rollout
 from .runs import load_run, read_config
 from .systems import System
 
 PANEL_PIXELS = 480
 TITLE_PIXELS = 36
+CONTROL_PIXELS = 96  # of the strip that shows controls
 AXES_WIDTH = 0.92  # of a panel
 DPI = 100
 HOLD_SECONDS = 1.0  # how long the last picture stays
+FREE_SHAPE = 0.62  # height by width of a picture whose axes have no common scale
 FIXED_VIEW = 1.8  # how much wider than one frame's view a picture may be before it follows the system instead
 FORMATS = (".gif", ".mp4")
 View = tuple[tuple[float, float], tuple[float, float]]  # limits of x, of y
-Source = Any  # a run folder, a tensor of states, or a mapping of either; spelled out in `animate`
+Source = Any  # a run folder, a rollout, a tensor of states, or a mapping of these; spelled out in `animate`
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class _Panel:
     title: str
     system: Any
     states: np.ndarray  # (frames, state_size)
+    controls: np.ndarray | None = None  # (frames - 1, control_size), where they are to be shown
 
 
 def animate(
@@ -51,12 +54,12 @@ def animate(
     """Draws a controlled system over time.
 
     A system that has a method `draw(axes, state)` is drawn by it, any other as curves of its state
-    components.
+    components. Below it, if the system's `show_controls` is true, are the controls over time.
 
     Args:
-        source: A run folder, whose controller is let loose on a test state; or states of shape (steps + 1,
-            nworld, state_size) or (steps + 1, state_size), as a rollout returns them, with `system`. A
-            mapping from titles to these is drawn side by side.
+        source: A run folder, whose controller is let loose on a test state; or, with `system`, what
+            `ws.rollout` returned; or states of shape (steps + 1, nworld, state_size) or (steps + 1,
+            state_size). A mapping from titles to these is drawn side by side.
         out: The file to write, `.gif` or `.mp4`. None: `animation.gif` in the run folder.
         system: The system of states, or of a run whose system cannot be imported.
         policy: The policy of a run whose config.json cannot say how it was made.
@@ -73,7 +76,7 @@ def animate(
         raise ValueError("animate: source is empty, expected a run folder or states")
     if out is None:
         first = next(iter(sources.values()))
-        if isinstance(first, (torch.Tensor, np.ndarray)):
+        if isinstance(first, (torch.Tensor, np.ndarray, Rollout)):
             raise ValueError("animate: states have no folder of their own; give out='animation.gif'")
         out = Path(first) / "animation.gif"
     path = Path(out)
@@ -83,7 +86,7 @@ def animate(
         raise ValueError(f"animate: fps={fps!r}, expected a number above 0")
     panels = [
         _states_panel(title, part, system, world)
-        if isinstance(part, (torch.Tensor, np.ndarray))
+        if isinstance(part, (torch.Tensor, np.ndarray, Rollout))
         else _run_panel(title, part, system, policy, world, horizon, checkpoint)
         for title, part in sources.items()
     ]
@@ -91,9 +94,12 @@ def animate(
     return path
 
 
-def _states_panel(title: str, states: torch.Tensor | np.ndarray, system: System | None, world: int) -> _Panel:
+def _states_panel(
+    title: str, source: torch.Tensor | np.ndarray | Rollout, system: System | None, world: int
+) -> _Panel:
     if system is None:
         raise ValueError("animate: states were given without their system; give it as system=…")
+    states, controls = (source.states, source.controls) if isinstance(source, Rollout) else (source, None)
     array = states.detach().cpu().numpy() if isinstance(states, torch.Tensor) else states
     if array.ndim == 2:
         array = array[:, None]
@@ -108,7 +114,9 @@ def _states_panel(title: str, states: torch.Tensor | np.ndarray, system: System 
     if not np.isfinite(array).all():
         step = int(np.argmin(np.isfinite(array).all(axis=1)))
         raise ValueError(f"animate: the state of step {step} is not finite; give finite states")
-    return _Panel(title, system, array)
+    if controls is None or not getattr(system, "show_controls", False):
+        return _Panel(title, system, array)
+    return _Panel(title, system, array, controls.detach().cpu().numpy()[:, world])
 
 
 def _run_panel(
@@ -129,11 +137,11 @@ def _run_panel(
     x0 = config.system.initial_states(config.samples, seed=config.seed, split="test")[world : world + 1]
     x0 = x0.to(dtype=config.torch_dtype, device=str(config.device))
     with torch.no_grad():
-        states = rollout(
+        out = rollout(
             config.system, policy, x0, horizon=horizon or config.horizon, flow=Flow.REGULAR, loss=None
-        ).states
+        )
     name = config.flow.name.lower() if isinstance(config.flow, Flow) else "schedule"
-    return _states_panel(title or f"flow {name}", states, config.system, 0)
+    return _states_panel(title or f"flow {name}", out, config.system, 0)
 
 
 def _no_loss(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
@@ -146,37 +154,41 @@ def _frames(panels: list[_Panel]) -> Iterator[np.ndarray]:
     figure_class = need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    scratch = figure_class().subplots()
-    views = [_views(scratch, panel) if hasattr(panel.system, "draw") else None for panel in panels]
-    shape = max(0.75 if view is None else _height_by_width(view[0]) for view in views)
-    width, height = PANEL_PIXELS * len(panels), _video_size(PANEL_PIXELS * shape * AXES_WIDTH + TITLE_PIXELS)
+    views, shapes = zip(*(_views(figure_class().subplots(), panel) for panel in panels), strict=True)
+    strip = CONTROL_PIXELS if any(panel.controls is not None for panel in panels) else 0
+    width = PANEL_PIXELS * len(panels)
+    height = _video_size(PANEL_PIXELS * max(shapes) * AXES_WIDTH + TITLE_PIXELS + strip)
     figure = figure_class(figsize=(width / DPI, height / DPI), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     all_axes = [
         figure.add_axes(
             (
                 (i + (1 - AXES_WIDTH) / 2) / len(panels),
-                0.01,
+                0.01 + strip / height,
                 AXES_WIDTH / len(panels),
-                0.98 - TITLE_PIXELS / height,
+                0.98 - (TITLE_PIXELS + strip) / height,
             )
         )
         for i in range(len(panels))
+    ]
+    cursors = [
+        _add_controls(figure, axes, panel, height) for axes, panel in zip(all_axes, panels, strict=True)
     ]
     for axes, panel, view in zip(all_axes, panels, views, strict=True):
         if view is None:
             axes.set_position(
                 (
                     axes.get_position().x0 + 0.08 / len(panels),
-                    0.13,
+                    0.13 + strip / height,
                     axes.get_position().width - 0.08 / len(panels),
-                    0.76,
+                    0.76 - strip / height,
                 )
             )
             _draw_curves(axes, panel)
     for step in range(max(len(panel.states) for panel in panels)):
-        for axes, panel, view in zip(all_axes, panels, views, strict=True):
+        for axes, panel, view, show in zip(all_axes, panels, views, cursors, strict=True):
             at = min(step, len(panel.states) - 1)
+            show(at)
             if view is None:
                 axes.get_lines()[-1].set_xdata([at * _dt(panel)] * 2)
             else:
@@ -184,13 +196,19 @@ def _frames(panels: list[_Panel]) -> Iterator[np.ndarray]:
                 panel.system.draw(axes, panel.states[at])
                 axes.set_xlim(*view[at][0])
                 axes.set_ylim(*view[at][1])
-            axes.set_title(f"{panel.title}   t = {at * _dt(panel):.2f} s".strip(), fontsize=12)
+            axes.set_title(f"{panel.title}   t = {at * _dt(panel):.2f}".strip(), fontsize=12)
         canvas.draw()
         yield np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _views(axes: Any, panel: _Panel) -> list[View]:
-    """Returns the limits of each frame: those that hold all frames, or each its own if that were wide."""
+def _views(axes: Any, panel: _Panel) -> tuple[list[View] | None, float]:
+    """Returns the limits of each frame and the height of the picture by its width.
+
+    The limits are those that hold all frames, or each frame's own if these were wide; None where the system
+    has no drawing.
+    """
+    if not hasattr(panel.system, "draw"):
+        return None, 0.75
     views: list[View] = []
     for state in panel.states:
         axes.clear()
@@ -199,14 +217,43 @@ def _views(axes: Any, panel: _Panel) -> list[View]:
     corners = np.array(views)
     low, high = corners[:, :, 0].min(axis=0), corners[:, :, 1].max(axis=0)
     sizes = (corners[:, :, 1] - corners[:, :, 0]).max(axis=0)
-    if (high - low > FIXED_VIEW * sizes).any():
-        return views
-    return [((low[0], high[0]), (low[1], high[1]))] * len(views)
+    if not (high - low > FIXED_VIEW * sizes).any():
+        views = [((low[0], high[0]), (low[1], high[1]))] * len(views)
+    return views, FREE_SHAPE if axes.get_aspect() == "auto" else _height_by_width(views[0])
 
 
 def _height_by_width(view: View) -> float:
     (left, right), (bottom, top) = view
     return min(1.5, (top - bottom) / (right - left))
+
+
+def _add_controls(figure: Any, above: Any, panel: _Panel, height: int) -> Callable[[int], None]:
+    """Adds the controls over time below a picture, and returns what moves them on to a step."""
+    if panel.controls is None:
+        return lambda step: None
+    box = above.get_position()
+    bottom, top = (pixels / height for pixels in (30, CONTROL_PIXELS - 14))
+    axes = figure.add_axes((box.x0 + 0.06 * box.width, bottom, 0.94 * box.width, top - bottom))
+    # A control holds for a whole step: the last one is drawn up to its end.
+    held = np.concatenate([panel.controls, panel.controls[-1:]])
+    times = np.arange(len(held)) * _dt(panel)
+    lines = []
+    for control, colour in zip(held.T, itertools.cycle(COLOURS)):
+        axes.step(times, control, where="post", color="0.85", linewidth=1.0)
+        lines += axes.step(times[:1], control[:1], where="post", color=colour, linewidth=1.6)
+    axes.set_xlim(0.0, times[-1])
+    axes.set_xlabel("time", fontsize=8, color="0.35", labelpad=1)
+    axes.set_title("control", fontsize=8, color="0.35", loc="left", pad=2)
+    axes.tick_params(color="0.55", labelcolor="0.45", labelsize=7)
+    axes.locator_params(axis="y", nbins=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+    def show(step: int) -> None:
+        for line, control in zip(lines, held.T, strict=True):
+            line.set_data(times[: step + 1], control[: step + 1])
+
+    return show
 
 
 def _video_size(pixels: float) -> int:

@@ -17,9 +17,23 @@ from . import __version__, systems
 from .animation import animate
 from .demo import run_demo
 from .flows import Flow
-from .options import DEFAULTS, add_animate_options, add_demo_options, add_train_options
-from .policies import MLP
-from .train_config import TrainConfig
+from .options import (
+    DEFAULTS,
+    HIDDEN,
+    QUICK_EPOCHS,
+    SEEDS,
+    WIDTH,
+    add_animate_options,
+    add_demo_options,
+    add_reproduce_options,
+    add_train_options,
+)
+from .plots import need_matplotlib
+from .policies import MLP, WaveCNN
+from .published import EPOCHS, SETTINGS, Scale, make_jobs
+from .report import write_report
+from .reproduce import RunFailed, reproduce
+from .train_config import CLIPS, TrainConfig
 from .training import train
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -46,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except FloatingPointError as error:
+    except (FloatingPointError, RunFailed) as error:
         if traceback:
             raise
         return _fail(error, 1)
@@ -108,8 +122,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train",
         _run_train,
         "train a controller through a simulator",
-        "The defaults are the published settings of the cart-pole. `warp-sims train SYSTEM --help` lists the "
-        "numbers of that system as options, too.",
+        "The defaults are the published settings of the system, for one of your own those of the cart-pole. "
+        "`warp-sims train SYSTEM --help` shows them, and lists the numbers of that system as options, too.",
     )
     # The system that is named decides which options there are: `train cartpole --poles 4`.
     named = words[1] if words[:1] == ["train"] and len(words) > 1 else None
@@ -126,6 +140,14 @@ def _parse(words: list[str]) -> argparse.Namespace:
             "train a cart-pole controller with two flows side by side, and draw what came out",
         )
     )
+    add_reproduce_options(
+        command(
+            "reproduce",
+            _run_reproduce,
+            "run the paper's experiments again, and report on them",
+            "It can be stopped at any moment; the same command goes on where it was.",
+        )
+    )
     return parser.parse_args(words)
 
 
@@ -137,7 +159,7 @@ def _run_train(options: argparse.Namespace) -> None:
     system = systems.resolve(options.system)(**fields)
     settings = {name: given[name] for name in DEFAULTS if name in given and name != "system"}
     flow = Flow.parse(options.flow)
-    policy = MLP(system.state_size, tuple(options.hidden), system.control_size)
+    policy = _make_policy(options, system)
     policy.reset_parameters(seed=options.seed, zero_last=options.zero_last)
     policy.to(getattr(torch, options.dtype))
     try:
@@ -158,6 +180,21 @@ def _run_train(options: argparse.Namespace) -> None:
     )
     print(f"curves: {os.path.join(out, 'curves.png')}")
     print(f"to see it move: warp-sims animate {shlex.quote(out)}")
+
+
+def _make_policy(options: argparse.Namespace, system: systems.System) -> MLP | WaveCNN:
+    other = "width" if options.network == "mlp" else "hidden"
+    if getattr(options, other) is not None:
+        raise UsageError(f"--{other} is not for --policy {options.network}")
+    if options.network == "mlp":
+        hidden = HIDDEN if options.hidden is None else tuple(options.hidden)
+        return MLP(system.state_size, hidden, system.control_size)
+    if not isinstance(system, systems.QuantumControl):
+        raise UsageError(
+            f"--policy wavecnn reads the wave function of a QuantumControl, not a {type(system).__name__}; "
+            "give --policy mlp"
+        )
+    return WaveCNN(system.points, _first_given(options.width, WIDTH))
 
 
 def _run_animate(options: argparse.Namespace) -> None:
@@ -187,3 +224,39 @@ def _run_demo(options: argparse.Namespace) -> None:
     )
     print(f"curves:    {curves}")
     print(f"animation: {animation}")
+
+
+def _run_reproduce(options: argparse.Namespace) -> None:
+    need_matplotlib()  # the report comes hours later
+    quick = options.quick
+    out = options.out or os.path.join("runs", "reproduce_quick" if quick else "reproduce")
+    if not options.report_only:
+        problems = list(SETTINGS) if options.problem == "all" else [options.problem]
+        parts = {"cartpole": "poles", "guidance": "costs", "quantum": "targets"}
+        chosen = {part: getattr(options, part) for part in parts.values() if getattr(options, part)}
+        for problem, part in parts.items():
+            if part in chosen and problem not in problems:
+                raise UsageError(f"--{part} is for {problem}, not for {options.problem}")
+        clips = options.clips or (["all"] if quick else ["none"])
+        jobs = make_jobs(
+            problems,
+            seeds=_first_given(options.seeds, 1 if quick else SEEDS),
+            flows=options.flows,
+            clips=CLIPS if "all" in clips else clips,
+            **chosen,
+        )
+        scale = Scale(_first_given(options.epochs, QUICK_EPOCHS if quick else EPOCHS))
+        try:
+            reproduce(jobs, out, scale=scale, workers=options.jobs, progress=options.progress)
+        except KeyboardInterrupt:
+            print(
+                f"stopped; everything so far is in {out}, the same command goes on where it was. A report "
+                f"on what there is: warp-sims reproduce --report-only --out {shlex.quote(out)}",
+                file=sys.stderr,
+            )
+            raise
+    print(f"report: {write_report(out)}")
+
+
+def _first_given(value: int | None, default: int) -> int:
+    return default if value is None else value

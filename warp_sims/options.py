@@ -16,14 +16,33 @@ from . import systems
 from .demo import DEMO_EPOCHS
 from .flows import Flow
 from .optimizers import OPTIMIZERS
+from .policies import WaveCNN
+from .published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS, Setting
 from .runs import CHECKPOINTS
 from .train_config import CLIPS, LOSSES, TrainConfig
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+HIDDEN = (100, 100)
+WIDTH = 60
+POLICIES = ("mlp", "wavecnn")
+TRAINED = {"cartpole": "poles4", "guidance": "cost0.1", "quantum": "target3"}
+"""Of the published settings of a problem, the one that `train` starts from."""
+
+
+def published_setting(named: str | None) -> Setting:
+    """Returns the published setting that `train` starts from: that of the named system or of the built-in one
+    it derives from, for any other that of the cart-pole.
+    """
+    system = systems.CartPole if named is None else systems.resolve(named)
+    problem = next(
+        (name for name, known in systems.registry.items() if issubclass(system, known)), "cartpole"
+    )
+    return SETTINGS[problem][TRAINED[problem]]
 
 
 def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Adds what `train` takes; the numbers of the system too, where one is named already."""
+    preset = published_setting(named)
     known = ", ".join(sorted(systems.registry))
     parser.add_argument(
         "system",
@@ -34,16 +53,26 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     run.add_argument("--out", metavar="DIR", help="run folder (default: runs/SYSTEM_FLOW)")
     run.add_argument("--overwrite", action="store_true", help="replace the run that stands there")
     _add_flag(run, "progress", True, "show a progress bar")
-    policy = parser.add_argument_group("policy, a multilayer perceptron")
+    policy = parser.add_argument_group("policy")
+    default = "wavecnn" if isinstance(preset.policy(0), WaveCNN) else "mlp"
+    policy.add_argument(
+        "--policy",
+        dest="network",
+        choices=POLICIES,
+        default=default,
+        help=f"multilayer perceptron, or the convolutional network for quantum (default: {default})",
+    )
     policy.add_argument(
         "--hidden",
         type=int,
         nargs="*",
-        default=[100, 100],
         metavar="WIDTH",
-        help="widths of the hidden layers (default: 100 100)",
+        help=f"mlp: widths of the hidden layers (default: {' '.join(map(str, HIDDEN))})",
     )
-    _add_flag(policy, "zero-last", True, "start with a zero output layer, so without any control")
+    policy.add_argument(
+        "--width", type=int, metavar="N", help=f"wavecnn: channels of the convolutions (default: {WIDTH})"
+    )
+    _add_flag(policy, "zero-last", preset.zero_last, "start with a zero output layer, so without any control")
     training = parser.add_argument_group("training")
     texts = field_texts(TrainConfig)
     kinds: dict[str, dict[str, Any]] = {
@@ -51,9 +80,13 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
             "metavar": "FLOW",
             "help": "backward flow: " + ", ".join(f"{f.name.lower()} ({f.value})" for f in Flow),
         },
-        "horizon": {"type": int},
-        "loss": {"choices": LOSSES, "help": "the system's loss of the last state, or of all states"},
-        "control_cost": {"type": float},
+        "horizon": {"type": int, "default": preset.horizon},
+        "loss": {
+            "choices": LOSSES,
+            "default": preset.loss,
+            "help": "the system's loss of the last state, or of all states",
+        },
+        "control_cost": {"type": float, "default": preset.control_cost},
         "window": {"type": int, "help": "truncation: both edges close at every multiple of so many steps"},
         "decay": {"type": float},
         "samples": {"type": int},
@@ -157,6 +190,65 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
         help=f"epochs for each flow (default: {DEMO_EPOCHS})",
     )
     _add_flag(parser, "progress", True, "show a progress bar per flow")
+
+
+QUICK_EPOCHS = 5
+SEEDS = 4
+
+
+def add_reproduce_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `reproduce` takes."""
+    parser.add_argument(
+        "problem", nargs="?", choices=(*SETTINGS, "all"), default="all", help="whose settings (default: all)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="K", help=f"seeds of the initial weights (default: {SEEDS}, --quick: 1)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help=f"of every run (default: {EPOCHS}, --quick: {QUICK_EPOCHS})"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a trial: few epochs and one seed of every setting, flow and clip",
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of all runs and the report; one that was begun is gone on with (default: "
+        "runs/reproduce, --quick: runs/reproduce_quick)",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="train nothing, write the report on what there is in DIR"
+    )
+    _add_flag(parser, "progress", True, "show how far it is and the time left")
+    group = parser.add_argument_group("a part of the settings")
+    letters = [flow.value for flow in FLOWS]
+    group.add_argument(
+        "--flows",
+        nargs="+",
+        metavar="FLOW",
+        default=letters,
+        help=f"some of {' '.join(letters)} (default: all)",
+    )
+    group.add_argument(
+        "--clips",
+        nargs="+",
+        choices=(*CLIPS, "all"),
+        metavar="CLIP",
+        help=f"some of {' '.join(CLIPS)}, or all; the published scripts have all, which takes three times as "
+        "long (default: none, --quick: all)",
+    )
+    for problem, option, kind, known in (
+        ("cartpole", "--poles", int, POLES),
+        ("guidance", "--costs", float, COSTS),
+        ("quantum", "--targets", int, TARGETS),
+    ):
+        shown = " ".join(f"{value:g}" for value in known)
+        group.add_argument(
+            option, nargs="+", type=kind, metavar="X", help=f"of {problem}, some of {shown} (default: all)"
+        )
 
 
 def _add_flag(parser: Any, name: str, default: bool, text: str) -> None:

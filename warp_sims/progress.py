@@ -42,11 +42,11 @@ class Bars:
         if self._progress is not None:
             self._progress.stop()
 
-    def add(self, label: str, total: int, loss: float) -> int:
-        """Adds a bar of `total` epochs and returns its number."""
+    def add(self, label: str, total: int, loss: float, completed: int = 0) -> int:
+        """Adds a bar of `total` epochs, of which some may be done, and returns its number."""
         if self._progress is None:
             return 0
-        return self._progress.add_task(label, total=total, loss=_loss(loss))
+        return self._progress.add_task(label, total=total, completed=completed, loss=_loss(loss))
 
     def update(self, bar: int, completed: int, loss: float) -> None:
         """Shows that `completed` epochs are done, and the last test loss."""

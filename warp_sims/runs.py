@@ -7,6 +7,7 @@ checkpoint_first.pt   weights and optimizer state before training
 checkpoint_last.pt    the same after the last finished epoch
 checkpoint_best.pt    the same at the lowest test loss
 events.out.*          TensorBoard, on request
+outcome.json          how the run ended, in a matrix of runs (`warp-sims reproduce`)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ LOG_COLUMNS = (
 )
 LOG_HEADER = ",".join(LOG_COLUMNS)
 CHECKPOINTS = ("first", "last", "best")
+OUTCOME = "outcome.json"
+PARTIAL = ".partial"  # what is being written, and moved to its place when it is whole
 
 Row = dict[str, float]
 Log = dict[str, np.ndarray]
@@ -78,7 +82,8 @@ class RunFolder:
         if not self.path.is_dir():
             raise FileExistsError(f"run folder {self.path} exists and is no folder; give another name")
         try:
-            empty = not any(self.path.iterdir())
+            # A process that was killed in the middle of a writing leaves a part of a file.
+            empty = all(entry.suffix == PARTIAL for entry in self.path.iterdir())
         except OSError as error:
             raise type(error)(
                 f"run folder {self.path} cannot be read ({error.strerror}); give another name"
@@ -112,28 +117,35 @@ class RunFolder:
 
     def begin(self, config: TrainConfig) -> None:
         """Removes the run that stands there, if any, and writes config.json and the header of the log."""
-        for name in ("config.json", "log.csv", "curves.png", *map(checkpoint_name, CHECKPOINTS)):
+        # config.json is replaced, not removed: whenever this is stopped, it is known for a run's folder.
+        for name in ("log.csv", "curves.png", OUTCOME, *map(checkpoint_name, CHECKPOINTS)):
             (self.path / name).unlink(missing_ok=True)
         for left in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("animation.*")):
             left.unlink()
-        with open(
-            self.path / "config.json", "x", encoding="utf-8"
-        ) as file:  # "x": of two runs at once, one gives way
-            json.dump(run_config.to_json(config), file, indent=2)
-            file.write("\n")
+        write_json(self.path / "config.json", run_config.to_json(config))
+        # "x": of two runs at once, one gives way
         self._log = open(self.path / "log.csv", "x", encoding="utf-8", newline="\n")  # noqa: SIM115
         self._log.write(LOG_HEADER + "\n")
         self._log.flush()
 
+    def resume(self, rows: list[Row]) -> None:
+        """Keeps the run that stands there, with these rows of its log, and appends to it."""
+        partial = self.path / ("log.csv" + PARTIAL)
+        partial.write_text(
+            "".join(line + "\n" for line in (LOG_HEADER, *map(_line, rows))), encoding="utf-8", newline="\n"
+        )
+        os.replace(partial, self.path / "log.csv")
+        self._log = open(self.path / "log.csv", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+
     def append(self, row: Row) -> None:
         """Appends a row to the log, at once on disk: NaN is an empty field."""
-        self._log.write(",".join(_field(name, row[name]) for name in LOG_COLUMNS) + "\n")
+        self._log.write(_line(row) + "\n")
         self._log.flush()
 
     def save_checkpoint(self, name: str, contents: Mapping[str, Any]) -> None:
         """Replaces a checkpoint in one move: whoever stops the process finds the old one or the new one."""
         target = self.path / checkpoint_name(name)
-        partial = target.with_suffix(".partial")
+        partial = target.with_suffix(PARTIAL)
         torch.save(dict(contents), partial)
         os.replace(partial, target)
 
@@ -141,6 +153,52 @@ class RunFolder:
         """Closes the log."""
         if self._log is not None:
             self._log.close()
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that stopped after a finished epoch, and what it needs to go on."""
+
+    last: dict[str, Any]
+    """Contents of the last checkpoint."""
+    best: dict[str, Any]
+    rows: list[Row]
+    """The log up to the last checkpoint."""
+
+
+def read_stopped(path: str | os.PathLike[str], config: TrainConfig) -> Stopped | None:
+    """Returns where the run at `path` stopped, None where it got to no checkpoint or no run stands there.
+
+    Raises:
+        ValueError: The run that stands there has other settings than `config`.
+    """
+    if not is_run(path):
+        return None
+    # Through JSON, which knows no tuples. Versions may differ: they are not of the user's choosing.
+    asked = json.loads(json.dumps(run_config.to_json(config)))
+    standing = read_config(path)
+    for part in ("system", "policy", "training"):
+        for name in asked[part].keys() | standing.get(part, {}).keys():
+            was, now = standing.get(part, {}).get(name), asked[part].get(name)
+            if was != now:
+                raise ValueError(
+                    f"run folder {path} was begun with {part} {name}={was!r}, now {name}={now!r}; give the "
+                    "settings it was begun with, or another folder"
+                )
+    try:
+        last, best, log = read_checkpoint(path, "last"), read_checkpoint(path, "best"), read_log(path)
+    except FileNotFoundError:
+        return None
+    # The log may be ahead of the checkpoint, never behind it.
+    rows = [dict(zip(log, values)) for values in zip(*log.values()) if values[0] <= last["epoch"]]
+    return Stopped(last, best, rows)
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one move: it is there as a whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def checkpoint_name(name: str) -> str:
@@ -263,6 +321,10 @@ def load_run(
             f"the weights in {path} do not fit the policy ({reason}); give the policy it was"
         ) from error
     return config, config.policy, log
+
+
+def _line(row: Row) -> str:
+    return ",".join(_field(name, row[name]) for name in LOG_COLUMNS)
 
 
 def _field(name: str, value: float) -> str:

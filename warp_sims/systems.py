@@ -46,12 +46,15 @@ class System(abc.ABC):
     - `initial_states(n, seed, split)`, if it is to be trained from the command line.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
-    field of that name), `running_reduction` and `draw`. The first call compiles the kernels, later ones load
-    them from Warp's cache.
+    field of that name), `running_reduction`, `draw(axes, state)` and `show_controls`. The first call compiles
+    the kernels, later ones load them from Warp's cache.
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
     """How the running loss reduces the cost of the states x_1 ... x_T over time."""
+
+    show_controls: ClassVar[bool] = False
+    """Whether animations show the controls over time below the picture."""
 
     _number: ClassVar[int | None] = None
 
@@ -306,6 +309,12 @@ class GuidanceByRepulsion(System):
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return _guidance.make_functions(self.drivers, self.evaders, dtype)
 
+    def draw(self, axes: Any, state: np.ndarray) -> None:
+        """Draws drivers, evaders and their velocities in the plane, the target at the origin."""
+        from .drawing import draw_guidance
+
+        draw_guidance(axes, self, state)
+
     def initial_states(
         self,
         n: int,
@@ -358,6 +367,7 @@ class QuantumControl(System):
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "sum"
+    show_controls: ClassVar[bool] = True
 
     points: int = 32
     """Inner grid points, at least 4."""
@@ -414,6 +424,12 @@ class QuantumControl(System):
         params.dt, params.dx = self.dt, self.dx
         params.eigenstate = self.eigenstate(self.target).tolist()
         return params
+
+    def draw(self, axes: Any, state: np.ndarray) -> None:
+        """Draws the probability density of the particle, that of the target state behind it."""
+        from .drawing import draw_quantum
+
+        draw_quantum(axes, self, state)
 
     def initial_states(
         self,

@@ -20,7 +20,7 @@ from .gradients import gradient_pair
 from .optimizers import make_optimizer
 from .progress import Bars
 from .rollouts import Rollout, rollout
-from .runs import Log, Row, RunFolder, as_log
+from .runs import Log, Row, RunFolder, Stopped, as_log, read_stopped
 from .train_config import TrainConfig
 
 RECORDED = ("loss", "norm", "cosine", "agreement")  # of every update
@@ -49,6 +49,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Trains `config.policy` in place, from its present weights.
@@ -60,6 +61,8 @@ def train(
         config: What is trained, on what and how.
         out: The run folder, which must not exist yet (an empty folder will do). None: nothing is written.
         overwrite: Replace the run that stands at `out`. It is left alone until the new one has begun.
+        resume: Go on with the run that stands at `out`, from its last checkpoint instead of the policy's
+            present weights; begin it where there is none, or no checkpoint yet.
         progress: Show a progress bar, where the package rich is installed.
 
     Returns:
@@ -69,9 +72,10 @@ def train(
         FileExistsError: `out` exists.
         OSError: `out` cannot be written; found before training.
         FloatingPointError: The loss became NaN or infinite. The folder holds the run up to there.
+        ValueError: The run to be resumed has other settings.
     """
-    with TrainingRun(config, out, overwrite=overwrite) as run, Bars(progress) as bars:
-        bar = bars.add(run.label, config.epochs, run.test_loss)
+    with TrainingRun(config, out, overwrite=overwrite, resume=resume) as run, Bars(progress) as bars:
+        bar = bars.add(run.label, config.epochs, run.test_loss, run.epoch + 1)
         while not run.done:
             run.run_epoch()
             bars.update(bar, run.epoch + 1, run.test_loss)
@@ -87,10 +91,16 @@ class TrainingRun:
         config: As for `train`.
         out: As for `train`.
         overwrite: As for `train`.
+        resume: As for `train`.
     """
 
     def __init__(
-        self, config: TrainConfig, out: str | os.PathLike[str] | None = None, *, overwrite: bool = False
+        self,
+        config: TrainConfig,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         if not isinstance(config, TrainConfig):
             raise TypeError(f"train: config is a {type(config).__name__}, expected a ws.TrainConfig")
@@ -103,11 +113,15 @@ class TrainingRun:
         if config.tensorboard and out is None:
             raise ValueError("train: tensorboard=True writes into the run folder; give out='runs/name'")
         writer = _summary_writer() if config.tensorboard else None
-        folder = None if out is None else RunFolder(out, overwrite)
+        stopped = read_stopped(out, config) if resume and out is not None else None
+        folder = None if out is None else RunFolder(out, overwrite or resume)
         try:
             losses = self._prepare()
-            if folder is not None:
+            if folder is not None and stopped is None:
                 folder.begin(config)
+            elif folder is not None and stopped is not None:
+                self._restore(stopped)
+                folder.resume(stopped.rows)
         except BaseException as error:
             if folder is not None:
                 folder.discard()
@@ -117,6 +131,9 @@ class TrainingRun:
         self._folder = folder
         if writer is not None and folder is not None:
             self._board = writer(str(folder.path))
+        if stopped is not None:
+            self._started = time.perf_counter() - self._rows[-1]["seconds"]
+            return
         self._started = time.perf_counter()
         self._snapshot = self._best = self._take_snapshot(-1)
         if folder is not None:
@@ -178,12 +195,14 @@ class TrainingRun:
         losses = self._evaluate(f"after epoch {epoch}") if logs else None
         self.epoch = epoch
         self._records.append(record)
+        logged = torch.cat(self._records, dim=1)
+        if losses is not None:
+            self._records.clear()
         self._snapshot = self._take_snapshot(epoch)
         if losses is not None:
-            loss, norm, cosine, agreement = torch.cat(self._records, dim=1)
+            loss, norm, cosine, agreement = logged
             means = {"loss_batch": loss.mean(), "grad_norm": norm.square().mean().sqrt()}
             means |= {"cosine": cosine.nanmean(), "agreement": agreement.nanmean()}
-            self._records.clear()
             self._log_row(losses, {name: float(value) for name, value in means.items()})
         if (epoch + 1) % self.config.checkpoint_every == 0:
             self._write_checkpoints()
@@ -216,6 +235,15 @@ class TrainingRun:
         self._gradient(self._train_states[: config.batch])
         self._optimizer.zero_grad(set_to_none=True)
         return losses
+
+    def _restore(self, stopped: Stopped) -> None:
+        """Goes back to where a stopped run was."""
+        self.epoch = stopped.last["epoch"]
+        self.config.policy.load_state_dict(stopped.last["policy"])
+        self._optimizer.load_state_dict(stopped.last["optimizer"])
+        self._records = [record.to(self._device) for record in stopped.last.get("records", [])]
+        self._rows = stopped.rows
+        self._snapshot, self._best = self._take_snapshot(self.epoch), stopped.best
 
     def _gradient(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Fills the gradients of the parameters; returns loss, cosine and agreement."""
@@ -302,18 +330,22 @@ class TrainingRun:
 
     def _take_snapshot(self, epoch: int) -> dict[str, Any]:
         """Returns the state after a finished epoch, which an interruption in the next one must not touch."""
-        return {
+        snapshot = {
             "epoch": epoch,
             "policy": {
                 name: value.detach().clone() for name, value in self.config.policy.state_dict().items()
             },
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
         }
+        if self._records:  # of the epochs since the last row of the log, which the next row is a mean of
+            snapshot["records"] = list(self._records)
+        return snapshot
 
     def _write_checkpoints(self) -> None:
         if self._folder is not None:
-            self._folder.save_checkpoint("last", self._snapshot)
+            # The last one last: what is resumed from it repeats the epochs behind it, a best one among them.
             self._folder.save_checkpoint("best", self._best)
+            self._folder.save_checkpoint("last", self._snapshot)
 
     def _draw_curves(self, path: Path) -> None:
         try:

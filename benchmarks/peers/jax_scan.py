@@ -1,4 +1,4 @@
-"""The cart-pole training update as someone fluent in JAX would write it: one jitted `lax.scan` over time.
+"""A training update as someone fluent in JAX would write it: one jitted `lax.scan` over time.
 
 What an expert would do for speed is here, because a weak peer proves nothing:
 
@@ -20,36 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .jax_problems import PROBLEMS
+
 PLANS = ("scan", "remat", "wide")
 # Rows of the policy that the wide plan takes at a time; more of them fall out of the cache.
 WIDE_ROWS = 16384
-
-
-def step(x, u, *, dt, gravity, pole_mass, total_mass, length):
-    """One time step of the cart-pole: states (n, s), forces (n, 1)."""
-    pos, vel, th, thd = x[:, 0:1], x[:, 1:2], x[:, 2::2], x[:, 3::2]
-    sin, cos = jnp.sin(th), jnp.cos(th)
-    moment = pole_mass * length
-    push = (u + moment * sin * thd**2) / total_mass
-    thdd = (gravity * sin - cos * push) / (length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
-    acc = (u + moment * jnp.sum(sin * thd**2 - thdd * cos, axis=1, keepdims=True)) / total_mass
-    thd_next = thd + dt * thdd
-    vel_next = vel + dt * acc
-    poles = jnp.stack((th + dt * thd_next, thd_next), axis=2).reshape(x.shape[0], -1)
-    return jnp.concatenate((pos + dt * vel_next, vel_next, poles), axis=1)
-
-
-def mlp(params, x):
-    """Tanh network; params is a list of (kernel (in, out), bias)."""
-    for kernel, bias in params[:-1]:
-        x = jnp.tanh(x @ kernel + bias)
-    kernel, bias = params[-1]
-    return x @ kernel + bias
-
-
-def upright(x):
-    """Mean over worlds, poles (and steps) of 1 - cos of the angles."""
-    return jnp.mean(1.0 - jnp.cos(x[..., 2::2]))
 
 
 @jax.custom_vjp
@@ -78,8 +53,8 @@ class JaxScan:
     """One training problem and its jitted update. The interface of all peers; see README.md.
 
     Args:
-        system: Parameters of `step`: dt, gravity, pole_mass, total_mass, length.
-        widths: Hidden layers.
+        system: Parameters of the problem's step, see jax_problems.py.
+        widths: Hidden layers; for quantum the channels of both convolutions.
         x0: Initial states, ``(n, s)``.
         weights: ``[W1 (out, in), b1, W2, b2, ...]``.
         horizon: Number of steps.
@@ -88,6 +63,8 @@ class JaxScan:
         lr: Learning rate of Adam.
         dtype: ``"float32"`` or ``"float64"``.
         plan: One of `PLANS`.
+        problem: One of `PROBLEMS`.
+        control_cost: Weight of the mean squared control.
     """
 
     def __init__(
@@ -103,19 +80,23 @@ class JaxScan:
         lr: float = 1e-3,
         dtype: str = "float32",
         plan: str = "scan",
+        problem: str = "cartpole",
+        control_cost: float = 0.0,
     ):
         if flow not in ("R", "M", "C") or loss not in ("final", "running") or plan not in PLANS:
             raise ValueError(f"JaxScan: flow={flow!r}, loss={loss!r}, plan={plan!r}")
         if [w.shape[0] for w in weights[0:-2:2]] != list(widths):
             raise ValueError(f"JaxScan: weights do not belong to widths {tuple(widths)}")
+        self._problem, self._control_cost = PROBLEMS[problem], control_cost
         self._system = {name: float(value) for name, value in system.items()}
         self._horizon, self._flow, self._loss, self._plan = horizon, flow, loss, plan
         self._x64 = dtype == "float64"
         self._optimizer = optax.adam(lr)
         with jax.enable_x64(self._x64):
-            layers = zip(weights[0::2], weights[1::2], strict=True)
             # Copies, because the first update gives the buffers away.
-            self._params = [(jnp.array(w.T, dtype=dtype), jnp.array(b, dtype=dtype)) for w, b in layers]
+            self._params = [
+                (jnp.array(w, dtype=dtype), jnp.array(b, dtype=dtype)) for w, b in self._problem.pack(weights)
+            ]
             self._x0 = jnp.array(x0, dtype=dtype)
             self._state = self._optimizer.init(self._params)
         self._update = jax.jit(self._trace_update, donate_argnums=(0, 1))
@@ -131,11 +112,11 @@ class JaxScan:
     def gradients(self) -> list[np.ndarray]:
         """Gradients at the present weights, in the layout of the weights given."""
         with jax.enable_x64(self._x64):
-            return _torch_layout(self._value_and_grad(self._params, self._x0)[1])
+            return self._problem.unpack(self._value_and_grad(self._params, self._x0)[1])
 
     def weights(self) -> list[np.ndarray]:
         """Copies of the present weights."""
-        return _torch_layout(self._params)
+        return self._problem.unpack(self._params)
 
     # Below, everything is traced.
 
@@ -159,18 +140,27 @@ class JaxScan:
         return loss, jax.tree.map(lambda both: combine(both[0], both[1]), pair)
 
     def _scan(self, params, x0, network_edge, extra=None):
-        """Roll out; returns the loss and the states x_0 ... x_{T-1}."""
+        """Roll out; returns the loss, the states x_0 ... x_{T-1} and the controls."""
+
+        step, policy = self._problem.step, self._problem.policy
 
         def body(x, extra_t):
-            u = mlp(params, network_edge(x))
-            return step(x, u if extra_t is None else u + extra_t, **self._system), x
+            u = policy(params, network_edge(x))
+            if extra_t is not None:
+                u = u + extra_t
+            return step(x, u, **self._system), (x, u)
 
         if self._plan == "remat":
             body = jax.checkpoint(body)
-        x_last, states = jax.lax.scan(body, x0, extra, length=self._horizon)
-        if self._loss == "final":
-            return upright(x_last), states
-        return upright(jnp.concatenate((states[1:], x_last[None]))), states
+        x_last, (states, controls) = jax.lax.scan(body, x0, extra, length=self._horizon)
+        reached = x_last[None]
+        if self._loss == "running":
+            reached = jnp.concatenate((states[1:], reached))
+        costs = self._problem.cost(reached, controls.shape[-1], self._system).mean(axis=1)
+        loss = costs.mean() if self._problem.running == "mean" else costs.sum()
+        if self._control_cost:
+            loss = loss + self._control_cost * jnp.mean(controls**2)
+        return loss, (states, controls)
 
     def _rollout_loss(self, params, x0, network_edge):
         return self._scan(params, x0, network_edge)[0]
@@ -181,21 +171,21 @@ class JaxScan:
         def of_controls(extra):
             return self._scan(jax.lax.stop_gradient(params), x0, network_edge, extra)
 
-        extra = jnp.zeros((self._horizon, nworld, 1), x0.dtype)
-        (loss, states), adj_controls = jax.value_and_grad(of_controls, has_aux=True)(extra)
+        controls = jax.eval_shape(self._problem.policy, params, x0).shape[1]
+        extra = jnp.zeros((self._horizon, nworld, controls), x0.dtype)
+        (loss, (states, _)), adj_controls = jax.value_and_grad(of_controls, has_aux=True)(extra)
 
         divisors = [k for k in range(1, self._horizon + 1) if self._horizon % k == 0]
         steps = max(k for k in divisors if k * nworld <= WIDE_ROWS or k == 1)
-        blocks = (states.reshape(-1, steps * nworld, state_size), adj_controls.reshape(-1, steps * nworld, 1))
+        blocks = (
+            states.reshape(-1, steps * nworld, state_size),
+            adj_controls.reshape(-1, steps * nworld, controls),
+        )
 
         def accumulate(grads, block):
             x, adj_u = block
-            _, pull = jax.vjp(lambda p: mlp(p, x), params)
+            _, pull = jax.vjp(lambda p: self._problem.policy(p, x), params)
             return jax.tree.map(jnp.add, grads, pull(adj_u)[0]), None
 
         grads, _ = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), blocks)
         return loss, grads
-
-
-def _torch_layout(params) -> list[np.ndarray]:
-    return [np.array(array.T) for layer in params for array in layer]

@@ -1,0 +1,382 @@
+"""The paper's experiments: the matrix of runs, stopping and going on, the report, the planar studies."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import warp_sims as ws
+from warp_sims import reproduce as reproduce_module
+from warp_sims import toy
+from warp_sims.cli import main
+from warp_sims.published import SETTINGS, Job, Scale, make_jobs
+from warp_sims.report import collect, write_report
+from warp_sims.reproduce import is_finished, reproduce
+from warp_sims.reproduce_progress import Board, duration
+from warp_sims.reproduce_worker import run
+from warp_sims.runs import read_checkpoint, read_log
+
+ROOT = Path(__file__).parents[1]
+TINY = Scale(epochs=2, horizon=6, samples=16)  # guidance: a control reaches an evader in the fourth step
+FEW = Job("cartpole", "poles1", "modified", "none", 0)
+
+
+def program(*arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "warp_sims", "reproduce", *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+def rows(folder):
+    try:
+        return len(read_log(folder)["epoch"])
+    except (OSError, ValueError):
+        return 0
+
+
+def without_seconds(log):
+    return {name: values for name, values in log.items() if name != "seconds"}
+
+
+def assert_same_log(a, b):
+    for name, values in without_seconds(a).items():
+        # the file holds nine digits
+        np.testing.assert_allclose(values, b[name], rtol=1e-8, err_msg=name)
+
+
+# The matrix
+
+
+def test_the_matrix_is_the_published_one():
+    jobs = make_jobs(SETTINGS, seeds=1, clips=("none", "value", "norm"))
+    counts = {p: sum(job.problem == p for job in jobs) for p in SETTINGS}
+    assert counts == {"cartpole": 48, "guidance": 48, "quantum": 36}
+    assert len({job.label for job in jobs}) == len(jobs)
+    configs = {(j.problem, j.setting): j.config(Scale()) for j in jobs if j.clip == "value"}
+    assert [c.system.poles for (p, _), c in configs.items() if p == "cartpole"] == [1, 2, 3, 4]
+    assert [c.control_cost for (p, _), c in configs.items() if p == "guidance"] == [1, 0.1, 0.01, 0.001]
+    assert [c.system.target for (p, _), c in configs.items() if p == "quantum"] == [3, 4, 5]
+    numbers = {"cartpole": (100, "final", 0.01), "guidance": (60, "running", 4 / 60)}
+    numbers["quantum"] = (128, "running", 0.0625)
+    for (problem, _), config in configs.items():
+        assert (config.horizon, config.loss, config.system.dt) == numbers[problem]
+        assert (config.samples, config.batch, config.epochs, config.seed) == (256, 8, 1000, 42)
+        assert (config.optimizer, config.lr, config.clip, config.clip_at) == ("adam", 1e-3, "value", 1.0)
+    guidance = configs["guidance", "cost0.1"].system
+    assert (guidance.drivers, guidance.evaders) == (2, 4)
+
+
+@pytest.mark.parametrize("problem", SETTINGS)
+def test_a_seed_draws_the_weights_alone(problem):
+    setting = next(iter(SETTINGS[problem].values()))
+    policies = [setting.policy(seed) for seed in (0, 1, 0)]
+    first, second, again = (torch.cat([p.flatten() for p in policy.parameters()]) for policy in policies)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    # the quantum script zeroes a bias only
+    last = list(policies[0].parameters())[-2]
+    assert bool((last == 0).all()) == (problem != "quantum")
+    kind = ws.WaveCNN if problem == "quantum" else ws.MLP
+    assert type(policies[0]) is kind
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["cartpole", "--costs", "0.1"], "--costs is for guidance"),
+        (["--poles", "5"], "poles holds 5"),
+        (["--flows", "N"], "flows holds network"),
+        (["--flows", "X"], "flow: got 'X'"),
+        (["--seeds", "0"], "seeds=0"),
+        (["--epochs", "0"], "epochs=0"),
+        (["--jobs", "0"], "jobs=0"),
+        (["--report-only", "--out", "missing"], "holds no reproduce.json"),
+    ],
+)
+def test_what_is_refused(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+    assert not list(tmp_path.iterdir())
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("flow", ["combined", "regular"])
+@pytest.mark.parametrize("stop_after", [1, 2, 5, 7])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, flow, stop_after):
+    """Rows of the log three epochs apart, checkpoints two: a stop may fall between either."""
+
+    def config():
+        system = ws.CartPole(poles=1)
+        policy = ws.MLP(system.state_size, (8,), 1)
+        policy.reset_parameters(seed=0)
+        # steps that overshoot: the best epoch is not the last
+        settings = {"horizon": 20, "samples": 8, "batch": 4, "epochs": 8, "lr": 0.3}
+        return ws.TrainConfig(
+            system=system, policy=policy, flow=flow, log_every=3, checkpoint_every=2, **settings
+        )
+
+    whole = ws.train(config(), tmp_path / "whole", progress=False)
+    stopped = ws.training.TrainingRun(config(), tmp_path / "parts")
+    for _ in range(stop_after):
+        stopped.run_epoch()
+    # The process is gone: what was written stays as it is.
+    shutil.copytree(tmp_path / "parts", tmp_path / "killed")
+    with open(tmp_path / "killed" / "log.csv", "a") as log:
+        log.write("9,0.")
+    resumed = ws.train(config(), tmp_path / "killed", resume=True, progress=False)
+    for a, b in zip(whole.policy.parameters(), resumed.policy.parameters()):
+        assert torch.equal(a, b)
+    assert_same_log(whole.log, resumed.log)
+    assert_same_log(read_log(tmp_path / "whole"), read_log(tmp_path / "killed"))
+    assert (np.diff(resumed.log["seconds"]) >= 0).all()
+    for name in ("first", "last", "best"):
+        a, b = (read_checkpoint(tmp_path / run, name) for run in ("whole", "killed"))
+        assert a["epoch"] == b["epoch"]
+        for key, value in a["policy"].items():
+            assert torch.equal(value, b["policy"][key])
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "killed").iterdir())
+
+
+def test_a_finished_run_is_resumed_as_it_is(tmp_path):
+    job, folder = FEW, FEW.folder(tmp_path)
+    first = ws.train(job.config(TINY), folder, progress=False)
+    text = (folder / "log.csv").read_bytes()
+    again = ws.train(job.config(TINY), folder, resume=True, progress=False)
+    assert (folder / "log.csv").read_bytes() == text
+    for a, b in zip(first.policy.parameters(), again.policy.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_run_of_other_settings_is_not_resumed(tmp_path):
+    ws.train(FEW.config(TINY), tmp_path / "run", progress=False)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    for other, named in ((Scale(3, 6, 16), "epochs=2, now epochs=3"), (Scale(2, 4, 16), "horizon=6")):
+        with pytest.raises(ValueError, match=named):
+            ws.train(FEW.config(other), tmp_path / "run", resume=True, progress=False)
+    with pytest.raises(ValueError, match="poles"):
+        job = Job("cartpole", "poles2", "modified", "none", 0)
+        ws.train(job.config(TINY), tmp_path / "run", resume=True, progress=False)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "left", [[], ["config.json.partial"], ["config.json"], ["config.json", "log.csv", "checkpoint_first.pt"]]
+)
+def test_a_run_killed_at_its_beginning_begins_anew(tmp_path, left):
+    ws.train(FEW.config(TINY), tmp_path / "whole", progress=False)
+    folder = FEW.folder(tmp_path)
+    folder.mkdir(parents=True)
+    for name in left:
+        shutil.copy(tmp_path / "whole" / name.removesuffix(".partial"), folder / name)
+    run(FEW, TINY, tmp_path, lambda message: None)
+    assert_same_log(read_log(folder), read_log(tmp_path / "whole"))
+    assert is_finished(tmp_path, FEW)
+
+
+def test_a_run_that_diverges_is_finished(tmp_path, monkeypatch):
+    def diverges(self):
+        raise FloatingPointError("train: loss in epoch 0, update 3 of 4, is nan, expected a finite number; …")
+
+    reproduce_module.open_folder(tmp_path, TINY)
+    run(FEW, TINY, tmp_path, lambda message: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("warp_sims.training.TrainingRun.run_epoch", diverges)
+        run(Job("cartpole", "poles1", "modified", "none", 1), TINY, tmp_path, lambda message: None)
+    first, second = collect(tmp_path)
+    assert (first.status, first.epochs) == ("finished", 2)
+    assert (second.status, second.epochs) == ("diverged", 0)
+    assert second.outcome["diverged"] == "loss in epoch 0, update 3 of 4, is nan"
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "1 diverged" in page
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_matrix_goes_on_where_it_was(tmp_path, stop):
+    arguments = ["cartpole", "--poles", "1", "--flows", "S", "M", "--seeds", "1", "--epochs", "25"]
+    arguments += ["--jobs", "1", "--out", str(tmp_path / "out")]
+    first, second = make_jobs(["cartpole"], seeds=1, poles=[1], flows=["S", "M"])
+    folders = [job.folder(tmp_path / "out") for job in (first, second)]
+    process = program(*arguments)
+    # The first run is finished, the second past its checkpoint after ten epochs.
+    wait_for(lambda: rows(folders[1]) > 14, process)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert is_finished(tmp_path / "out", first)
+    assert not is_finished(tmp_path / "out", second)
+    finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folders[0].iterdir()}
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "goes on where it was" in errors
+        assert "Traceback" not in errors
+        assert read_checkpoint(folders[1])["epoch"] >= 13
+    process = program(*arguments)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert "1 of 2 runs are finished" in output
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folders[0].iterdir()} == finished
+    torch.set_num_threads(1)
+    assert_same_log(read_log(folders[1]), ws.train(second.config(Scale(25)), progress=False).log)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file locks of POSIX")
+def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce_module, "STOP_SECONDS", 0.2)
+    reproduce_module.open_folder(tmp_path / "out", TINY)
+    with (
+        reproduce_module._locked(tmp_path / "out"),
+        pytest.raises(BlockingIOError, match="another `warp-sims reproduce` works on"),
+    ):
+        reproduce([FEW], tmp_path / "out", scale=TINY, progress=False)
+    assert not FEW.folder(tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_scale(tmp_path, capsys):
+    reproduce_module.open_folder(tmp_path / "out", Scale(epochs=7))
+    assert main(["reproduce", "cartpole", "--epochs", "8", "--out", str(tmp_path / "out")]) == 2
+    assert "begun with epochs=7, now epochs=8; give --epochs 7" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    assert main(["reproduce", "cartpole", "--out", str(other)]) == 2
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+def test_time_left_is_that_of_the_epochs_measured(tmp_path):
+    jobs = [
+        Job("cartpole", "poles1", flow, "none", seed) for flow in ("regular", "combined") for seed in (0, 1)
+    ]
+    board = Board(jobs, jobs[1:], tmp_path, Scale(epochs=100), 2, False)
+    board.epoch(jobs[1], {"epochs": 60, "loss": 1.0, "seconds": 2.0})
+    board.epoch(jobs[2], {"epochs": 0, "loss": 1.0, "seconds": 4.0})
+    # 40 epochs of 2 s, 200 of 4 s, and a second for each of three runs, on two processes
+    assert board.seconds_left() == pytest.approx((40 * 2 + 200 * 4 + 3) / 2)
+    board.finished(jobs[1])
+    board.finished(jobs[3])
+    assert board.seconds_left() == pytest.approx(100 * 4 + 1)
+    assert [duration(s) for s in (5, 150, 12_000)] == ["5 s", "2 min", "3 h 20 min"]
+
+
+# The report
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    """A tiny matrix with every problem, two seeds and two clips, and the report on it."""
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    jobs = make_jobs(SETTINGS, seeds=2, flows="MC", poles=[1], costs=[0.1], targets=[3])
+    jobs += make_jobs(["cartpole"], seeds=1, flows="C", clips=["norm"], poles=[1, 2])
+    assert reproduce(jobs, out, scale=TINY, workers=2, progress=False) == len(jobs)
+    return out, jobs, write_report(out)
+
+
+@pytest.mark.slow
+def test_the_matrix_is_done_and_not_repeated(matrix):
+    out, jobs, _ = matrix
+    for job in jobs:
+        config, _, log = ws.load_run(job.folder(out))
+        assert config.flow.name.lower() == job.flow
+        assert config.clip == job.clip
+        assert log["epoch"].tolist() == [-1, 0, 1]
+        assert (job.folder(out) / "curves.png").is_file()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("seed*/*")}
+    assert reproduce(jobs, out, scale=TINY, progress=False) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("seed*/*")} == before
+
+
+@pytest.mark.slow
+def test_the_page_is_self_contained_and_says_what_was_run(matrix):
+    out, jobs, page = matrix
+    text = page.read_text(encoding="utf-8")
+    pictures = sorted(p.name for p in out.glob("*.png"))
+    # by problem and clip: loss, update size, cosine; and two studies
+    assert len(pictures) == 4 * 3 + 2
+    assert text.count('src="data:image/png;base64,') == len(pictures)
+    assert not re.search(r'<script|<link|@import|url\(|(?:src|href)="(?!data:)', text)
+    assert 'name="viewport"' in text
+    without_pictures = re.sub(r"base64,[^\"]*", "", text)
+    assert str(out) not in without_pictures
+    assert str(ROOT) not in without_pictures
+    assert f"{len(jobs)} of {len(jobs)} runs of 2 epochs are finished, from 2 seeds" in without_pictures
+    for said in ("CartPole(poles=1, ", "WaveCNN(points=32, width=60)", torch.__version__, "6.17", "0.0646"):
+        assert said in without_pictures
+    outcome = json.loads((jobs[0].folder(out) / "outcome.json").read_text())
+    assert outcome["machine"]["cpu"] in without_pictures
+
+
+@pytest.mark.slow
+def test_the_table_holds_every_run(matrix):
+    out, jobs, _ = matrix
+    with open(out / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(jobs)
+    for line in table:
+        job = Job(line["problem"], line["setting"], line["flow"], line["clip"], int(line["seed"]))
+        log = read_log(job.folder(out))
+        assert float(line["loss_final"]) == pytest.approx(log["loss_test"][-1], rel=1e-5)
+        assert float(line["loss_best"]) == pytest.approx(log["loss_test"].min(), rel=1e-5)
+        assert (line["status"], line["epochs"]) == ("finished", "2")
+        assert bool(line["cosine_mean"]) == (job.flow == "combined")
+
+
+# The studies in the plane
+
+
+def torch_field(points, cut):
+    """Gradient of the toy loss by torch; `cut` closes the network's edge, as M does."""
+    theta = torch.from_numpy(points).requires_grad_()
+    x = torch.full((len(points),), -0.3, dtype=torch.float64)
+    for _ in range(4):
+        seen = x.detach() if cut else x
+        x = x + theta[:, 0] * seen**2 + theta[:, 1] * seen
+    loss = 0.5 * (x - 2) ** 2
+    (gradient,) = torch.autograd.grad(loss.sum(), theta)
+    return loss.detach().numpy(), gradient.numpy()
+
+
+def test_the_fields_of_the_landscape_are_those_of_torch():
+    points = np.random.default_rng(0).uniform(-4, 4, (100, 2))
+    found = toy.landscape(*torch.from_numpy(points).T)
+    loss, regular = torch_field(points, cut=False)
+    _, modified = torch_field(points, cut=True)
+    # rounding of double precision, the more the closer four steps come to cancelling
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-11)
+    np.testing.assert_allclose(found.regular, regular, rtol=1e-10)
+    np.testing.assert_allclose(found.modified, modified, rtol=1e-10)
+    agree = np.sign(modified) == np.sign(regular)
+    assert 0.2 < agree.mean() < 0.98
+    np.testing.assert_allclose(found.combined, np.where(agree, modified, 0.0), rtol=1e-10)
+
+
+def test_the_rotation_study_gives_the_published_losses():
+    alone, combined = toy.rotation(False), toy.rotation(True)
+    assert alone.loss[-1] == pytest.approx(6.2, rel=0.02)
+    assert combined.loss[-1] == pytest.approx(0.065, rel=0.02)
+    assert alone.points[0].tolist() == combined.points[0].tolist() == [2.0, 4.0]
+    assert len(alone.loss) == 200
