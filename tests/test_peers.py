@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import expected_gradients
 from reference import cartpole
 from reference import rollout as oracle
 
+import warp_sims as ws
 from benchmarks.peers.torch_eager import TorchEager
 
 for package in ("jax", "optax"):
@@ -73,6 +75,44 @@ def test_peers_compute_the_gradients_of_the_oracle(flow, loss):
         assert 0 < sum(np.count_nonzero(array) for array in expected) < sum(array.size for array in expected)
     for peer in PEERS.values():
         assert_close(peer(*arguments, flow, loss, dtype="float64").gradients(), expected, TOLERANCE_64)
+
+
+GUIDANCE = {
+    "dt": 0.05,
+    "driver_drag": 0.7,
+    "driver_repulsion": 0.9,
+    "evader_drag": 2.0,
+    "evader_repulsion": 6.0,
+    "flocking": 1.7,
+    "flocking_length": 0.8,
+    "softening": 0.3,
+}
+OTHERS = {
+    "guidance": (GUIDANCE, ws.GuidanceByRepulsion(drivers=2, evaders=3, **GUIDANCE), (9, 6)),
+    "quantum": (
+        {"dt": 0.09, "length": 1.7, "target": 2},
+        ws.QuantumControl(points=12, dt=0.09, length=1.7, target=2),
+        (5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("loss, flow", [("running", "C"), ("final", "M")])
+@pytest.mark.parametrize("name", OTHERS)
+def test_peers_of_the_other_problems(name, loss, flow):
+    numbers, system, widths = OTHERS[name]
+    policy = (
+        ws.WaveCNN(12, 5) if name == "quantum" else ws.MLP(system.state_size, widths, system.control_size)
+    )
+    policy.reset_parameters(seed=1)
+    policy = policy.double()
+    x0 = system.initial_states(5, dtype=torch.float64)
+    expected = expected_gradients(system, policy, x0, 12, flow, loss=loss, control_cost=0.3)
+    weights = {key: parameter.detach().numpy() for key, parameter in policy.named_parameters()}
+    arguments = (numbers, widths, x0.numpy(), list(weights.values()), 12, flow, loss)
+    for peer in PEERS.values():
+        found = peer(*arguments, dtype="float64", problem=name, control_cost=0.3).gradients()
+        assert_close(found, [expected[key].numpy() for key in weights], TOLERANCE_64)
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -41,15 +41,14 @@ def test_threads():
     Each thread has a policy of its own: torch.func.functional_call puts tensors into the module it calls.
     """
     run("""
-starts = [make_states(cart, n, torch.float32, seed) for seed in range(4) for n in (3, 200)]
-for policy in policies:
+def at_once(policy, starts):
     own = [copy.deepcopy(policy) for _ in starts]
     found, failed, together = [[] for _ in starts], [], threading.Barrier(len(starts))
 
     def work(i):
         together.wait()
         try:
-            for _ in range(20):
+            for _ in range(4):
                 found[i].append(gradient(own[i], starts[i]))
         except BaseException as error:
             failed.append(error)
@@ -63,11 +62,16 @@ for policy in policies:
     for x, results in zip(starts, found):
         alone = gradient(policy, x)
         assert all(torch.equal(result, alone) for result in results)
+
+for dtype in (torch.float32, torch.float64):
+    for policy in policies:
+        at_once(policy.to(dtype), [make_states(cart, 200, dtype, seed) for seed in range(8)])
+        at_once(policy, [make_states(cart, n, dtype, seed) for seed in range(4) for n in (3, 70)])
 """)
 
 
 def test_a_forked_process():
-    """The engine's threads do not survive a fork; torch's may hang there, so nothing is evaluated by torch."""
+    """The engine's threads do not survive a fork. Torch's may hang, so it evaluates nothing here."""
     run("""
 expected = gradient(net, x0)
 child = os.fork()

@@ -1,4 +1,6 @@
-"""The problems of the benchmarks in JAX: a step, the published policy and a cost each, for states ``(n, s)``."""
+"""The problems of the benchmarks in JAX: a step, the published policy and a cost each, for states
+``(n, s)``.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

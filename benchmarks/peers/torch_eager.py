@@ -1,4 +1,4 @@
-"""The cart-pole training update in eager torch: autograd through the unrolled loop, closed edges detached.
+"""A training update in eager torch: autograd through the unrolled loop, closed edges detached.
 
 The combined flow runs forward once and backward twice: a gate in the graph is closed for the first pass and
 open for the second, which spares it the second rollout.
@@ -9,23 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-
-def step(
-    x: Tensor, u: Tensor, *, dt: float, gravity: float, pole_mass: float, total_mass: float, length: float
-) -> Tensor:
-    """One time step of the cart-pole: states (n, s), forces (n, 1)."""
-    pos, vel, th, thd = x[:, 0:1], x[:, 1:2], x[:, 2::2], x[:, 3::2]
-    sin, cos = torch.sin(th), torch.cos(th)
-    moment = pole_mass * length
-    push = (u + moment * sin * thd**2) / total_mass
-    thdd = (gravity * sin - cos * push) / (length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
-    acc = (u + moment * (sin * thd**2 - thdd * cos).sum(dim=1, keepdim=True)) / total_mass
-    thd_next = thd + dt * thdd
-    vel_next = vel + dt * acc
-    poles = torch.stack((th + dt * thd_next, thd_next), dim=2).flatten(1)
-    return torch.cat((pos + dt * vel_next, vel_next, poles), dim=1)
+from .torch_problems import PROBLEMS
 
 
 class _Valve:
@@ -51,8 +36,8 @@ class TorchEager:
     """One training problem and its update. The interface of all peers; see README.md.
 
     Args:
-        system: Parameters of `step`: dt, gravity, pole_mass, total_mass, length.
-        widths: Hidden layers.
+        system: Parameters of the problem's step, see torch_problems.py.
+        widths: Hidden layers; for quantum the channels of both convolutions.
         x0: Initial states, ``(n, s)``.
         weights: ``[W1 (out, in), b1, W2, b2, ...]``.
         horizon: Number of steps.
@@ -60,6 +45,8 @@ class TorchEager:
         loss: ``"final"`` or ``"running"``.
         lr: Learning rate of Adam.
         dtype: ``"float32"`` or ``"float64"``.
+        problem: One of `PROBLEMS`.
+        control_cost: Weight of the mean squared control.
     """
 
     def __init__(
@@ -74,11 +61,14 @@ class TorchEager:
         *,
         lr: float = 1e-3,
         dtype: str = "float32",
+        problem: str = "cartpole",
+        control_cost: float = 0.0,
     ):
         if flow not in ("R", "M", "C") or loss not in ("final", "running"):
             raise ValueError(f"TorchEager: flow={flow!r}, loss={loss!r}")
         if [w.shape[0] for w in weights[0:-2:2]] != list(widths):
             raise ValueError(f"TorchEager: weights do not belong to widths {tuple(widths)}")
+        self._problem, self._control_cost = PROBLEMS[problem], control_cost
         self._system, self._horizon, self._flow, self._loss = dict(system), horizon, flow, loss
         dtype = getattr(torch, dtype)
         self._params = [torch.tensor(w, dtype=dtype, requires_grad=True) for w in weights]
@@ -118,14 +108,16 @@ class TorchEager:
         ]
 
     def _rollout_loss(self, network_edge) -> Tensor:
-        x, states = self._x0, []
+        step, cost, running, policy = self._problem
+        x, states, controls = self._x0, [], []
         for _ in range(self._horizon):
-            x = step(x, self._policy(network_edge(x)), **self._system)
+            u = policy(self._params, network_edge(x))
+            x = step(x, u, **self._system)
             states.append(x)
-        reached = x if self._loss == "final" else torch.stack(states)
-        return (1.0 - torch.cos(reached[..., 2::2])).mean()
-
-    def _policy(self, x: Tensor) -> Tensor:
-        for weight, bias in zip(self._params[0:-2:2], self._params[1:-2:2], strict=True):
-            x = torch.tanh(functional.linear(x, weight, bias))
-        return functional.linear(x, *self._params[-2:])
+            controls.append(u)
+        reached = torch.stack(states if self._loss == "running" else states[-1:])
+        costs = cost(reached, controls[0].shape[1], self._system).mean(1)
+        loss = costs.mean() if running == "mean" else costs.sum()
+        if self._control_cost:
+            loss = loss + self._control_cost * torch.stack(controls).square().mean()
+        return loss

@@ -1,7 +1,8 @@
-"""One training update of the cart-pole, beside peers: forward, backward, comparison, Adam.
+"""One training update of a published problem, beside peers: forward, backward, comparison, Adam.
 
-    python benchmarks/cartpole.py --quick
-    python benchmarks/cartpole.py --widths 32x32 100x100 --batch 8 1024 --flow R C --markdown FILE
+    python benchmarks/update.py cartpole --quick
+    python benchmarks/update.py quantum --batch 8 64 --flow R C --markdown FILE
+    python benchmarks/update.py cartpole --widths 32x32 100x100
 
 All contestants run in this process, in turns (A B C, B C A, ...), so that a change of the machine's speed
 meets all of them. A turn is one update that is not counted, then updates until `--block` seconds are over;
@@ -15,8 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from benchmarks import harness
 from benchmarks.harness import Entrant, Entry, Row
+from benchmarks.problems import DRIVERS, EVADERS, POINTS, POLES, PUBLISHED, Case
 
-SYSTEM = {"dt": 0.01, "gravity": 9.8, "pole_mass": 0.1, "total_mass": 1.1, "length": 0.5}
-LOSS = "final"
 FLOWS = {"R": "regular", "M": "modified", "C": "combined"}
 
-# Error of a float32 gradient over the norm of the float64 one. Rounding over 100 steps gives 1e-6 (measured).
-TOLERANCE = 2e-5
+
 # Components below this share of their array's size have no sign in float32; C may then keep or drop them.
 UNDECIDED = 1e-3
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained: hidden layers, number of worlds, flow, steps, poles."""
-
-    widths: tuple[int, ...]
-    batch: int
-    flow: str
-    horizon: int = 100
-    poles: int = 4
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What tells rows apart."""
-        return {"network": "x".join(map(str, self.widths)), "batch": self.batch, "flow": self.flow}
-
-    def arrays(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Initial states as published (poles hanging, 30 degrees either way), and Glorot-uniform weights."""
-        random = np.random.default_rng(0)
-        x0 = random.uniform(-1.0, 1.0, (self.batch, 2 + 2 * self.poles)).astype(np.float32)
-        x0[:, 2::2] = np.pi + x0[:, 2::2] * np.pi / 6
-        weights = []
-        for size, size_next in pairwise([x0.shape[1], *self.widths, 1]):
-            limit = (6.0 / (size + size_next)) ** 0.5
-            weights.append(random.uniform(-limit, limit, (size_next, size)).astype(np.float32))
-            weights.append(np.zeros(size_next, np.float32))
-        return x0, weights
 
 
 class WarpSims:
@@ -77,19 +47,31 @@ class WarpSims:
         horizon: int,
         flow: str,
         loss: str,
+        *,
+        problem: str,
+        control_cost: float,
     ):
         import torch
 
         import warp_sims as ws
 
         self._rollout = ws.rollout
-        self._system = ws.CartPole(poles=x0.shape[1] // 2 - 1, dt=system["dt"])
-        self._policy = ws.MLP(x0.shape[1], tuple(widths), 1)
+        if problem == "quantum":
+            self._system = ws.QuantumControl(points=POINTS, target=int(system["target"]))
+            self._policy = ws.WaveCNN(POINTS, widths[0])
+        else:
+            made = {
+                "cartpole": ws.CartPole(poles=POLES),
+                "guidance": ws.GuidanceByRepulsion(DRIVERS, EVADERS),
+            }
+            self._system = made[problem]
+            self._policy = ws.MLP(x0.shape[1], tuple(widths), self._system.control_size)
         with torch.no_grad():
             for parameter, array in zip(self._policy.parameters(), weights, strict=True):
                 parameter.copy_(torch.tensor(array))
         self._x0 = torch.tensor(x0)
         self._options = {"horizon": horizon, "flow": FLOWS[flow], "loss": loss}
+        self._options["control_cost"] = control_cost
         self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=1e-3, fused=True)
 
     def update(self) -> float:
@@ -118,16 +100,16 @@ CONTESTANTS = {
 
 def build(entrant: Entrant, case: Case) -> Any:
     """A contestant at the initial weights of a case."""
-    x0, weights = case.arrays()
-    return entrant.load()(SYSTEM, case.widths, x0, weights, case.horizon, case.flow, LOSS)
+    arguments, named = case.peer_arguments()
+    return entrant.load()(*arguments, **named)
 
 
-def available(names: Sequence[str]) -> list[str]:
+def available(names: Sequence[str], problem: str) -> list[str]:
     """The contestants that can run here; says why of the others. Any other failure is a bug and is raised."""
     found = []
     for name in names:
         try:
-            build(CONTESTANTS[name][0], Case((4,), 1, "R", horizon=1)).update()
+            build(CONTESTANTS[name][0], Case(problem, (4, 4), 1, "R", horizon=1)).update()
         except (ImportError, AttributeError, NotImplementedError) as error:
             print(f"{name}: skipped, {type(error).__name__}: {error}")
         else:
@@ -144,9 +126,11 @@ def reference_gradients(case: Case) -> dict[str, Gradients]:
     """Gradients of M and R in float64, from torch's autograd."""
     from benchmarks.peers.torch_eager import TorchEager
 
-    x0, weights = case.arrays()
-    arguments = (SYSTEM, case.widths, x0, weights, case.horizon)
-    return {flow: TorchEager(*arguments, flow, LOSS, dtype="float64").gradients() for flow in "MR"}
+    return {
+        flow: TorchEager(*arguments, dtype="float64", **named).gradients()
+        for flow in "MR"
+        for arguments, named in [replace(case, flow=flow).peer_arguments()]
+    }
 
 
 def gradient_error(found: Gradients, flow: str, reference: Mapping[str, Gradients]) -> float:
@@ -193,7 +177,7 @@ def run_case(
             contestant = build(entrant, case)
             error = gradient_error(contestant.gradients(), case.flow, reference)
             plans[name].append(Entry(name, entrant, contestant, error))
-            if error > TOLERANCE:
+            if error > PUBLISHED[case.problem].tolerance:
                 label = f"{name} {entrant.plan}".strip()
                 _note(row, f"{label}: gradients are off by {error:.1e} (relative), row not timed")
     if row["notes"]:
@@ -252,21 +236,23 @@ def _note(row: Row, text: str) -> None:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page."""
-    machine, repeats = report["environment"], report["repeats"]
+    machine, repeats, published = report["environment"], report["repeats"], PUBLISHED[report["problem"]]
+    cost = f" with control cost {published.control_cost:g}" if published.control_cost else ""
+    loss = {"final": "loss at the last step", "running": "running loss"}[published.loss] + cost
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
-        "# One training update of the cart-pole",
+        f"# One training update of {published.title}",
         "",
-        f"Written by `python benchmarks/cartpole.py {' '.join(report['arguments'])}`.",
+        f"Written by `python benchmarks/update.py {' '.join(report['arguments'])}`.",
         "",
         f"- machine: {cpu}; load before the run {machine['load']:.1f}",
         f"- versions: {versions}",
-        "- 4 poles, 100 steps, float32, loss at the last step; forward, backward, comparison (C), Adam",
+        f"- {published.horizon} steps, float32, {loss}; forward, backward, comparison (C), Adam",
         f"- {repeats} rounds, in turns in one process; milliseconds per update: median [quartiles]",
         "- ratio: peer / ours within a round, median [quartiles]; above 1 ours is faster",
         "- jax: the fastest of its plans, named after the time (`benchmarks/peers/jax_scan.py`)",
-        f"- all gradients checked against float64 to {TOLERANCE:g} before anything was timed",
+        f"- all gradients checked against float64 to {published.tolerance:g} before anything was timed",
         "",
         *harness.tables(report["rows"], list(CONTESTANTS), OURS),
     ]
@@ -276,10 +262,11 @@ def markdown(report: Mapping[str, Any]) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line; `--quick` changes defaults only."""
     parser = argparse.ArgumentParser(
-        description="One training update of the cart-pole, beside JAX and eager torch."
+        description="One training update of a published problem, beside JAX and eager torch."
     )
     add = parser.add_argument
-    add("--widths", nargs="+", default=["100x100"], metavar="WxW", help="hidden layers (100x100)")
+    add("problem", nargs="?", choices=list(PUBLISHED), default="cartpole", help="what is trained (cartpole)")
+    add("--widths", nargs="+", metavar="WxW", help="hidden layers (100x100; quantum: channels, 60x60)")
     add("--batch", nargs="+", type=int, default=[8, 64, 256, 1024], help="numbers of worlds (8 64 256 1024)")
     add("--flow", nargs="+", choices=list(FLOWS), default=list(FLOWS), help="gradient flows (all)")
     add(
@@ -320,18 +307,26 @@ def main(argv: Sequence[str]) -> int:
     machine = harness.environment()
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     print(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']:.1f}; {versions}")
-    names = available(args.contestants)
+    names = available(args.contestants, args.problem)
     if not names:
         return 1
 
     rows = []
-    for widths in args.widths:
-        size = tuple(int(width) for width in widths.split("x"))
+    published = PUBLISHED[args.problem]
+    sizes = [tuple(map(int, widths.split("x"))) for widths in args.widths or []] or [published.widths]
+    for size in sizes:
         for batch in args.batch:
-            reference = reference_gradients(Case(size, batch, "R"))
-            rows += [run_case(Case(size, batch, flow), names, args, reference) for flow in args.flow]
+            case = Case(args.problem, size, batch, "R", published.horizon)
+            reference = reference_gradients(case)
+            rows += [run_case(replace(case, flow=flow), names, args, reference) for flow in args.flow]
 
-    report = {"environment": machine, "arguments": list(argv), "repeats": args.repeats, "rows": rows}
+    report = {
+        "environment": machine,
+        "problem": args.problem,
+        "arguments": list(argv),
+        "repeats": args.repeats,
+        "rows": rows,
+    }
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.markdown:

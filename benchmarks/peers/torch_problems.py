@@ -1,0 +1,133 @@
+"""The problems of the benchmarks in eager torch: a step, the published policy and a cost each, for states
+``(n, s)``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cartpole_step(
+    x: Tensor, u: Tensor, *, dt: float, gravity: float, pole_mass: float, total_mass: float, length: float
+) -> Tensor:
+    """Cart with independent poles, semi-implicit Euler."""
+    pos, vel, th, thd = x[:, 0:1], x[:, 1:2], x[:, 2::2], x[:, 3::2]
+    sin, cos = torch.sin(th), torch.cos(th)
+    moment = pole_mass * length
+    push = (u + moment * sin * thd**2) / total_mass
+    thdd = (gravity * sin - cos * push) / (length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
+    acc = (u + moment * (sin * thd**2 - thdd * cos).sum(dim=1, keepdim=True)) / total_mass
+    thd_next = thd + dt * thdd
+    vel_next = vel + dt * acc
+    poles = torch.stack((th + dt * thd_next, thd_next), dim=2).flatten(1)
+    return torch.cat((pos + dt * vel_next, vel_next, poles), dim=1)
+
+
+def cartpole_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
+    """1 - mean cosine, per state."""
+    return (1.0 - torch.cos(x[..., 2::2])).mean(-1)
+
+
+def _between(a: Tensor, b: Tensor, softening: float, own: bool) -> tuple[Tensor, Tensor]:
+    # An agent's distance to itself is made 1: r is 0 there, and the root keeps a derivative.
+    r = a[:, :, None] - b[:, None]
+    square = (r * r).sum(-1, keepdim=True)
+    if own:
+        square = square + torch.eye(a.shape[1], dtype=a.dtype)[:, :, None]
+    return r, softening + square.sqrt()
+
+
+def guidance_step(
+    x: Tensor,
+    u: Tensor,
+    *,
+    dt: float,
+    driver_drag: float,
+    driver_repulsion: float,
+    evader_drag: float,
+    evader_repulsion: float,
+    flocking: float,
+    flocking_length: float,
+    softening: float,
+) -> Tensor:
+    """Drivers and evaders, explicit Euler; all pairs of a kind at once."""
+    n, drivers = x.shape[0], u.shape[1] // 2
+    objects = x.view(n, -1, 2, 2)
+    pos, vel = objects[:, :, 0], objects[:, :, 1]
+    driver, evader = pos[:, :drivers], pos[:, drivers:]
+    center = driver - evader.sum(1, keepdim=True)
+    perp = torch.stack((-center[..., 1], center[..., 0]), dim=-1)
+    control = u.view(n, drivers, 2)
+    r, d = _between(driver, driver, softening, True)
+    push = driver_repulsion * (r / d**2).sum(2)
+    acc_driver = control[..., :1] * center + control[..., 1:] * perp - driver_drag * vel[:, :drivers] + push
+    r, d = _between(evader, driver, softening, False)
+    acc_evader = evader_repulsion * (r / d**2).sum(2) - evader_drag * vel[:, drivers:]
+    r, d = _between(evader, evader, softening, True)
+    acc_evader = acc_evader - flocking * ((flocking_length / d**2 - 1 / d) * r).sum(2)
+    acc = torch.cat((acc_driver, acc_evader), dim=1)
+    return torch.stack((pos + dt * vel, vel + dt * acc), dim=2).flatten(1)
+
+
+def guidance_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
+    """Mean squared coordinate of the evaders, per state."""
+    return (x.unflatten(-1, (-1, 2, 2))[..., controls // 2 :, 0, :] ** 2).mean((-2, -1))
+
+
+def quantum_step(x: Tensor, u: Tensor, *, dt: float, length: float, target: float) -> Tensor:
+    """Crank-Nicolson by a dense solve (torch has no tridiagonal one): psi' = 2 M^-1 psi - psi."""
+    psi = torch.view_as_complex(x.view(x.shape[0], -1, 2))
+    points = psi.shape[1]
+    dx = length / (points + 1)
+    grid = dx * torch.arange(1, points + 1, dtype=x.dtype)
+    beside = torch.full((points - 1,), -0.5 * dt / dx**2, dtype=x.dtype)
+    constant = (
+        torch.diag(beside, 1) + torch.diag(beside, -1) + (dt / dx**2) * torch.eye(points, dtype=x.dtype)
+    )
+    a = constant + torch.diag_embed(0.5 * dt * u * grid)
+    matrix = torch.complex(torch.eye(points, dtype=x.dtype).expand_as(a), a)
+    return torch.view_as_real(2 * torch.linalg.solve(matrix, psi) - psi).flatten(1)
+
+
+def quantum_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
+    """1 - probability of the target state, per state."""
+    points = x.shape[-1] // 2
+    e = torch.sin(math.pi * system["target"] * torch.arange(1, points + 1, dtype=x.dtype) / (points + 1))
+    overlap = torch.einsum("...jr,j->...r", x.unflatten(-1, (points, 2)), e / torch.linalg.vector_norm(e))
+    return 1.0 - (overlap**2).sum(-1)
+
+
+def mlp(params: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Tanh network; params is [W1 (out, in), b1, W2, ...]."""
+    for weight, bias in zip(params[0:-2:2], params[1:-2:2], strict=True):
+        x = torch.tanh(functional.linear(x, weight, bias))
+    return functional.linear(x, *params[-2:])
+
+
+def wave_cnn(params: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Two convolutions of stride 2, tanh, linear on the features as (position, channel)."""
+    h = torch.tanh(functional.conv2d(x.view(x.shape[0], 1, -1, 2), *params[:2], stride=2)).squeeze(-1)
+    h = torch.tanh(functional.conv1d(h, *params[2:4], stride=2))
+    return functional.linear(h.transpose(1, 2).flatten(1), *params[4:])
+
+
+class Problem(NamedTuple):
+    """What a training update needs to know of a system."""
+
+    step: Callable
+    cost: Callable
+    """Of states (..., s), number of controls, system; (...)."""
+    running: str
+    """How a running loss reduces over time: "mean" or "sum"."""
+    policy: Callable
+
+
+PROBLEMS = {
+    "cartpole": Problem(cartpole_step, cartpole_cost, "mean", mlp),
+    "guidance": Problem(guidance_step, guidance_cost, "mean", mlp),
+    "quantum": Problem(quantum_step, quantum_cost, "sum", wave_cnn),
+}
