@@ -70,4 +70,5 @@ def warp_device(device: torch.device) -> Any:
 @functools.lru_cache(maxsize=256)
 def constant(key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> torch.Tensor:
     """Tensor of `make(key)` on `device`, kept: tables that depend on sizes and schedules alone."""
-    return torch.from_numpy(np.ascontiguousarray(make(key))).to(device)
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(make(key))).to(device)

@@ -50,7 +50,7 @@ def pack(network: str, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _zero(dtype: torch.dtype) -> np.ndarray:
-    return torch.zeros(1, dtype=dtype).numpy()
+    return torch.zeros(1, dtype=dtype, device="cpu").numpy()
 
 
 def _pack_index(key: tuple[str, int]) -> np.ndarray:
@@ -106,7 +106,7 @@ class _Rollout:
         ]
         before += [horizon, nworld, *weights.per_world(nworld, horizon, m)]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
-        parts = shares(blocks) if p.device.is_cpu else [range(blocks)]
+        parts = shares(blocks, 2) if p.device.is_cpu else [range(blocks)]
         self.launches = [
             Launch(
                 p.fused_rollout, (len(part), lanes), [*before, part.start, *after], p.device, block_dim=lanes
@@ -187,14 +187,14 @@ class _Backward:
         lay = layout(network, size)
         kernels = make_network_kernels(p.dtype)
         blocks = blocks_of(nworld)
-        like = torch.empty(0, dtype=p.torch_dtype)
+        like = torch.empty(0, dtype=p.torch_dtype, device=p.torch_device)
 
         most = max(1, min(GROUP, GROUP_BYTES // (horizon * BLOCK * lay.row * size)))
         # at least as many groups as partial sums, so that all threads have work
         group = max(1, min(most, blocks // SLOTS))
         groups = (blocks + group - 1) // group
         slots = min(SLOTS, groups)
-        parts = shares(slots)
+        parts = shares(slots, 2)
         chunk = chunk_rows(lay.widest, size)
 
         self.arguments = a = AdjointArguments(p, back, shape)

@@ -7,11 +7,14 @@ calls never share one.
 """
 
 import contextlib
+import ctypes
 import functools
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,13 +23,16 @@ import warp as wp
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
 
+PREPARING = threading.RLock()
+"""Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
+
 T = TypeVar("T")
 
 
 @functools.cache
 def _descriptor() -> Any:
     """Warp's array descriptor; asked for late, because asking starts Warp's runtime."""
-    return type(wp.from_torch(torch.empty(1), return_ctype=True))
+    return type(wp.from_torch(torch.empty(1, device="cpu"), return_ctype=True))
 
 
 def array(itemsize: int, *shape: int, components: int = 0) -> Any:
@@ -85,7 +91,8 @@ class Pool(Generic[T]):
         try:
             item = idle.pop()
         except IndexError:
-            item = self._make(*key)
+            with PREPARING, torch.inference_mode(False):
+                item = self._make(*key)
         try:
             yield item
         finally:
@@ -95,6 +102,43 @@ class Pool(Generic[T]):
                     self._idle.popitem(last=False)
 
 
+_HOME = os.getpid()
+_pending: dict[int, list[Callable[[], None]]] = {}
+_failed: dict[int, BaseException] = {}
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _take_tasks(call: int | None) -> None:
+    """What each thread of a team does: take tasks until none is left, however many threads there came."""
+    tasks = _pending[call or 0]
+    while tasks:
+        try:
+            task = tasks.pop()
+        except IndexError:
+            return
+        try:
+            task()
+        except BaseException as error:  # raised again by the caller of in_parallel
+            _failed[call or 0] = error
+
+
+@functools.cache
+def _team() -> Callable[..., None] | None:
+    """Starts a team of OpenMP threads, if torch brought the GNU runtime along: (function, argument, threads,
+    flags).
+
+    Its threads spin for some milliseconds behind every parallel operation of torch's. Threads of our own
+    would wait for a core all that time; these are the ones that hold it.
+    """
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        with contextlib.suppress(OSError, AttributeError):
+            start = ctypes.CDLL(str(path)).GOMP_parallel
+            start.argtypes = (type(_take_tasks), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            start.restype = None
+            return start
+    return None
+
+
 @functools.lru_cache(maxsize=1)
 def _threads(pid: int) -> ThreadPoolExecutor:
     # keyed by process: threads do not survive a fork
@@ -102,18 +146,31 @@ def _threads(pid: int) -> ThreadPoolExecutor:
 
 
 def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks at once, the first on this thread. Warp's CPU kernels are serial and leave the GIL
-    free.
+    """Runs the tasks at once, some of them on this thread. Warp's CPU kernels are serial and leave the
+    GIL free.
     """
     if len(tasks) == 1:
         tasks[0]()
         return
-    futures = [_threads(os.getpid()).submit(task) for task in tasks[1:]]
+    team = _team()
+    # the runtime's threads do not survive a fork either, and it would wait for them for ever
+    if team is None or os.getpid() != _HOME:
+        futures = [_threads(os.getpid()).submit(task) for task in tasks[1:]]
+        try:
+            tasks[0]()
+        finally:
+            for future in futures:
+                future.result()
+        return
+    work = list(tasks)
+    call = id(work)
+    _pending[call] = work
     try:
-        tasks[0]()
+        team(_take_tasks, call, len(tasks), 0)
     finally:
-        for future in futures:
-            future.result()
+        del _pending[call]
+    if call in _failed:
+        raise _failed.pop(call)
 
 
 def shares(count: int, least: int = 1) -> list[range]:

@@ -26,6 +26,12 @@ CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 another size takes another summation order, and a policy amplifies it."""
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, list, tuple, int, float, str, bool, type(None)})
+"""Types of arguments that may go past the dispatcher: subclasses of Tensor can be without memory of their
+own.
+"""
+
+
 class _Operator:
     """A torch operator that is called past the dispatcher where nobody watches: it costs more than a
     launch there.
@@ -38,7 +44,9 @@ class _Operator:
 
     def __call__(self, *args: Any) -> Any:
         watched = (
-            torch.compiler.is_compiling()
+            any(type(a) not in _PLAIN for a in args)
+            or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
+            or torch.compiler.is_compiling()
             or _get_current_dispatch_mode() is not None
             or torch._C._are_functorch_transforms_active()
         )
@@ -47,6 +55,11 @@ class _Operator:
 
 def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:
     return lambda body: _Operator(f"warp_sims::{name}", body)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Memory that holds the values as they are: contiguous, no lazy negation."""
+    return x.resolve_neg().contiguous()
 
 
 def _check_finite(x0: Tensor) -> None:
@@ -71,7 +84,7 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
     """States (horizon + 1, nworld, state_size) under given controls."""
     if check:
         _check_finite(x0)
-    return sweeps.simulate(prepare(system, x0.dtype, x0.device), x0.contiguous(), controls.contiguous())
+    return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
 
 
 @simulate.register_fake
@@ -85,7 +98,7 @@ def loss(
 ) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
     p = prepare(system, states.dtype, states.device)
-    return sweeps.loss(p, states.contiguous(), controls.contiguous(), LossWeights(final, running, control))
+    return sweeps.loss(p, _dense(states), _dense(controls), LossWeights(final, running, control))
 
 
 @loss.register_fake
@@ -109,7 +122,7 @@ def fused_rollout(
     p = prepare(system, x0.dtype, x0.device)
     packed = fused.pack(network, parameters)
     weights = LossWeights(final, running, control)
-    return *fused.rollout(p, network, packed, x0.contiguous(), horizon, weights), packed
+    return *fused.rollout(p, network, packed, _dense(x0), horizon, weights), packed
 
 
 @fused_rollout.register_fake
@@ -220,8 +233,8 @@ def adjoint(
     return sweeps.adjoint(
         prepare(system, states.dtype, states.device),
         Backward(base, check, decay, LossWeights(final, running, control)),
-        states.contiguous(),
-        controls.contiguous(),
+        _dense(states),
+        _dense(controls),
         None if jac is None else jac.contiguous(),
         Cotangents(adj_loss, adj_states, adj_controls),
     )

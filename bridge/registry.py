@@ -6,7 +6,6 @@ Append-only: a number, once given, stands for the same system for the life of th
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ import warp as wp
 from ..kernels.rollout import SystemKernels, make_fused_rollout, make_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
+from .launches import PREPARING
 
 
 class SystemLike(Protocol):
@@ -76,9 +76,21 @@ class Prepared:
         return make_fused_rollout(self.functions, self.dtype)
 
 
-@functools.cache
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """Returns what a launch for this system, dtype and device needs."""
+    """Returns what a launch for this system, dtype and device needs; the same object each time."""
+    key = (number, dtype, device)
+    found = _prepared.get(key)
+    if found is None:
+        with PREPARING:
+            found = _prepared.get(key) or _prepare(*key)
+            _prepared[key] = found
+    return found
+
+
+_prepared: dict[tuple[int, torch.dtype, torch.device], Prepared] = {}
+
+
+def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     system = find(number)
     scalar = WARP_DTYPE[dtype]
     functions = system.device_functions(scalar)

@@ -207,7 +207,7 @@ class AdjointArguments:
 
     def point(self, states: torch.Tensor, controls: torch.Tensor, g: Cotangents) -> list[torch.Tensor]:
         """Sets the addresses of the inputs; the returned tensors must live until the launch has been made."""
-        alive = [t.contiguous() for t in g if t is not None]
+        alive = [t.resolve_neg().contiguous() for t in g if t is not None]
         rest = iter(alive)
         for target, t in (
             (self.adj_loss, g.loss),

@@ -202,8 +202,10 @@ def gradient_pair(
         loss,
         control_cost,
     )
-    trainable = [q.requires_grad for q in dict(policy.named_parameters()).values()]
-    with torch.no_grad():
+    named = dict(policy.named_parameters())
+    trainable = [named[name].requires_grad for name in plan.policy.names]
+    # inference mode would keep a callable loss from being differentiated: its gradients would come out zero
+    with torch.inference_mode(False), torch.no_grad():
         value, grads = _pair(plan, call)
         if not all(trainable):
             parts = grads.split([q.numel() for q in plan.parameters], dim=1)

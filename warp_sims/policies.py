@@ -108,10 +108,9 @@ class WaveCNN(nn.Module):
             if size < least:
                 raise ValueError(f"WaveCNN: {name} is {size}, expected at least {least}")
         self.points, self.width = points, width
-        positions = ((points - 3) // 2 + 1 - 3) // 2 + 1
         self.conv1 = nn.Conv2d(1, width, (3, 2), stride=2, dtype=dtype, device=device)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, dtype=dtype, device=device)
-        self.out = nn.Linear(positions * width, 1, dtype=dtype, device=device)
+        self.out = nn.Linear(_positions(points) * width, 1, dtype=dtype, device=device)
         self.reset_parameters()
 
     def reset_parameters(self, seed: int | None = None, zero_last: bool = False) -> None:
@@ -132,7 +131,8 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
         receptive = math.prod(layer.weight.shape[2:])
         limit = math.sqrt(6.0 / (receptive * (layer.weight.shape[0] + layer.weight.shape[1])))
         layer.weight.copy_(
-            (torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64) * 2 - 1) * limit
+            (torch.rand(layer.weight.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1)
+            * limit
         )
         if layer.bias is not None:
             layer.bias.zero_()
@@ -140,8 +140,9 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
         layers[-1].weight.zero_()
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
+def _changed(module: nn.Module) -> bool:
+    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -169,11 +170,13 @@ def fused_network(policy: nn.Module) -> FusedNetwork | None:
     # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
     # rest of the checks
     kind = type(policy)
-    if (kind is not MLP and kind is not WaveCNN) or _hooked(policy):
+    if (kind is not MLP and kind is not WaveCNN) or _changed(policy):
         return None
     parameters: dict[str, torch.Tensor] = {}
     for name, layer in policy._modules.items():
-        if layer is None or _hooked(layer):
+        if layer is None or _changed(layer):
+            return None
+        if layer._parameters and list(layer._parameters) != ["weight", "bias"]:
             return None
         for key, value in layer._parameters.items():
             if value is None or any(value is other for other in parameters.values()):
@@ -185,6 +188,7 @@ def fused_network(policy: nn.Module) -> FusedNetwork | None:
 def _fused_mlp(policy: nn.Module, parameters: dict[str, torch.Tensor]) -> FusedNetwork | None:
     layers = list(policy._modules.values())
     sizes: list[int] = []
+    shapes: list[tuple[int, ...]] = []
     for i, m in enumerate(layers):
         if type(m) is not (nn.Tanh if i % 2 else nn.Linear):
             return None
@@ -192,16 +196,22 @@ def _fused_mlp(policy: nn.Module, parameters: dict[str, torch.Tensor]) -> FusedN
             if sizes and sizes[-1] != m.in_features:
                 return None
             sizes += [m.out_features] if sizes else [m.in_features, m.out_features]
-    if len(layers) % 2 == 0:
+            shapes += [(m.out_features, m.in_features), (m.out_features,)]
+    if len(layers) % 2 == 0 or [q.shape for q in parameters.values()] != shapes:
         return None
     return FusedNetwork("mlp:" + ",".join(map(str, sizes)), sizes[0], sizes[-1], parameters)
 
 
 def _fused_wavecnn(policy: Any, parameters: dict[str, torch.Tensor]) -> FusedNetwork | None:
-    if [type(m) for m in policy.children()] != [nn.Conv2d, nn.Conv1d, nn.Linear]:
+    if [type(m) for m in policy._modules.values()] != [nn.Conv2d, nn.Conv1d, nn.Linear]:
         return None
-    n_in, width = 2 * policy.points, policy.width
-    expected = WaveCNN(policy.points, width, device="meta")
-    if any(a.shape != b.shape for a, b in zip(parameters.values(), expected.parameters())):
+    points, width = policy.points, policy.width
+    shapes = [(width, 1, 3, 2), (width,), (width, width, 3), (width,), (1, _positions(points) * width), (1,)]
+    if [tuple(q.shape) for q in parameters.values()] != shapes:
         return None
-    return FusedNetwork(f"wavecnn:{n_in},{width},1", n_in, 1, parameters)
+    return FusedNetwork(f"wavecnn:{2 * points},{width},1", 2 * points, 1, parameters)
+
+
+def _positions(points: int) -> int:
+    """Positions behind both convolutions of `WaveCNN`."""
+    return ((points - 3) // 2 - 2) // 2 + 1

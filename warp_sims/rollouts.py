@@ -196,7 +196,8 @@ def make_plan(
     spec = Spec(system.number, horizon, base, check, decay, *weights)
     fused = fused_network(policy)
     network = None if fused is None else fused.description
-    named = dict(policy.named_parameters()) if fused is None else fused.parameters
+    # parameters that cannot have a gradient stay with the module
+    named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
     names, parameters = list(named), list(named.values())
     autocast = torch.is_autocast_enabled(x0.device.type)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
@@ -230,6 +231,11 @@ def make_plan(
     return Plan(
         spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
     )
+
+
+def _differentiable(parameter: Tensor) -> bool:
+    # a lazy parameter has a dtype, but is refused below
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def custom_loss_value(
@@ -366,6 +372,7 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
         return
     rows = x0[:_PROBE_ROWS].detach()
     fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}
+    written: list[str] = []
     with (
         torch.no_grad(),
         torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []),
@@ -377,12 +384,18 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
         def evaluate(x: Tensor) -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
             try:
-                return functional_call(policy.module, fixed | buffers, (x,))
+                u = functional_call(policy.module, fixed | buffers, (x,))
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(
                     f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
                     f"(n, {system.control_size}): {error}"
                 ) from error
+            for name, before in policy.module.named_buffers():
+                if buffers[name].shape != before.shape or not bool(
+                    ((buffers[name] == before) | (buffers[name] != buffers[name])).all()
+                ):
+                    written.append(name)
+            return u
 
         u = evaluate(rows)
         expected = (rows.shape[0], system.control_size)
@@ -418,3 +431,10 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
                 raise ValueError(
                     f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}"
                 )
+        if written:
+            raise ValueError(
+                f"{call}: policy writes its buffer {written[0]!r} when it is called, expected no state of "
+                f"its own: "
+                "all steps are recomputed at once in the backward pass; call policy.eval() or keep that "
+                "state outside"
+            )
