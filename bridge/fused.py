@@ -270,6 +270,8 @@ class _Backward:
             return run
 
         self.tasks = [task(part) for part in parts]
+        scratch = [self.mu, self.jac, self.partial, *self.scratch]
+        self.nbytes = sum(t.numel() * t.element_size() for t in scratch)
 
     def __call__(
         self,

@@ -22,6 +22,10 @@ import warp as wp
 
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
+KEPT_BYTES = 1 << 24
+"""Scratch (`nbytes`) up to which a prepared object is kept; making a larger one costs little beside its
+work.
+"""
 
 PREPARING = threading.RLock()
 """Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
@@ -96,7 +100,8 @@ class Pool(Generic[T]):
         try:
             yield item
         finally:
-            idle.append(item)
+            if getattr(item, "nbytes", 0) <= KEPT_BYTES:
+                idle.append(item)
             if len(self._idle) > KEPT:
                 with contextlib.suppress(KeyError):
                     self._idle.popitem(last=False)
