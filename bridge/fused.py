@@ -28,6 +28,7 @@ from .sweeps import (
     shape_of,
     total,
 )
+from .tracing import span
 
 GPU_LANES = 128
 """Threads of a GPU block in the fused forward sweep."""
@@ -160,10 +161,12 @@ def backward(
         return states.new_zeros((fields, lay.unpack.size)), states.new_zeros((fields, 0, p.state_size))
     if not p.device.is_cpu:
         rows = wide.Rows(lay, packed, hidden, horizon, nworld)
-        d, jac = wide.linearize(rows, back.network_open)
+        with span("linearize"):
+            d, jac = wide.linearize(rows, back.network_open)
         mu, adj_x0 = adjoint(p, back, states, controls, jac, g)
         unpack = constant((network, p.itemsize), _unpack_index, states.device)
-        return wide.weight_grad(rows, d, mu, unpack), adj_x0
+        with span("weight_grad"):
+            return wide.weight_grad(rows, d, mu, unpack), adj_x0
     grads = states.new_empty((fields, lay.unpack.size))
     adj_x0 = states.new_empty((fields, nworld, p.state_size))
     key = (p, back, network, shape_of(controls, back.network_open, g), torch.get_num_threads())
@@ -289,7 +292,8 @@ class _Backward:
         self.packed.data, self.hidden.data = packed.data_ptr(), hidden.data_ptr()
         self.partial.zero_()
         in_parallel(self.tasks)
-        torch.index_select(self.partial.sum(0), 1, self.unpack, out=grads)
+        with span("sum_gradients"):
+            torch.index_select(self.partial.sum(0), 1, self.unpack, out=grads)
         del alive
 
 

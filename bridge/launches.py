@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import warp as wp
 
+from . import tracing
+
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
 KEPT_BYTES = 1 << 24
@@ -56,6 +58,7 @@ class Launch:
     def __init__(
         self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
     ) -> None:
+        self._kernel = kernel
         # an empty launch records nothing
         self._command: Any = wp.launch(
             kernel,
@@ -68,7 +71,12 @@ class Launch:
         )
 
     def __call__(self) -> None:
-        self._command.launch()
+        tracer = tracing.active
+        if tracer is None:
+            self._command.launch()
+            return
+        with tracer.span(self._kernel.func.__name__, self._kernel, self._command.bounds.size):
+            self._command.launch()
 
     def resize(self, dim: int) -> None:
         """Sets the number of threads."""

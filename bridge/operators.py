@@ -20,6 +20,7 @@ from . import fused, sweeps
 from .arrays import capturing
 from .registry import prepare
 from .sweeps import Backward, Cotangents, LossWeights
+from .tracing import span
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of
@@ -120,7 +121,8 @@ def fused_rollout(
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters."""
     _check_finite(x0)
     p = prepare(system, x0.dtype, x0.device)
-    packed = fused.pack(network, parameters)
+    with span("pack_parameters"):
+        packed = fused.pack(network, parameters)
     weights = LossWeights(final, running, control)
     return *fused.rollout(p, network, packed, _dense(x0), horizon, weights), packed
 

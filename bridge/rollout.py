@@ -17,6 +17,7 @@ from torch.func import functional_call, vjp
 
 from ..kernels.flow import NETWORK, Flow
 from . import operators
+from .tracing import span
 
 JACOBIAN_ELEMENTS = 1 << 26
 """Elements of the policy's Jacobians held at once on the torch road; more worlds go through in blocks."""
@@ -226,7 +227,8 @@ def torch_forward(
     """States, controls and loss, the policy evaluated by torch step by step."""
     x, states, controls = x0, [x0], []
     for t in range(spec.horizon):
-        u = policy(parameters, x)
+        with span("policy"):
+            u = policy(parameters, x)
         x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
         controls.append(u)
         states.append(x)
@@ -291,17 +293,19 @@ def _torch_backward_block(
 ) -> tuple[Tensor, Tensor]:
     horizon, nworld, m = controls.shape
     points = states[:-1].reshape(horizon * nworld, states.shape[2])
-    recomputed, pull, *_ = vjp(lambda q: policy(q, points), tuple(parameters))
+    with span("policy_again"):
+        recomputed, pull, *_ = vjp(lambda q: policy(q, points), tuple(parameters))
     jac = None
     if spec.network_open:
-        _, pull_x, *_ = vjp(lambda x: policy(parameters, x), points)
-        # one unit cotangent a control component: rows do not mix, so all points share a product
-        columns = []
-        for c in range(m):
-            unit = torch.zeros_like(recomputed)
-            unit[:, c] = 1.0
-            columns.append(pull_x(unit)[0])
-        jac = torch.stack(columns, dim=1).view(horizon, nworld, m, states.shape[2])
+        with span("policy_jacobians"):
+            _, pull_x, *_ = vjp(lambda x: policy(parameters, x), points)
+            # one unit cotangent a control component: rows do not mix, so all points share a product
+            columns = []
+            for c in range(m):
+                unit = torch.zeros_like(recomputed)
+                unit[:, c] = 1.0
+                columns.append(pull_x(unit)[0])
+            jac = torch.stack(columns, dim=1).view(horizon, nworld, m, states.shape[2])
     tolerance = policy.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
     mu, adj_x0 = operators.adjoint(
         spec.system,
@@ -322,7 +326,8 @@ def _torch_backward_block(
     )
     fields = []
     for f in range(mu.shape[0]):
-        (field,) = pull(mu[f].reshape(horizon * nworld, m))
+        with span("policy_weight_grad"):
+            (field,) = pull(mu[f].reshape(horizon * nworld, m))
         fields.append(
             torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels.layout import BLOCK, Column, Layout
+from .tracing import span
 
 
 class Rows(NamedTuple):
@@ -64,8 +65,9 @@ def _pull(rows: Rows, layer: int, d: torch.Tensor) -> torch.Tensor:
     w = rows.weight(layer)
     spans = rows.spans(layer)
     y = torch.zeros_like(rows.section(layer))
-    for read, written in spans:
-        y[:, read] += d[:, written] @ w
+    with span("product"):
+        for read, written in spans:
+            y[:, read] += d[:, written] @ w
     return y
 
 
@@ -112,7 +114,8 @@ def weight_grad(
             else:
                 cotangent = torch.stack([m[:, c : c + 1] * d[c][layer] for c in range(m.shape[1])]).sum(0)
             grad = packed[f, matrix : matrix + units * pitch].view(units, pitch)
-            for read, written in rows.spans(layer):
-                grad[:, : rows.window(layer)] += cotangent[:, written].T @ rows.section(layer)[:, read]
-                packed[f, bias : bias + units] += cotangent[:, written].sum(0)
+            with span("product"):
+                for read, written in rows.spans(layer):
+                    grad[:, : rows.window(layer)] += cotangent[:, written].T @ rows.section(layer)[:, read]
+                    packed[f, bias : bias + units] += cotangent[:, written].sum(0)
     return packed.index_select(1, unpack)
