@@ -75,7 +75,7 @@ class Launch:
         if tracer is None:
             self._command.launch()
             return
-        with tracer.span(self._kernel.func.__name__, self._kernel, self._command.bounds.size):
+        with tracer.span(self._kernel.func.__name__.strip("_"), self._kernel, self._command.bounds.size):
             self._command.launch()
 
     def resize(self, dim: int) -> None:

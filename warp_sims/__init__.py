@@ -23,6 +23,7 @@ from .animation import animate
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
+from .profiling import profile
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run
@@ -47,6 +48,7 @@ __all__ = [
     "animate",
     "gradient_pair",
     "load_run",
+    "profile",
     "record_rollout",
     "rollout",
     "simulate",

@@ -30,6 +30,7 @@ from .options import (
 )
 from .plots import need_matplotlib
 from .policies import MLP, WaveCNN
+from .profile_command import add_profile_options, run_profile
 from .published import EPOCHS, SETTINGS, Scale, make_jobs
 from .report import write_report
 from .reproduce import RunFailed, reproduce
@@ -126,12 +127,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "`warp-sims train SYSTEM --help` shows them, and lists the numbers of that system as options, too.",
     )
     # The system that is named decides which options there are: `train cartpole --poles 4`.
-    named = words[1] if words[:1] == ["train"] and len(words) > 1 else None
-    if named is not None and named.startswith("-"):
-        if named not in ("-h", "--help"):
-            raise UsageError(f"{named} stands before the system; give warp-sims train SYSTEM {named} …")
-        named = None
-    add_train_options(train_command, named)
+    add_train_options(train_command, _named_system("train", words))
     add_animate_options(command("animate", _run_animate, "draw the controlled system of a run as GIF or MP4"))
     add_demo_options(
         command(
@@ -139,6 +135,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
             _run_demo,
             "train a cart-pole controller with two flows side by side, and draw what came out",
         )
+    )
+    add_profile_options(
+        command(
+            "profile",
+            _run_profile,
+            "show where the time of a rollout and its gradients goes",
+            "Every launch and every wide product, beside what this machine can do. "
+            "`warp-sims profile SYSTEM --help` lists the numbers of that system as options, too.",
+        ),
+        _named_system("profile", words),
     )
     add_reproduce_options(
         command(
@@ -151,12 +157,29 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _named_system(command: str, words: list[str]) -> str | None:
+    """Returns the system that the command line names, if it is for this command."""
+    named = words[1] if words[:1] == [command] and len(words) > 1 else None
+    if named is not None and named.startswith("-"):
+        if named not in ("-h", "--help"):
+            raise UsageError(f"{named} stands before the system; give warp-sims {command} SYSTEM {named} …")
+        named = None
+    return named
+
+
+def _make_system(options: argparse.Namespace) -> systems.System:
+    """Returns the system with the numbers that were given as options."""
+    fields = {
+        name.removeprefix("field:"): value
+        for name, value in vars(options).items()
+        if name.startswith("field:")
+    }
+    return systems.resolve(options.system)(**fields)
+
+
 def _run_train(options: argparse.Namespace) -> None:
     given = vars(options)
-    fields = {
-        name.removeprefix("field:"): value for name, value in given.items() if name.startswith("field:")
-    }
-    system = systems.resolve(options.system)(**fields)
+    system = _make_system(options)
     settings = {name: given[name] for name in DEFAULTS if name in given and name != "system"}
     flow = Flow.parse(options.flow)
     policy = _make_policy(options, system)
@@ -224,6 +247,10 @@ def _run_demo(options: argparse.Namespace) -> None:
     )
     print(f"curves:    {curves}")
     print(f"animation: {animation}")
+
+
+def _run_profile(options: argparse.Namespace) -> None:
+    run_profile(options, _make_system(options), _make_policy)
 
 
 def _run_reproduce(options: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run folder (default: runs/SYSTEM_FLOW)")
     run.add_argument("--overwrite", action="store_true", help="replace the run that stands there")
-    _add_flag(run, "progress", True, "show a progress bar")
+    add_flag(run, "progress", True, "show a progress bar")
     policy = parser.add_argument_group("policy")
     default = "wavecnn" if isinstance(preset.policy(0), WaveCNN) else "mlp"
     policy.add_argument(
@@ -62,17 +62,8 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         default=default,
         help=f"multilayer perceptron, or the convolutional network for quantum (default: {default})",
     )
-    policy.add_argument(
-        "--hidden",
-        type=int,
-        nargs="*",
-        metavar="WIDTH",
-        help=f"mlp: widths of the hidden layers (default: {' '.join(map(str, HIDDEN))})",
-    )
-    policy.add_argument(
-        "--width", type=int, metavar="N", help=f"wavecnn: channels of the convolutions (default: {WIDTH})"
-    )
-    _add_flag(policy, "zero-last", preset.zero_last, "start with a zero output layer, so without any control")
+    add_sizes(policy)
+    add_flag(policy, "zero-last", preset.zero_last, "start with a zero output layer, so without any control")
     training = parser.add_argument_group("training")
     texts = field_texts(TrainConfig)
     kinds: dict[str, dict[str, Any]] = {
@@ -118,10 +109,24 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         "--tensorboard", action="store_true", help="write TensorBoard events into the run folder"
     )
     if named is not None:
-        _add_system_options(parser, named)
+        add_system_options(parser, named)
 
 
-def _add_system_options(parser: argparse.ArgumentParser, name: str) -> None:
+def add_sizes(policy: Any) -> None:
+    """Adds the sizes of the built-in policies."""
+    policy.add_argument(
+        "--hidden",
+        type=int,
+        nargs="*",
+        metavar="WIDTH",
+        help=f"mlp: widths of the hidden layers (default: {' '.join(map(str, HIDDEN))})",
+    )
+    policy.add_argument(
+        "--width", type=int, metavar="N", help=f"wavecnn: channels of the convolutions (default: {WIDTH})"
+    )
+
+
+def add_system_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds an option for every field of the system: `poles` becomes --poles."""
     system = systems.resolve(name)
     texts = field_texts(system)
@@ -189,7 +194,7 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"epochs for each flow (default: {DEMO_EPOCHS})",
     )
-    _add_flag(parser, "progress", True, "show a progress bar per flow")
+    add_flag(parser, "progress", True, "show a progress bar per flow")
 
 
 QUICK_EPOCHS = 5
@@ -222,7 +227,7 @@ def add_reproduce_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report-only", action="store_true", help="train nothing, write the report on what there is in DIR"
     )
-    _add_flag(parser, "progress", True, "show how far it is and the time left")
+    add_flag(parser, "progress", True, "show how far it is and the time left")
     group = parser.add_argument_group("a part of the settings")
     letters = [flow.value for flow in FLOWS]
     group.add_argument(
@@ -251,7 +256,8 @@ def add_reproduce_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_flag(parser: Any, name: str, default: bool, text: str) -> None:
+def add_flag(parser: Any, name: str, default: bool, text: str) -> None:
+    """Adds --name and --no-name."""
     parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
 
 

@@ -1,0 +1,149 @@
+"""What `profile` runs, checked."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .flows import Flow
+from .kernels.layout import layout
+from .policies import MLP, fused_network
+from .rollouts import Loss
+from .systems import System
+from .work import Problem
+
+__all__ = ["FLOWS", "Case", "check_count", "make_case"]
+
+FLOWS = (Flow.REGULAR, Flow.MODIFIED, Flow.STOPPED, Flow.COMBINED)
+"""What is profiled unless something else is asked for."""
+
+
+class Case(NamedTuple):
+    """What is run, checked."""
+
+    system: System
+    policy: nn.Module
+    flows: list[Flow]
+    x0: Tensor
+    horizon: int
+    loss: Any
+    loss_name: str
+    control_cost: float
+    device: torch.device
+    problem: Problem
+    notes: list[str]
+
+
+def mean_square(states: Tensor, controls: Tensor) -> Tensor:
+    """The loss of systems that have none."""
+    return states.square().mean()
+
+
+def make_case(
+    system: System,
+    policy: nn.Module | None,
+    flows: Sequence[str | Flow],
+    batch: int,
+    horizon: int,
+    loss: Loss,
+    control_cost: float,
+    x0: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Case:
+    if not isinstance(system, System):
+        raise TypeError(
+            f"profile: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4)"
+        )
+    check_count("batch", batch)
+    check_count("horizon", horizon)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"profile: dtype is {dtype}, expected torch.float32 or torch.float64")
+    place = _usable(device)
+    notes: list[str] = []
+    if policy is None:
+        policy = MLP(system.state_size, (100, 100), system.control_size)
+        policy.reset_parameters(seed=0)
+    elif not isinstance(policy, nn.Module):
+        raise TypeError(f"profile: policy is of type {type(policy).__name__}, expected a torch.nn.Module")
+    policy = copy.deepcopy(policy).to(device=place, dtype=dtype).requires_grad_(True)
+    if x0 is None:
+        x0 = _initial_states(system, batch, notes)
+    elif tuple(x0.shape) != (batch, system.state_size):
+        raise ValueError(
+            f"profile: x0 has shape {tuple(x0.shape)}, expected (batch, state_size) = ({batch}, "
+            f"{system.state_size})"
+        )
+    if loss is None:
+        loss = "final" if system.has_loss else mean_square
+    fused = fused_network(policy)
+    problem = Problem(
+        batch,
+        horizon,
+        system.state_size,
+        system.control_size,
+        dtype.itemsize,
+        None if fused is None else layout(fused.description, dtype.itemsize),
+        sum(q.numel() for q in policy.parameters()),
+    )
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    return Case(
+        system,
+        policy,
+        _parse_flows(flows),
+        x0.detach().to(device=place, dtype=dtype),
+        horizon,
+        loss,
+        name + (f" + {control_cost:g} * mean squared control" if control_cost else ""),
+        control_cost,
+        place,
+        problem,
+        notes,
+    )
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"profile: {name} is {value!r} of type {type(value).__name__}, expected an int")
+    if value < 1:
+        raise ValueError(f"profile: {name} is {value}, expected at least 1")
+
+
+def _parse_flows(flows: Sequence[str | Flow]) -> list[Flow]:
+    if isinstance(flows, (str, Flow)):
+        flows = [flows]
+    found = list(dict.fromkeys(Flow.parse(flow) for flow in flows))
+    if not found:
+        raise ValueError("profile: flows is empty, expected at least one of R, M, N, S, C")
+    return found
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"profile: device {device!r} is none ({error}); give cpu, cuda or cuda:INDEX"
+        ) from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"profile: device is {str(place)!r}, expected cpu, cuda or cuda:INDEX")
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise ValueError(
+                f"profile: device {str(place)!r} cannot be used, torch finds {count} CUDA devices; give cpu, "
+                "or use a machine with a GPU and a torch with CUDA"
+            )
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    return place
+
+
+def _initial_states(system: System, batch: int, notes: list[str]) -> Tensor:
+    try:
+        return system.initial_states(batch)
+    except NotImplementedError:
+        notes.append(f"{type(system).__name__} has no initial states: standard normal ones")
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(batch, system.state_size, generator=draw, dtype=torch.float64)

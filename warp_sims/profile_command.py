@@ -1,0 +1,168 @@
+"""The command `warp-sims profile`: its options, and what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from . import systems
+from .options import POLICIES, add_flag, add_sizes, add_system_options, published_setting
+from .policies import MLP, WaveCNN
+from .profile_case import FLOWS
+from .profiling import AGAINST, profile
+from .systems import System
+from .train_config import LOSSES
+
+
+def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> None:
+    """Adds what `profile` takes; the numbers of the system too, where one is named already."""
+    preset = published_setting(named)
+    known = ", ".join(sorted(systems.registry))
+    parser.add_argument(
+        "system",
+        metavar="SYSTEM",
+        help=f"{known}, or module:Class for a system of your own; its name comes before the options",
+    )
+    policy = parser.add_argument_group("policy")
+    default = "wavecnn" if isinstance(preset.policy(0), WaveCNN) else "mlp"
+    policy.add_argument(
+        "--policy",
+        dest="network",
+        metavar="POLICY",
+        default=default,
+        help=f"{', '.join(POLICIES)}, or module:name for one of your own, a torch.nn.Module or a function "
+        f"that returns one for a system (default: {default})",
+    )
+    add_sizes(policy)
+    run = parser.add_argument_group("what is run")
+    letters = [flow.value for flow in FLOWS]
+    run.add_argument(
+        "--flow",
+        dest="flows",
+        nargs="+",
+        metavar="FLOW",
+        default=letters,
+        help=f"names or letters (default: {' '.join(letters)})",
+    )
+    run.add_argument("--batch", type=int, default=256, metavar="N", help="number of worlds (default: 256)")
+    run.add_argument(
+        "--horizon",
+        type=int,
+        default=preset.horizon,
+        metavar="N",
+        help=f"number of steps (default: {preset.horizon})",
+    )
+    run.add_argument(
+        "--loss",
+        choices=LOSSES,
+        help=f"the system's loss of the last state, or of all states (default: {preset.loss}; for a system "
+        "without a loss the mean square of its states)",
+    )
+    run.add_argument(
+        "--control-cost",
+        type=float,
+        default=preset.control_cost,
+        metavar="X",
+        help=f"weight of the mean squared control (default: {preset.control_cost:g})",
+    )
+    run.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: float32")
+    run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
+    run.add_argument(
+        "--repeats", type=int, default=20, metavar="N", help="timed passes of each flow (default: 20)"
+    )
+    out = parser.add_argument_group("what is reported")
+    out.add_argument(
+        "--against",
+        choices=AGAINST,
+        help="put Warp's generated adjoints of the same forward pass beside the hand-written ones",
+    )
+    add_flag(out, "kernels", True, "compile every kernel anew, for its time and what it takes of a GPU")
+    out.add_argument(
+        "--arch", type=int, default=90, metavar="N", help="architecture of that GPU (default: 90 for sm_90)"
+    )
+    out.add_argument("--json", metavar="FILE", help="write everything as JSON; - for the standard output")
+    out.add_argument("--trace", metavar="FILE", help="write a trace for chrome://tracing or ui.perfetto.dev")
+    if named is not None:
+        add_system_options(parser, named)
+
+
+def run_profile(
+    options: argparse.Namespace,
+    system: System,
+    make_policy: Callable[[argparse.Namespace, System], MLP | WaveCNN],
+) -> None:
+    """Runs `warp-sims profile`; `make_policy` makes the built-in ones."""
+    policy = _load_policy(options, system, make_policy)
+    for path in (options.json, options.trace):
+        _check_writable(path)
+    result = profile(
+        system,
+        policy,
+        flows=options.flows,
+        batch=options.batch,
+        horizon=options.horizon,
+        loss=options.loss or (published_setting(options.system).loss if system.has_loss else None),
+        control_cost=options.control_cost,
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        repeats=options.repeats,
+        against=options.against,
+        compile_times=options.kernels,
+        arch=options.arch,
+    )
+    print(result.to_json() if options.json == "-" else result.table())
+    if options.json not in (None, "-"):
+        result.write_json(options.json)
+        print(f"json: {options.json}")
+    if options.trace is not None:
+        result.write_trace(options.trace)
+        print(f"trace: {options.trace}", file=sys.stderr if options.json == "-" else sys.stdout)
+
+
+def _load_policy(
+    options: argparse.Namespace,
+    system: System,
+    make_policy: Callable[[argparse.Namespace, System], MLP | WaveCNN],
+) -> torch.nn.Module:
+    """Returns a policy by one of our names or as `module:name`."""
+    name = options.network
+    if name in POLICIES:
+        policy = make_policy(options, system)
+        policy.reset_parameters(seed=0)
+        return policy
+    if ":" not in name:
+        raise ValueError(
+            f"unknown policy {name!r}, expected {', '.join(POLICIES)}, or module:name for one of your own"
+        )
+    for option in ("hidden", "width"):
+        if getattr(options, option) is not None:
+            raise ValueError(f"--{option} is not for --policy {name}")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"policy {name!r}: {error}; expected module:name with the module importable from here"
+        ) from error
+    policy = found if isinstance(found, torch.nn.Module) else found(system) if callable(found) else found
+    if not isinstance(policy, torch.nn.Module):
+        raise ValueError(
+            f"policy {name!r} is {policy!r}, expected a torch.nn.Module or a function that returns one for a system"
+        )
+    return policy
+
+
+def _check_writable(path: str | None) -> None:
+    """Refuses a file that cannot be written before minutes are spent on what belongs into it."""
+    if path in (None, "-"):
+        return
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise ValueError(f"{path}: cannot be written; give a file in a folder that exists")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"{path}: cannot be written, permission denied; give another file")

@@ -1,0 +1,136 @@
+"""Operations and bytes of a rollout, counted from sizes: what the kernels' times are divided by.
+
+Operations are those of matrix products, a multiplication and an addition two, over the true weights and
+worlds: padding, biases, tanh, the physics and everything else elementwise are left out, so that no rate is
+flattered. Per point (a world at a step), with F the products of one forward evaluation of the policy, P those
+that pull a cotangent of the last hidden layer back to the first, and P0 those from there to the state:
+
+    forward             F
+    hidden cotangents   P + P0 a control component in the linearisation; P0 only where dN/dx is wanted
+    weight gradients    F a field
+
+What the mathematics needs differs in one place: of several control components no more than one cotangent a
+field has to be pulled back. Recomputation counts as done, never as needed.
+
+Bytes are those of the arrays that a kernel reads and writes, each once: what must come from and go to
+wherever the array lies. On a CPU much of it lies in cache, so more than the rate of a large copy can be
+reached.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .kernels.flow import NETWORK, Flow
+from .kernels.layout import BLOCK, Column, Layout
+
+__all__ = ["Problem", "Work", "needed_operations", "work_of"]
+
+
+class Work(NamedTuple):
+    """What all launches of one kernel in one pass do."""
+
+    operations: int | None
+    """None where they are not counted: physics, elementwise work."""
+    bytes: int | None
+
+
+class Problem(NamedTuple):
+    """A rollout as far as its work depends on it."""
+
+    nworld: int
+    horizon: int
+    state_size: int
+    control_size: int
+    itemsize: int
+    layout: Layout | None
+    """Of a fused policy, else None."""
+    parameters: int
+    """Components of the gradient."""
+
+    @property
+    def points(self) -> int:
+        """Worlds times steps."""
+        return self.nworld * self.horizon
+
+
+class _Products(NamedTuple):
+    """Operations at one point."""
+
+    forward: int
+    pull_hidden: int
+    pull_state: int
+
+
+def _products(lay: Layout) -> _Products:
+    """Of the true weights at all positions."""
+    each = []
+    for layer in range(lay.layers):
+        units, pitch = lay.column(layer, Column.UNITS), lay.column(layer, Column.PITCH_WINDOW)
+        first = lay.column(layer, Column.BACKWARD)
+        weights = int(np.count_nonzero(lay.pack[first : first + units * pitch]))
+        each.append(2 * weights * lay.column(layer, Column.POSITIONS))
+    # a unit cotangent of a control is pulled through the last layer by reading a row of its matrix
+    return _Products(sum(each), sum(each[1:-1]), each[0] if lay.layers > 1 else 0)
+
+
+def needed_operations(problem: Problem, base: str, check: str) -> tuple[int, int] | None:
+    """Operations that the mathematics needs forwards and backwards, None without a fused policy.
+
+    Args:
+        problem: The rollout.
+        base, check: Flow letters of the steps of both fields, `check` empty for one field.
+    """
+    if problem.layout is None:
+        return None
+    products = _products(problem.layout)
+    fields = [letters for letters in (base, check) if letters]
+    pulls = min(problem.control_size, len(fields))
+    to_states = min(pulls, sum(_network_open(letters) for letters in fields))
+    backward = pulls * products.pull_hidden + to_states * products.pull_state + len(fields) * products.forward
+    return problem.points * products.forward, problem.points * backward
+
+
+def _network_open(letters: str) -> bool:
+    return any(Flow(letter).edges & NETWORK for letter in set(letters))
+
+
+def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
+    """What the launches of a kernel do in one pass, by the name of its function; others are not counted."""
+    b, horizon, n, m = problem.nworld, problem.horizon, problem.state_size, problem.control_size
+    fields = 2 if check else 1
+    network_open = _network_open(base + check)
+    states, controls, jac = (horizon + 1) * b * n, horizon * b * m, horizon * b * m * n * network_open
+    lay = problem.layout
+    operations, elements = None, None
+    if kernel == "simulate":
+        # a policy that torch evaluates stands between two launches of one step, which each read a state and
+        # write it and the next
+        elements = controls + 3 * horizon * b * n
+    elif kernel == "loss":
+        elements = states + controls + b
+    elif kernel == "adjoint":
+        elements = states + controls + jac + fields * (controls + b * n)
+    elif kernel == "combine":
+        elements = 3 * problem.parameters
+    elif kernel == "pack_parameters" and lay is not None:
+        elements = problem.parameters + lay.packed
+    elif lay is not None:
+        products = _products(lay)
+        rows = math.ceil(b / BLOCK) * BLOCK * horizon
+        hidden, adjoints = rows * lay.row, rows * m * (lay.row_adj if lay.layers > 1 else 0)
+        if kernel == "fused_rollout":
+            operations = products.forward
+            elements = lay.packed + states + controls + hidden + b
+        elif kernel in ("network_linearize", "linearize"):
+            operations = m * (products.pull_hidden + products.pull_state * network_open)
+            # tanh' is read off the activations; the states stand in front of them
+            elements = lay.packed + hidden - rows * lay.column(0, Column.SECTION) + adjoints + jac
+        elif kernel in ("network_weight_grad", "weight_grad"):
+            operations = fields * products.forward
+            elements = hidden + adjoints + fields * (controls + lay.grads)
+    return Work(
+        None if operations is None else operations * problem.points,
+        None if elements is None else elements * problem.itemsize,
+    )
