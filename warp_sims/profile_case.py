@@ -68,9 +68,15 @@ def make_case(
         policy.reset_parameters(seed=0)
     elif not isinstance(policy, nn.Module):
         raise TypeError(f"profile: policy is of type {type(policy).__name__}, expected a torch.nn.Module")
-    policy = copy.deepcopy(policy).to(device=place, dtype=dtype).requires_grad_(True)
+    policy = copy.deepcopy(policy).to(device=place, dtype=dtype)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "profile: policy has no trainable parameter, so no backward pass; expected one or more"
+        )
     if x0 is None:
         x0 = _initial_states(system, batch, notes)
+    elif not isinstance(x0, Tensor):
+        raise TypeError(f"profile: x0 is of type {type(x0).__name__}, expected a tensor or None")
     elif tuple(x0.shape) != (batch, system.state_size):
         raise ValueError(
             f"profile: x0 has shape {tuple(x0.shape)}, expected (batch, state_size) = ({batch}, "

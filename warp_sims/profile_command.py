@@ -152,7 +152,8 @@ def _load_policy(
     policy = found if isinstance(found, torch.nn.Module) else found(system) if callable(found) else found
     if not isinstance(policy, torch.nn.Module):
         raise ValueError(
-            f"policy {name!r} is {policy!r}, expected a torch.nn.Module or a function that returns one for a system"
+            f"policy {name!r} is {policy!r}, expected a torch.nn.Module or a function that returns one for a "
+            "system"
         )
     return policy
 

@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import warp as wp
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .attribution import REST, attribute
 from .bridge.launches import PREPARING
@@ -186,12 +187,12 @@ def _traced(case: Case, flow: Flow, count: bool = False) -> tuple[_Part, _Part]:
     _wait(case.device)
     if not count:
         return _recorded(case, flow, None)
-    with FlopCounterMode(display=False) as counter:
-        return _recorded(case, flow, counter)
+    with TorchOperations() as operations:
+        return _recorded(case, flow, lambda: operations.total)
 
 
-def _recorded(case: Case, flow: Flow, counter: FlopCounterMode | None) -> tuple[_Part, _Part]:
-    with trace(case.device, None if counter is None else counter.get_total_flops) as tracer:
+def _recorded(case: Case, flow: Flow, count: Callable[[], int] | None) -> tuple[_Part, _Part]:
+    with trace(case.device, count) as tracer:
         with tracer.span("forward"):
             value = _forward(case, flow)
         _wait(case.device)
@@ -199,6 +200,23 @@ def _recorded(case: Case, flow: Flow, counter: FlopCounterMode | None) -> tuple[
             value.backward()
         events = tracer.events()
     return _part(events, "forward"), _part(events, "backward")
+
+
+class TorchOperations(TorchDispatchMode):
+    """Counts the operations of torch's products by torch's own formulas.
+
+    `FlopCounterMode` has the same formulas, but also follows modules, which fails under `torch.func.vjp`.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
 def _part(events: list[Event], name: str) -> _Part:
