@@ -1,4 +1,4 @@
-"""`ws.profile` and `warp-sims profile`: what is counted, that it adds up, what is refused. Times are not judged."""
+"""The profiler: what is counted, that it adds up, and what is refused. No time is judged."""
 
 import json
 import os

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -187,7 +188,10 @@ class Profile:
         return "\n".join(lines_of(self))
 
     def to_json(self) -> str:
-        """Returns everything but the single events as JSON; times in seconds, rates per second."""
+        """Returns everything but the single events as JSON; times in seconds, rates per second.
+
+        A number that is not finite, such as the error of a gradient that overflows, is null.
+        """
         return json.dumps(_plain(self) | {"format": FORMAT}, indent=1)
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -224,6 +228,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(part) for name, part in value._asdict().items()}
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number
     return value
 
 
