@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
+from .blocks import block_worlds
 from .dense import make_network_functions
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
@@ -174,9 +175,10 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
-        adj_loss: wp.array(dtype=dtype),  # (1,), or empty
+        adj_loss: wp.array(dtype=dtype),  # (members,), or empty
         adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
         adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        member_worlds: int,  # worlds that share a loss, see blocks.py
         first: int,
         # Out:
         mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
@@ -188,7 +190,7 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
         has_controls = adj_controls.shape[0] > 0
         gl = dtype(0.0)
         if has_loss:
-            gl = adj_loss[0]
+            gl = adj_loss[world / member_worlds]
 
         lam = State()
         if has_states:
@@ -253,13 +255,14 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
         # In:
         x0: wp.array(dtype=State),  # (nworld,)
         p: Params,
-        params: wp.array(dtype=dtype),  # (layout.packed,) of the policy
+        params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
         table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
         layers: int,
         row: int,
         section: int,  # elements of the x section of a row
         horizon: int,
         nworld: int,
+        member_worlds: int,  # worlds of one policy, see blocks.py
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
@@ -274,8 +277,8 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
     ):
         block, lane = wp.tid()
         block = block + first
-        world0 = block * wp.static(BLOCK)
-        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        member, world0, worlds = block_worlds(block, member_worlds)
+        own_params = params[member]
         for r in range(lane, worlds, lanes):
             states[0, world0 + r] = x0[world0 + r]
         for t in range(horizon):
@@ -290,7 +293,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
             barrier()
             u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
             forward(
-                params,
+                own_params,
                 table,
                 layers,
                 row,

@@ -20,6 +20,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from . import systems
 from .animation import animate
+from .ensembles import Ensemble
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
@@ -35,6 +36,7 @@ __all__ = [
     "MLP",
     "CartPole",
     "DeviceFunctions",
+    "Ensemble",
     "Flow",
     "GradientPair",
     "GuidanceByRepulsion",
