@@ -26,6 +26,7 @@ from .sweeps import (
     adjoint,
     check_has_loss,
     shape_of,
+    threads_for,
     total,
 )
 
@@ -260,7 +261,7 @@ class _Backward:
                         linearize.resize(count)
                         linearize()
                         sweep.put(first_sweep, world)
-                        sweep.resize(min(count * BLOCK, nworld - world))
+                        sweep.resize(threads_for(min(count * BLOCK, nworld - world), p.kernels.worlds))
                         sweep()
                         multiply.put(first_multiply, first)
                         multiply.put(first_multiply + 1, count)

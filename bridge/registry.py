@@ -73,7 +73,7 @@ class Prepared:
     @property
     def fused_rollout(self) -> wp.Kernel:
         """Forward sweep with the policy fused in."""
-        return make_fused_rollout(self.functions, self.dtype)
+        return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu)
 
 
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -103,5 +103,5 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         warp_device(device),
         functions,
         system.parameters(scalar),
-        make_system_kernels(functions, scalar),
+        make_system_kernels(functions, scalar, device.type == "cpu"),
     )

@@ -81,17 +81,20 @@ def check_has_loss(p: Prepared, weights: LossWeights) -> None:
         )
 
 
-def _world_parts(p: Prepared, nworld: int) -> list[range]:
-    return shares(nworld, WORLDS_PER_THREAD) if p.device.is_cpu else [range(nworld)]
-
-
 def _launches(
-    p: Prepared, kernel: wp.Kernel, parts: list[range], before: list[Any], after: list[Any]
+    p: Prepared, kernel: wp.Kernel, nworld: int, before: list[Any], after: list[Any], worlds: int = 1
 ) -> list[Launch]:
-    """One launch a part, a thread per world; the part's first world stands between the arguments `before`
-    and `after`.
+    """Launches that share the worlds, `worlds` of them a thread; the first world of a launch stands between
+    the arguments `before` and `after`.
     """
-    return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
+    threads = threads_for(nworld, worlds)
+    parts = shares(threads, WORLDS_PER_THREAD // worlds) if p.device.is_cpu else [range(threads)]
+    return [Launch(kernel, len(part), [*before, part.start * worlds, *after], p.device) for part in parts]
+
+
+def threads_for(nworld: int, worlds: int) -> int:
+    """Threads of a launch in which each has `worlds` worlds."""
+    return (nworld + worlds - 1) // worlds
 
 
 _ROW = 1024
@@ -116,7 +119,7 @@ class _Simulate:
         self.controls = array(size, horizon, nworld, m, components=1)
         self.states = array(size, horizon + 1, nworld, n, components=1)
         before = [self.x0, self.controls, p.params, horizon]
-        self.launches = _launches(p, p.kernels.simulate, _world_parts(p, nworld), before, [self.states])
+        self.launches = _launches(p, p.kernels.simulate, nworld, before, [self.states], p.kernels.worlds)
 
 
 _simulate = Pool(_Simulate)
@@ -143,7 +146,7 @@ class _Loss:
         self.world_loss = array(p.itemsize, nworld)
         factors = weights.per_world(nworld, horizon, p.control_size)
         before = [self.states, self.controls, p.params, horizon, *factors]
-        self.launches = _launches(p, p.kernels.loss, _world_parts(p, nworld), before, [self.world_loss])
+        self.launches = _launches(p, p.kernels.loss, nworld, before, [self.world_loss])
 
 
 _loss = Pool(_Loss)
@@ -228,7 +231,7 @@ class _Adjoint:
 
     def __init__(self, p: Prepared, back: Backward, shape: Shape, threads: int) -> None:
         self.arguments = a = AdjointArguments(p, back, shape)
-        self.launches = _launches(p, a.kernel, _world_parts(p, shape.nworld), a.before, a.after)
+        self.launches = _launches(p, a.kernel, shape.nworld, a.before, a.after, p.kernels.worlds)
 
 
 _adjoint = Pool(_Adjoint)
