@@ -5,13 +5,14 @@ Like sweeps.py, this allocates outputs, picks kernels and spreads CPU work over 
 autograd.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..kernels.layout import BLOCK, Column, layout
+from ..kernels.layout import BLOCK, Column, Layout, layout
 from ..kernels.network import chunk_rows, make_network_kernels
 from . import wide
 from .arrays import constant, empty, stream
@@ -41,6 +42,11 @@ GROUP_BYTES = 1 << 22
 SLOTS = 8
 """Partial sums of the weight gradients: fixed, so that results do not depend on the number of threads."""
 
+THREAD_PRODUCTS = 1 << 22
+"""Multiply-adds of one pass over a world block from which a thread is worth its start for this block alone
+(some 60 us); below, it takes two.
+"""
+
 
 def pack(network: str, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The policy's parameters as the kernels read them."""
@@ -69,6 +75,13 @@ def _table(key: tuple[str, int]) -> np.ndarray:
 def blocks_of(nworld: int) -> int:
     """World blocks of `nworld` worlds."""
     return (nworld + BLOCK - 1) // BLOCK
+
+
+def _blocks_per_thread(lay: Layout, horizon: int) -> int:
+    """World blocks below which another thread costs more than it brings."""
+    columns = (Column.POSITIONS, Column.PITCH_UNITS, Column.WINDOW)
+    products = sum(math.prod(lay.column(i, c) for c in columns) for i in range(lay.layers))
+    return 1 if horizon * BLOCK * products >= THREAD_PRODUCTS else 2
 
 
 def _fixed(tensor: torch.Tensor) -> Any:
@@ -107,7 +120,7 @@ class _Rollout:
         ]
         before += [horizon, nworld, *weights.per_world(nworld, horizon, m)]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
-        parts = shares(blocks, 2) if p.device.is_cpu else [range(blocks)]
+        parts = shares(blocks, _blocks_per_thread(lay, horizon)) if p.device.is_cpu else [range(blocks)]
         self.launches = [
             Launch(
                 p.fused_rollout, (len(part), lanes), [*before, part.start, *after], p.device, block_dim=lanes
@@ -195,7 +208,7 @@ class _Backward:
         group = max(1, min(most, blocks // SLOTS))
         groups = (blocks + group - 1) // group
         slots = min(SLOTS, groups)
-        parts = shares(slots, 2)
+        parts = shares(slots, _blocks_per_thread(lay, horizon))
         chunk = chunk_rows(lay.widest, size)
 
         self.arguments = a = AdjointArguments(p, back, shape)
