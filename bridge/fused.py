@@ -193,6 +193,8 @@ class _Backward:
     group adds to one of a fixed
     number of partial sums, and a thread owns whole partial sums: the result does not depend on the number of
         threads.
+    With one control the policy is linearised before the sweep; with several, its backward pass runs in the
+    sweep (kernels/fused_adjoint.py), and no Jacobian is kept.
     """
 
     def __init__(self, p: Prepared, back: Backward, network: str, shape: Shape, threads: int) -> None:
@@ -211,10 +213,12 @@ class _Backward:
         parts = shares(slots, _blocks_per_thread(lay, horizon))
         chunk = chunk_rows(lay.widest, size)
 
+        several = m > 1
+        shape = shape._replace(jac=shape.jac and not several)
         self.arguments = a = AdjointArguments(p, back, shape)
         self.packed, self.hidden = array(size, lay.packed), array(size, blocks * horizon * BLOCK, lay.row)
         # scratch of this object, never seen outside
-        group_d = group * m * horizon * BLOCK * lay.row_adj
+        group_d = group * (fields if several else m) * horizon * BLOCK * lay.row_adj
         self.mu = empty(like, fields, horizon, nworld, m)
         self.jac = empty(like, *((horizon, nworld, m, n) if shape.jac else (0, 0, 0, n)))
         self.partial = empty(like, slots, fields, lay.grads)
@@ -233,17 +237,30 @@ class _Backward:
             mu_rows = empty(like, fields * chunk * m)
             scaled = empty(like, chunk * lay.widest)
             self.scratch += [d, mu_rows, scaled]
-            first_linearize = 11
-            linearize = Launch(
-                kernels.linearize,
-                1,
-                [self.packed, _fixed(self.table), *common, horizon, nworld, n, m, int(shape.jac), 0, 0]
-                + [_fixed(d), _fixed(self.jac.view(-1))],
-                p.device,
-            )
-            first_sweep = len(a.before)
-            sweep = Launch(a.kernel, 1, [*a.before, 0, *a.after], p.device)
-            first_multiply = 12
+            # launch, index of its argument `first`, what that counts a block, worlds of a thread
+            passes: list[tuple[Launch, int, int, int]]
+            pulled = empty(like, fields, BLOCK, n)
+            self.scratch.append(pulled)
+            if several:
+                network = [self.packed, _fixed(self.table), *common]
+                states_of_block = array(size, fields, BLOCK, n, components=1)
+                states_of_block.data = pulled.data_ptr()
+                after = [a.mu, _fixed(self.mu.view(-1)), a.adj_x0, _fixed(d), states_of_block]
+                after.append(_fixed(pulled.view(-1)))
+                before = [*a.before[:2], *a.before[3:], *network]
+                sweep = Launch(p.fused_adjoint(fields), 1, [*before, 0, *after], p.device)
+                passes = [(sweep, len(before), 1, BLOCK)]
+            else:
+                network = [self.packed, _fixed(self.table), *common, horizon, nworld, n, m, int(shape.jac)]
+                linearize = Launch(
+                    kernels.linearize, 1, [*network, 0, 0, _fixed(d), _fixed(self.jac.view(-1))], p.device
+                )
+                sweep = Launch(a.kernel, 1, [*a.before, 0, *a.after], p.device)
+                passes = [
+                    (linearize, len(network), 1, BLOCK),
+                    (sweep, len(a.before), BLOCK, p.kernels.worlds),
+                ]
+            first_multiply = 13
             multiply = Launch(
                 kernels.weight_grad,
                 1,
@@ -253,6 +270,7 @@ class _Backward:
                     _fixed(d),
                     scalar_mu,
                     fields,
+                    int(several),
                     horizon,
                     nworld,
                     m,
@@ -270,12 +288,11 @@ class _Backward:
                 for slot in part:
                     for first in range(slot * group, blocks, slots * group):
                         count, world = min(group, blocks - first), first * BLOCK
-                        linearize.put(first_linearize, first)
-                        linearize.resize(count)
-                        linearize()
-                        sweep.put(first_sweep, world)
-                        sweep.resize(threads_for(min(count * BLOCK, nworld - world), p.kernels.worlds))
-                        sweep()
+                        present = min(count * BLOCK, nworld - world)
+                        for launch, argument, step, worlds in passes:
+                            launch.put(argument, first * step)
+                            launch.resize(threads_for(present, worlds))
+                            launch()
                         multiply.put(first_multiply, first)
                         multiply.put(first_multiply + 1, count)
                         multiply.put(first_multiply + 3, slot)

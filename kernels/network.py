@@ -96,6 +96,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         d: wp.array(dtype=dtype),  # as network_linearize leaves it
         mu: wp.array4d(dtype=dtype),  # (fields, horizon, nworld, control_size)
         fields: int,
+        scaled: int,  # d is per block (fields, horizon, BLOCK, row_adj), as fused_adjoint leaves it
         horizon: int,
         nworld: int,
         control_size: int,
@@ -111,6 +112,9 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     ):
         rows = horizon * wp.static(BLOCK)
         mu_field = chunk * control_size
+        components = control_size
+        if scaled != 0:
+            components = fields
         for index in range(blocks):
             block = first + index
             for row0 in range(0, rows, chunk):
@@ -124,7 +128,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                             if world < nworld:
                                 value = mu[f, t, world, c]
                             mu_rows[f * mu_field + r * control_size + c] = value
-                at = wp.int64(index * control_size * rows + row0)
+                at = wp.int64(index * components * rows + row0)
                 native_weight_grad(
                     table,
                     layers,
@@ -139,6 +143,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     mu_rows,
                     mu_field,
                     fields,
+                    scaled,
                     scratch,
                     grads,
                     wp.int64(slot * grads.shape[1]) * wp.int64(grads.shape[2]),
