@@ -6,13 +6,14 @@ autograd.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..kernels.layout import BLOCK, Column, layout
+from ..kernels.layout import BLOCK, Column, Layout, layout
 from ..kernels.network import chunk_rows, make_network_kernels
 from . import wide
 from .arrays import constant, empty, stream
@@ -46,6 +47,11 @@ threads.
 PARTIAL_BYTES = 1 << 22
 """Bound on the partial sums that are open at once, those of some members; more go through where the threads
 would lack work.
+"""
+
+THREAD_PRODUCTS = 1 << 22
+"""Multiply-adds of one pass over a world block from which a thread is worth its start for this block alone
+(some 60 us); below, it takes two.
 """
 
 
@@ -84,6 +90,13 @@ def blocks_of(nworld: int) -> int:
 def hidden_shape(x0: torch.Tensor, horizon: int, row: int) -> tuple[int, ...]:
     """Shape of the stored activations, (blocks * horizon * BLOCK, row), of each member for an ensemble."""
     return (*x0.shape[:-2], blocks_of(x0.shape[-2]) * horizon * BLOCK, row)
+
+
+def _blocks_per_thread(lay: Layout, horizon: int) -> int:
+    """World blocks below which another thread costs more than it brings."""
+    columns = (Column.POSITIONS, Column.PITCH_UNITS, Column.WINDOW)
+    products = sum(math.prod(lay.column(i, c) for c in columns) for i in range(lay.layers))
+    return 1 if horizon * BLOCK * products >= THREAD_PRODUCTS else 2
 
 
 def _fixed(tensor: torch.Tensor) -> Any:
@@ -129,7 +142,7 @@ class _Rollout:
         ]
         before += [horizon, nworld, member_worlds, *weights.per_world(member_worlds, horizon, m)]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
-        parts = shares(blocks, 2) if p.device.is_cpu else [range(blocks)]
+        parts = shares(blocks, _blocks_per_thread(lay, horizon)) if p.device.is_cpu else [range(blocks)]
         self.launches = [
             Launch(
                 p.fused_rollout, (len(part), lanes), [*before, part.start, *after], p.device, block_dim=lanes
@@ -206,6 +219,9 @@ class _Backward:
     group lies within a member and adds to one of a fixed number of partial sums of that member, and a thread
     owns whole partial sums: the result depends neither on the number of threads nor on the other members.
     Members go through in waves that bound the memory of the partial sums.
+
+    With one control the policy is linearised before the sweep; with several, its backward pass runs in the
+    sweep (kernels/fused_adjoint.py), and no Jacobian is kept.
     """
 
     def __init__(self, p: Prepared, back: Backward, network: str, shape: Shape, threads: int) -> None:
@@ -221,14 +237,17 @@ class _Backward:
         group = max(1, min(most, blocks // SLOTS))
         groups = (blocks + group - 1) // group
         slots = min(SLOTS, groups)
+        least = _blocks_per_thread(lay, horizon)
         waves = _waves(shape.members, slots, slots * fields * lay.grads * size, threads)
         chunk = chunk_rows(lay.widest, size)
 
+        several = m > 1
+        shape = shape._replace(jac=shape.jac and not several)
         self.arguments = a = AdjointArguments(p, back, shape)
         self.packed = array(size, shape.members, lay.packed)
         self.hidden = array(size, shape.members * blocks * horizon * BLOCK, lay.row)
         # scratch of this object, never seen outside
-        group_d = group * m * horizon * BLOCK * lay.row_adj
+        group_d = group * (fields if several else m) * horizon * BLOCK * lay.row_adj
         self.mu = empty(like, fields, horizon, nworld, m)
         self.jac = empty(like, *((horizon, nworld, m, n) if shape.jac else (0, 0, 0, n)))
         self.partial = empty(like, len(waves[0]), slots, fields, lay.grads)
@@ -247,17 +266,28 @@ class _Backward:
             mu_rows = empty(like, fields * chunk * m)
             scaled = empty(like, chunk * lay.widest)
             self.scratch += [d, mu_rows, scaled]
-            first_linearize = 12
-            linearize = Launch(
-                kernels.linearize,
-                1,
-                [self.packed, _fixed(self.table), *common, horizon, nworld, member_worlds, n, m]
-                + [int(shape.jac), 0, 0, _fixed(d), _fixed(self.jac.view(-1))],
-                p.device,
-            )
-            first_sweep = len(a.before)
-            sweep = Launch(a.kernel, 1, [*a.before, 0, *a.after], p.device)
-            first_multiply = 12
+            # launch, index of its argument `first`, whether it counts in blocks instead of worlds
+            passes: list[tuple[Launch, int, bool]]
+            pulled = empty(like, fields, BLOCK, n)
+            self.scratch.append(pulled)
+            if several:
+                network = [self.packed, _fixed(self.table), *common]
+                states_of_block = array(size, fields, BLOCK, n, components=1)
+                states_of_block.data = pulled.data_ptr()
+                after = [a.mu, _fixed(self.mu.view(-1)), a.adj_x0, _fixed(d), states_of_block]
+                after.append(_fixed(pulled.view(-1)))
+                before = [*a.before[:2], *a.before[3:], *network]
+                sweep = Launch(p.fused_adjoint(fields), 1, [*before, 0, *after], p.device)
+                passes = [(sweep, len(before), True)]
+            else:
+                network = [self.packed, _fixed(self.table), *common, horizon, nworld, member_worlds, n, m]
+                network.append(int(shape.jac))
+                linearize = Launch(
+                    kernels.linearize, 1, [*network, 0, 0, _fixed(d), _fixed(self.jac.view(-1))], p.device
+                )
+                sweep = Launch(a.kernel, 1, [*a.before, 0, *a.after], p.device)
+                passes = [(linearize, len(network), True), (sweep, len(a.before), p.kernels.worlds > 1)]
+            first_multiply = 13
             multiply = Launch(
                 kernels.weight_grad,
                 1,
@@ -267,6 +297,7 @@ class _Backward:
                     _fixed(d),
                     scalar_mu,
                     fields,
+                    int(several),
                     horizon,
                     member_worlds,
                     m,
@@ -285,13 +316,12 @@ class _Backward:
                     member, slot = first_member + item // slots, item % slots
                     for first in range(slot * group, blocks, slots * group):
                         count, world = min(group, blocks - first), first * BLOCK
-                        block = member * blocks + first
-                        linearize.put(first_linearize, block)
-                        linearize.resize(count)
-                        linearize()
-                        sweep.put(first_sweep, member * member_worlds + world)
-                        sweep.resize(min(count * BLOCK, member_worlds - world))
-                        sweep()
+                        present = min(count * BLOCK, member_worlds - world)
+                        block, world = member * blocks + first, member * member_worlds + world
+                        for launch, argument, by_block in passes:
+                            launch.put(argument, block if by_block else world)
+                            launch.resize(count if by_block else present)
+                            launch()
                         multiply.put(first_multiply, block)
                         multiply.put(first_multiply + 1, count)
                         multiply.put(first_multiply + 3, item)
@@ -299,14 +329,12 @@ class _Backward:
 
             return run
 
-        workers = [worker() for _ in shares(len(waves[0]) * slots, 2)]
-        self.waves = [
-            (
-                wave,
-                [functools.partial(w, wave.start, s) for w, s in zip(workers, shares(len(wave) * slots, 2))],
-            )
-            for wave in waves
-        ]
+        workers = [worker() for _ in shares(len(waves[0]) * slots, least)]
+        self.waves: list[tuple[range, list[Callable[[], None]]]] = []
+        for wave in waves:
+            parts = shares(len(wave) * slots, least)
+            tasks = [functools.partial(work, wave.start, part) for work, part in zip(workers, parts)]
+            self.waves.append((wave, tasks))
         self.partials = self.partial.unbind(0)
         scratch = [self.mu, self.jac, self.partial, *self.scratch]
         self.nbytes = sum(t.numel() * t.element_size() for t in scratch)

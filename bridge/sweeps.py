@@ -82,17 +82,21 @@ def check_has_loss(p: Prepared, weights: LossWeights) -> None:
         )
 
 
-def _world_parts(p: Prepared, nworld: int) -> list[range]:
-    return shares(nworld, WORLDS_PER_THREAD) if p.device.is_cpu else [range(nworld)]
-
-
 def _launches(
-    p: Prepared, kernel: wp.Kernel, parts: list[range], before: list[Any], after: list[Any]
+    p: Prepared, kernel: wp.Kernel, threads: int, before: list[Any], after: list[Any], worlds: int = 1
 ) -> list[Launch]:
-    """One launch a part, a thread per world; the part's first world stands between the arguments `before`
-    and `after`.
+    """Launches that share the threads, each of which has up to `worlds` worlds; the first thread of a launch
+    stands between the arguments `before` and `after`.
     """
+    parts = shares(threads, WORLDS_PER_THREAD // worlds) if p.device.is_cpu else [range(threads)]
     return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
+
+
+def _threads(p: Prepared, members: int, nworld: int) -> int:
+    """Threads over the worlds of all members: by block, which never reaches into another member, or by
+    world.
+    """
+    return members * ((nworld // members + p.kernels.worlds - 1) // p.kernels.worlds)
 
 
 _ROW = 1024
@@ -119,7 +123,9 @@ class _Simulate:
         self.controls = array(size, horizon, nworld, m, components=1)
         self.states = array(size, horizon + 1, nworld, n, components=1)
         before = [self.x0, self.controls, p.params, horizon]
-        self.launches = _launches(p, p.kernels.simulate, _world_parts(p, nworld), before, [self.states])
+        self.launches = _launches(
+            p, p.kernels.simulate, _threads(p, 1, nworld), before, [self.states], p.kernels.worlds
+        )
 
 
 _simulate = Pool(_Simulate)
@@ -146,7 +152,7 @@ class _Loss:
         self.world_loss = array(p.itemsize, nworld)
         factors = weights.per_world(nworld, horizon, p.control_size)
         before = [self.states, self.controls, p.params, horizon, *factors]
-        self.launches = _launches(p, p.kernels.loss, _world_parts(p, nworld), before, [self.world_loss])
+        self.launches = _launches(p, p.kernels.loss, nworld, before, [self.world_loss])
 
 
 _loss = Pool(_Loss)
@@ -241,7 +247,9 @@ class _Adjoint:
 
     def __init__(self, p: Prepared, back: Backward, shape: Shape, threads: int) -> None:
         self.arguments = a = AdjointArguments(p, back, shape)
-        self.launches = _launches(p, a.kernel, _world_parts(p, shape.nworld), a.before, a.after)
+        self.launches = _launches(
+            p, a.kernel, _threads(p, shape.members, shape.nworld), a.before, a.after, p.kernels.worlds
+        )
 
 
 _adjoint = Pool(_Adjoint)

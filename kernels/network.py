@@ -98,6 +98,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         d: wp.array(dtype=dtype),  # as network_linearize leaves it
         mu: wp.array4d(dtype=dtype),  # (fields, horizon, nworld, control_size)
         fields: int,
+        scaled: int,  # d is per block (fields, horizon, BLOCK, row_adj), as fused_adjoint leaves it
         horizon: int,
         member_worlds: int,
         control_size: int,
@@ -113,6 +114,9 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     ):
         rows = horizon * wp.static(BLOCK)
         mu_field = chunk * control_size
+        components = control_size
+        if scaled != 0:
+            components = fields
         for index in range(blocks):
             block = first + index
             _, world0, worlds = block_worlds(block, member_worlds)
@@ -127,7 +131,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                             if i < worlds:
                                 value = mu[f, t, world0 + i, c]
                             mu_rows[f * mu_field + r * control_size + c] = value
-                at = wp.int64(index * control_size * rows + row0)
+                at = wp.int64(index * components * rows + row0)
                 native_weight_grad(
                     table,
                     layers,
@@ -142,6 +146,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     mu_rows,
                     mu_field,
                     fields,
+                    scaled,
                     scratch,
                     grads,
                     wp.int64(slot * grads.shape[1]) * wp.int64(grads.shape[2]),

@@ -422,6 +422,7 @@ class QuantumControl(System):
     def parameters(self, dtype: Any) -> Any:
         params = _quantum.make_params(self.points, dtype)()
         params.dt, params.dx = self.dt, self.dx
+        params.kappa, params.field = 2 * self.dx**2 / self.dt, self.dx**3
         params.eigenstate = self.eigenstate(self.target).tolist()
         return params
 
