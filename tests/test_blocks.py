@@ -4,10 +4,13 @@ The other tests hold the block form against the torch references.
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
-from cases import assert_close, make_cotangents, make_states
+import warp as wp
+from cases import assert_close, gradients, make_cotangents, make_net, make_states
+from own_systems import Pendulum, pendulum_functions
 from warp_sims.bridge import sweeps
 from warp_sims.bridge.registry import prepare
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
@@ -79,3 +82,59 @@ def test_worlds_do_not_touch():
         assert states[:, 2].isnan().any() and torch.equal(states[:, others], clean[:, others])
         for a, b in zip(sweeps.adjoint(p, back, states, controls, None, g), clean_back):
             assert torch.equal(a[..., others, :], b[..., others, :])
+
+
+@functools.cache
+def pendulum_in_blocks(dtype):
+    """The pendulum with a block form in plain Warp: a user's system has what the built-in ones have."""
+    functions = pendulum_functions(dtype)
+    Params, State, Control, step, step_vjp = functions[:5]
+
+    @wp.func
+    def step_block(
+        states: wp.array2d(dtype=State),
+        controls: wp.array2d(dtype=Control),
+        p: Params,
+        t: int,
+        nworld: int,
+        world0: int,
+        worlds: int,
+    ):
+        for world in range(world0, world0 + worlds):
+            states[t + 1, world] = step(states[t, world], controls[t, world], p)
+
+    @wp.func
+    def step_vjp_block(
+        states: wp.array2d(dtype=State),
+        controls: wp.array2d(dtype=Control),
+        p: Params,
+        t: int,
+        nworld: int,
+        world0: int,
+        worlds: int,
+        adj: wp.array2d(dtype=State),
+        adj_u: wp.array3d(dtype=Control),
+    ):
+        for f in range(adj_u.shape[0]):
+            for world in range(world0, world0 + worlds):
+                adj_x, adj_c = step_vjp(states[t, world], controls[t, world], p, adj[f, world])
+                adj[f, world] = adj_x
+                adj_u[f, t, world] = adj_c
+
+    return functions._replace(block=ws.BlockFunctions(step_block, step_vjp_block))
+
+
+@dataclasses.dataclass(frozen=True)
+class PendulumInBlocks(Pendulum):
+    def device_functions(self, dtype):
+        return pendulum_in_blocks(dtype)
+
+
+@pytest.mark.parametrize("flow", ["R", "M", "C"])
+def test_own_system_in_blocks(flow):
+    net = make_net(Pendulum())
+    x0 = Pendulum().initial_states(7, dtype=torch.float64)
+    found, expected = (
+        gradients(system, net, x0, 9, flow, loss="running") for system in (PendulumInBlocks(), Pendulum())
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
