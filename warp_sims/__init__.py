@@ -27,13 +27,14 @@ from .policies import MLP, WaveCNN
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run
-from .systems import CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
+from .systems import BlockFunctions, CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
 from .training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
     "Ensemble",

@@ -18,9 +18,10 @@ from .bridge import registry as _numbers
 from .kernels import cartpole as _cartpole
 from .kernels import guidance as _guidance
 from .kernels import quantum as _quantum
-from .kernels.system import DeviceFunctions
+from .kernels.system import BlockFunctions, DeviceFunctions
 
 __all__ = [
+    "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
     "GuidanceByRepulsion",
