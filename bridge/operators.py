@@ -15,7 +15,7 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..kernels.agreement import NSTATS
-from ..kernels.layout import BLOCK, layout
+from ..kernels.layout import layout
 from . import fused, sweeps
 from .arrays import capturing
 from .registry import prepare
@@ -72,11 +72,14 @@ def _check_finite(x0: Tensor) -> None:
         return
     finite = torch.isfinite(x0)
     if not bool(finite.all()):
-        bad = torch.nonzero(~finite.all(dim=1)).flatten().tolist()
-        shown = ", ".join(str(i) for i in bad[:8]) + (", ..." if len(bad) > 8 else "")
+        # (member,) world
+        bad = torch.nonzero(~finite.all(dim=-1)).tolist()
+        names = [" of member ".join(str(i) for i in reversed(where)) for where in bad[:8]]
+        shown = ", ".join(names) + (", ..." if len(bad) > 8 else "")
         raise ValueError(
-            f"x0: {len(bad)} of {x0.shape[0]} worlds hold NaN or infinity (world {shown}; world {bad[0]} is "
-            f"{x0[bad[0]].tolist()}), expected finite initial states; remove or repair these rows"
+            f"x0: {len(bad)} of {x0.shape[:-1].numel()} worlds hold NaN or infinity (world {shown}; world "
+            f"{names[0]} is {x0[tuple(bad[0])].tolist()}), expected finite initial states; remove or repair "
+            f"these rows"
         )
 
 
@@ -118,11 +121,14 @@ def fused_rollout(
     running: float,
     control: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fused forward sweep: states, controls, loss, hidden activations, packed parameters."""
+    """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
+
+    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis.
+    """
     _check_finite(x0)
     p = prepare(system, x0.dtype, x0.device)
     with span("pack_parameters"):
-        packed = fused.pack(network, parameters)
+        packed = fused.pack(network, parameters, x0.shape[:-2])
     weights = LossWeights(final, running, control)
     return *fused.rollout(p, network, packed, _dense(x0), horizon, weights), packed
 
@@ -138,14 +144,13 @@ def _(
     running: float,
     control: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    nworld = x0.shape[0]
     lay = layout(network, x0.element_size())
     return (
-        x0.new_empty((horizon + 1, nworld, lay.state_size)),
-        x0.new_empty((horizon, nworld, lay.control_size)),
-        x0.new_empty(()),
-        x0.new_empty(((nworld + BLOCK - 1) // BLOCK * BLOCK * horizon, lay.row)),
-        x0.new_empty(lay.packed),
+        x0.new_empty((horizon + 1, *x0.shape)),
+        x0.new_empty((horizon, *x0.shape[:-1], lay.control_size)),
+        x0.new_empty(x0.shape[:-2]),
+        x0.new_empty(fused.hidden_shape(x0, horizon, lay.row)),
+        x0.new_empty((*x0.shape[:-2], lay.packed)),
     )
 
 
@@ -168,7 +173,7 @@ def fused_backward(
     adj_controls: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
-    state_size).
+    state_size), with a member axis behind the fields for an ensemble.
     """
     return fused.backward(
         prepare(system, states.dtype, states.device),
@@ -202,9 +207,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     fields = 2 if check else 1
     parameters = layout(network, states.element_size()).unpack.size
-    return states.new_empty((fields, parameters)), states.new_empty(
-        (fields, states.shape[1], states.shape[2])
-    )
+    grads = states.new_empty((fields, *states.shape[1:-2], parameters))
+    return grads, states.new_empty((fields, *states.shape[1:]))
 
 
 @_operator("adjoint")
@@ -292,12 +296,12 @@ def _largest(x: Tensor) -> float:
 
 @_operator("combine")
 def combine(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
-    """Component-wise comparison of two flat gradients: the combined one, and the sums named in
-    kernels/agreement.py.
+    """Component-wise comparison of two gradients (components,) or (members, components): the combined one,
+    and the sums named in kernels/agreement.py, (sums,) or (members, sums).
     """
     return sweeps.combine(base.contiguous(), check.contiguous(), keep_check)
 
 
 @combine.register_fake
 def _(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(base), base.new_empty(NSTATS, dtype=torch.float64)
+    return torch.empty_like(base), base.new_empty((*base.shape[:-1], NSTATS), dtype=torch.float64)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import warp as wp
 
+from ..kernels.fused_adjoint import make_fused_adjoint
 from ..kernels.rollout import SystemKernels, make_fused_rollout, make_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
@@ -73,7 +74,11 @@ class Prepared:
     @property
     def fused_rollout(self) -> wp.Kernel:
         """Forward sweep with the policy fused in."""
-        return make_fused_rollout(self.functions, self.dtype)
+        return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu)
+
+    def fused_adjoint(self, fields: int) -> wp.Kernel:
+        """Adjoint sweep with the policy fused in, for CPUs."""
+        return make_fused_adjoint(self.functions, self.dtype, fields)
 
 
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -103,5 +108,5 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         warp_device(device),
         functions,
         system.parameters(scalar),
-        make_system_kernels(functions, scalar),
+        make_system_kernels(functions, scalar, device.type == "cpu"),
     )

@@ -113,8 +113,10 @@ def _combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
 
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Cuts a flat gradient into tensors shaped like the parameters."""
-    return [part.view(q.shape) for part, q in zip(flat.split([q.numel() for q in like]), like)]
+    """Cuts a flat gradient, (members, parameters) of an ensemble, into tensors shaped like the parameters."""
+    members = flat.shape[:-1].numel()
+    sizes = [q.numel() // members for q in like]
+    return [part.view(q.shape) for part, q in zip(flat.split(sizes, dim=-1), like)]
 
 
 class FusedBackward(_BackwardPass):

@@ -2,7 +2,8 @@
 
 No autograd here; operators.py makes torch operators of these and tape.py records them on a Warp tape.
 Shapes: x0 (nworld, state_size), states (horizon + 1, nworld, state_size), controls (horizon, nworld,
-control_size).
+control_size). Of an ensemble of policies the worlds have two axes, (members, worlds of a member): the kernels
+see them as one, member after member.
 """
 
 from __future__ import annotations
@@ -81,26 +82,32 @@ def check_has_loss(p: Prepared, weights: LossWeights) -> None:
         )
 
 
-def _world_parts(p: Prepared, nworld: int) -> list[range]:
-    return shares(nworld, WORLDS_PER_THREAD) if p.device.is_cpu else [range(nworld)]
-
-
 def _launches(
-    p: Prepared, kernel: wp.Kernel, parts: list[range], before: list[Any], after: list[Any]
+    p: Prepared, kernel: wp.Kernel, threads: int, before: list[Any], after: list[Any], worlds: int = 1
 ) -> list[Launch]:
-    """One launch a part, a thread per world; the part's first world stands between the arguments `before`
-    and `after`.
+    """Launches that share the threads, each of which has up to `worlds` worlds; the first thread of a launch
+    stands between the arguments `before` and `after`.
     """
+    parts = shares(threads, WORLDS_PER_THREAD // worlds) if p.device.is_cpu else [range(threads)]
     return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
+
+
+def _threads(p: Prepared, members: int, nworld: int) -> int:
+    """Threads over the worlds of all members: by block, which never reaches into another member, or by
+    world.
+    """
+    return members * ((nworld // members + p.kernels.worlds - 1) // p.kernels.worlds)
 
 
 _ROW = 1024
 
 
 def total(world_loss: torch.Tensor) -> torch.Tensor:
-    """Sum over worlds, the same for every number of threads: torch splits a long sum by them, and short
-    ones not.
+    """Sum over worlds, of each member where there are any, the same for every number of threads and of
+    members: torch splits a long sum by threads, short ones not, and orders them by shape.
     """
+    if world_loss.ndim > 1:
+        return torch.stack([total(member) for member in world_loss])
     if world_loss.numel() <= 16 * _ROW:
         return world_loss.sum()
     whole = world_loss.numel() // _ROW * _ROW
@@ -116,7 +123,9 @@ class _Simulate:
         self.controls = array(size, horizon, nworld, m, components=1)
         self.states = array(size, horizon + 1, nworld, n, components=1)
         before = [self.x0, self.controls, p.params, horizon]
-        self.launches = _launches(p, p.kernels.simulate, _world_parts(p, nworld), before, [self.states])
+        self.launches = _launches(
+            p, p.kernels.simulate, _threads(p, 1, nworld), before, [self.states], p.kernels.worlds
+        )
 
 
 _simulate = Pool(_Simulate)
@@ -143,7 +152,7 @@ class _Loss:
         self.world_loss = array(p.itemsize, nworld)
         factors = weights.per_world(nworld, horizon, p.control_size)
         before = [self.states, self.controls, p.params, horizon, *factors]
-        self.launches = _launches(p, p.kernels.loss, _world_parts(p, nworld), before, [self.world_loss])
+        self.launches = _launches(p, p.kernels.loss, nworld, before, [self.world_loss])
 
 
 _loss = Pool(_Loss)
@@ -167,7 +176,9 @@ class Shape(NamedTuple):
     """What the arguments of an adjoint sweep depend on besides addresses."""
 
     horizon: int
+    members: int
     nworld: int
+    """Of all members."""
     jac: bool
     adj_loss: bool
     adj_states: bool
@@ -187,7 +198,7 @@ class AdjointArguments:
         self.states = array(size, horizon + 1, nworld, n, components=1)
         self.controls = array(size, horizon, nworld, m, components=1)
         self.jac = array(size, *((horizon, nworld, m) if shape.jac else (0, 0, 0)), n, components=1)
-        self.adj_loss = array(size, 1 if shape.adj_loss else 0)
+        self.adj_loss = array(size, shape.members if shape.adj_loss else 0)
         self.adj_states = array(
             size, *((horizon + 1, nworld) if shape.adj_states else (0, 0)), n, components=1
         )
@@ -198,10 +209,11 @@ class AdjointArguments:
         self.adj_x0 = array(size, fields, nworld, n, components=1)
         self.before = [self.states, self.controls, self.jac, p.params, edges, back.decay, horizon]
         self.before += [
-            *back.weights.per_world(nworld, horizon, m),
+            *back.weights.per_world(nworld // shape.members, horizon, m),
             self.adj_loss,
             self.adj_states,
             self.adj_controls,
+            nworld // shape.members,
         ]
         self.after = [self.mu, self.adj_x0]
 
@@ -220,7 +232,14 @@ class AdjointArguments:
 
 
 def shape_of(controls: torch.Tensor, jac: bool, g: Cotangents) -> Shape:
-    return Shape(controls.shape[0], controls.shape[1], jac, *(t is not None for t in g))
+    """The shape of an adjoint sweep over a trajectory."""
+    members, nworld = members_of(controls.shape[1:])
+    return Shape(controls.shape[0], members, members * nworld, jac, *(t is not None for t in g))
+
+
+def members_of(shape: torch.Size) -> tuple[int, int]:
+    """Members, and worlds of each, of a shape (nworld, size) or (members, nworld, size)."""
+    return (1, shape[0]) if len(shape) == 2 else (shape[0], shape[1])
 
 
 class _Adjoint:
@@ -228,7 +247,9 @@ class _Adjoint:
 
     def __init__(self, p: Prepared, back: Backward, shape: Shape, threads: int) -> None:
         self.arguments = a = AdjointArguments(p, back, shape)
-        self.launches = _launches(p, a.kernel, _world_parts(p, shape.nworld), a.before, a.after)
+        self.launches = _launches(
+            p, a.kernel, _threads(p, shape.members, shape.nworld), a.before, a.after, p.kernels.worlds
+        )
 
 
 _adjoint = Pool(_Adjoint)
@@ -243,16 +264,19 @@ def adjoint(
     g: Cotangents,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adjoint sweep: cotangents of the controls (fields, horizon, nworld, control_size) and of x0 (fields,
-    nworld, state_size).
+    nworld, state_size), with two axes of worlds for an ensemble.
 
     `jac` is dN/dx (horizon, nworld, control_size, state_size), None where no network edge is open.
     """
     fields = len(back.schedules)
     mu = empty(states, fields, *controls.shape)
     adj_x0 = states.new_empty((fields, *states.shape[1:]))
-    if controls.shape[1]:
-        key = (p, back, shape_of(controls, jac is not None, g), torch.get_num_threads())
-        with _adjoint.borrow(*key) as sweep, stream(states.device):
+    shape = shape_of(controls, jac is not None, g)
+    if shape.nworld:
+        with (
+            _adjoint.borrow(p, back, shape, torch.get_num_threads()) as sweep,
+            stream(states.device),
+        ):
             a = sweep.arguments
             alive = a.point(states, controls, g)
             a.jac.data = 0 if jac is None else jac.data_ptr()
@@ -265,27 +289,30 @@ def adjoint(
 class _Combine:
     """Prepared comparison of two flat gradients."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, size: int, keep_check: bool) -> None:
-        itemsize = dtype.itemsize
-        self.base, self.check, self.combined = (array(itemsize, size) for _ in range(3))
-        self.stats = array(8, chunks(size), NSTATS)
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, members: int, size: int, keep_check: bool
+    ) -> None:
+        itemsize, threads = dtype.itemsize, members * chunks(size)
+        self.base, self.check, self.combined = (array(itemsize, members, size) for _ in range(3))
+        self.stats = array(8, threads, NSTATS)
         args = [self.base, self.check, size, int(keep_check), self.combined, self.stats]
-        self.launch = Launch(make_combine(WARP_DTYPE[dtype]), chunks(size), args, warp_device(device))
+        self.launch = Launch(make_combine(WARP_DTYPE[dtype]), threads, args, warp_device(device))
 
 
 _combine = Pool(_Combine)
 
 
 def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Component-wise comparison of two flat gradients: the combined one and the sums of
-    `agreement.NSTATS`.
+    """Component-wise comparison of two gradients (components,) or (members, components): the combined one
+    and the sums of `agreement.NSTATS`, of each member.
     """
-    size = base.numel()
+    size = base.shape[-1]
     combined = torch.empty_like(base)
-    stats = torch.empty((chunks(size), NSTATS), dtype=torch.float64, device=base.device)
-    if size:
-        with _combine.borrow(base.dtype, base.device, size, keep_check) as c, stream(base.device):
+    stats = base.new_empty((*base.shape[:-1], chunks(size), NSTATS), dtype=torch.float64)
+    if base.numel():
+        key = (base.dtype, base.device, base.numel() // size, size, keep_check)
+        with _combine.borrow(*key) as c, stream(base.device):
             c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
             c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
             c.launch()
-    return combined, stats.sum(0)
+    return combined, stats.sum(-2)

@@ -1,7 +1,8 @@
 """The wide products of a fused policy through torch: the road of GPUs, and the check of the CPU kernels.
 
 Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/dense.py for the
-equations and the layout.
+equations and the layout. For an ensemble every tensor has the members in front of them, and the products are
+batched over these.
 """
 
 from typing import NamedTuple
@@ -18,20 +19,22 @@ class Rows(NamedTuple):
     layout: Layout
     packed: torch.Tensor
     hidden: torch.Tensor
-    """(blocks * horizon * BLOCK, layout.row)."""
+    """(blocks * horizon * BLOCK, layout.row), of each member for an ensemble."""
     horizon: int
     nworld: int
+    """Worlds of a member."""
 
     def section(self, layer: int) -> torch.Tensor:
         """Input section of a layer at all rows, (rows, section)."""
         first = self.layout.column(layer, Column.INPUT)
-        return self.hidden[:, first : first + self.layout.column(layer, Column.SECTION)]
+        return self.hidden[..., first : first + self.layout.column(layer, Column.SECTION)]
 
     def weight(self, layer: int) -> torch.Tensor:
         """Matrix of a layer, (units, window)."""
         units, pitch = self.layout.column(layer, Column.UNITS), self.layout.column(layer, Column.PITCH_WINDOW)
         first = self.layout.column(layer, Column.BACKWARD)
-        return self.packed[first : first + units * pitch].view(units, pitch)[:, : self.window(layer)]
+        matrix = self.packed[..., first : first + units * pitch].unflatten(-1, (units, pitch))
+        return matrix[..., : self.window(layer)]
 
     def window(self, layer: int) -> int:
         """Elements that a layer reads at one position."""
@@ -48,16 +51,16 @@ class Rows(NamedTuple):
         ]
 
     def to_points(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, k) to (horizon, nworld, k)."""
-        blocks = self.hidden.shape[0] // (self.horizon * BLOCK)
-        points = rows.reshape(blocks, self.horizon, BLOCK, -1).transpose(0, 1)
-        return points.reshape(self.horizon, blocks * BLOCK, -1)[:, : self.nworld]
+        """(rows, k) to (horizon, nworld, k); the members of an ensemble stand behind the horizon there."""
+        blocks = rows.shape[-2] // (self.horizon * BLOCK)
+        points = rows.unflatten(-2, (blocks, self.horizon, BLOCK)).movedim(-3, 0)
+        return points.flatten(-3, -2)[..., : self.nworld, :]
 
     def to_rows(self, points: torch.Tensor) -> torch.Tensor:
         """(horizon, nworld, k) to (rows, k), zero where no world is."""
-        blocks = self.hidden.shape[0] // (self.horizon * BLOCK)
+        blocks = self.hidden.shape[-2] // (self.horizon * BLOCK)
         padded = torch.nn.functional.pad(points, (0, 0, 0, blocks * BLOCK - self.nworld))
-        return padded.view(self.horizon, blocks, BLOCK, -1).transpose(0, 1).reshape(self.hidden.shape[0], -1)
+        return padded.unflatten(-2, (blocks, BLOCK)).movedim(0, -3).flatten(-4, -2)
 
 
 def _pull(rows: Rows, layer: int, d: torch.Tensor) -> torch.Tensor:
@@ -67,7 +70,7 @@ def _pull(rows: Rows, layer: int, d: torch.Tensor) -> torch.Tensor:
     y = torch.zeros_like(rows.section(layer))
     with span("product"):
         for read, written in spans:
-            y[:, read] += d[:, written] @ w
+            y[..., read] += d[..., written] @ w
     return y
 
 
@@ -83,7 +86,7 @@ def linearize(rows: Rows, want_jac: bool) -> tuple[list[list[torch.Tensor]], tor
     for c in range(lay.control_size):
         ds: list[torch.Tensor] = []
         d = torch.zeros_like(rows.section(last))
-        d[:, : rows.window(last)] = rows.weight(last)[c]
+        d[..., : rows.window(last)] = rows.weight(last)[..., c : c + 1, :]
         for layer in range(last, 0, -1):
             if layer < last:
                 d = _pull(rows, layer, d)
@@ -91,19 +94,19 @@ def linearize(rows: Rows, want_jac: bool) -> tuple[list[list[torch.Tensor]], tor
             ds.append(d)
         if want_jac:
             at_input = _pull(rows, 0, d) if last else d
-            jacobian.append(rows.to_points(at_input[:, : lay.state_size]))
+            jacobian.append(rows.to_points(at_input[..., : lay.state_size]))
         hidden_cotangents.append(ds[::-1])
-    return hidden_cotangents, torch.stack(jacobian, dim=2).contiguous() if want_jac else None
+    return hidden_cotangents, torch.stack(jacobian, dim=-2).contiguous() if want_jac else None
 
 
 def weight_grad(
     rows: Rows, d: list[list[torch.Tensor]], mu: torch.Tensor, unpack: torch.Tensor
 ) -> torch.Tensor:
     """Gradients (fields, parameters) from the control cotangents mu (fields, horizon, nworld,
-    control_size).
+    control_size); (fields, members, parameters) of an ensemble.
     """
     lay = rows.layout
-    packed = mu.new_zeros((mu.shape[0], lay.grads))
+    packed = mu.new_zeros((mu.shape[0], *rows.packed.shape[:-1], lay.grads))
     for f, field in enumerate(mu):
         m = rows.to_rows(field)
         for layer in range(lay.layers):
@@ -112,10 +115,11 @@ def weight_grad(
             if layer == lay.layers - 1:
                 cotangent = m
             else:
-                cotangent = torch.stack([m[:, c : c + 1] * d[c][layer] for c in range(m.shape[1])]).sum(0)
-            grad = packed[f, matrix : matrix + units * pitch].view(units, pitch)
+                cotangent = torch.stack([m[..., c : c + 1] * d[c][layer] for c in range(m.shape[-1])]).sum(0)
+            grad = packed[f, ..., matrix : matrix + units * pitch].unflatten(-1, (units, pitch))
+            inputs, window = rows.section(layer), rows.window(layer)
             with span("product"):
                 for read, written in rows.spans(layer):
-                    grad[:, : rows.window(layer)] += cotangent[:, written].T @ rows.section(layer)[:, read]
-                    packed[f, bias : bias + units] += cotangent[:, written].sum(0)
-    return packed.index_select(1, unpack)
+                    grad[..., :window] += cotangent[..., written].mT @ inputs[..., read]
+                    packed[f, ..., bias : bias + units] += cotangent[..., written].sum(-2)
+    return packed.index_select(-1, unpack)

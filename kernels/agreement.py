@@ -7,7 +7,7 @@ With a base gradient b (the paper: modified, M) and a check gradient c (regular,
 A NaN in the base stays NaN: a diverged simulation must not look like a disagreement. A NaN in the check gives
 0. Non-finite components of either are counted. From the same pass come the sums that the norms, the cosine
 and the share of agreeing signs need; they are taken in float64, chunk by chunk in a fixed order, so they are
-deterministic.
+deterministic. Of an ensemble, each member has sums of its own.
 
 Source of the rule: Schnell and Thuerey, ICLR 2024, section 3 ("gradient combination").
 """
@@ -25,13 +25,13 @@ NSTATS = 6
 
 
 def chunks(size: int) -> int:
-    """Number of threads that a comparison of `size` components takes."""
+    """Number of threads that a comparison of `size` components takes, for each member."""
     return (size + CHUNK - 1) // CHUNK
 
 
 @functools.cache
 def make_combine(dtype: Any) -> wp.Kernel:
-    """Returns the comparison kernel for `dtype`; launch with `dim=chunks(size)`."""
+    """Returns the comparison kernel for `dtype`; launch with `dim=members * chunks(size)`."""
 
     @wp.func
     def sign(x: dtype) -> wp.int32:
@@ -44,15 +44,18 @@ def make_combine(dtype: Any) -> wp.Kernel:
 
     def _combine(
         # In:
-        base: wp.array(dtype=dtype),  # (size,)
-        check: wp.array(dtype=dtype),  # (size,)
+        base: wp.array2d(dtype=dtype),  # (members, size)
+        check: wp.array2d(dtype=dtype),  # (members, size)
         size: int,
         keep_check: int,  # 0: the base survives where the signs agree, 1: the check
         # Out:
-        combined: wp.array(dtype=dtype),  # (size,)
-        stats: wp.array2d(dtype=wp.float64),  # (chunks, NSTATS)
+        combined: wp.array2d(dtype=dtype),  # (members, size)
+        stats: wp.array2d(dtype=wp.float64),  # (members * chunks, NSTATS)
     ):
         chunk = wp.tid()
+        member_chunks = (size + wp.static(CHUNK - 1)) / wp.static(CHUNK)
+        member = chunk / member_chunks
+        first = (chunk - member * member_chunks) * wp.static(CHUNK)
         dot = wp.float64(0.0)
         base_sq = wp.float64(0.0)
         check_sq = wp.float64(0.0)
@@ -60,17 +63,17 @@ def make_combine(dtype: Any) -> wp.Kernel:
         nonzero = wp.int32(0)
         nonfinite = wp.int32(0)
         for k in range(wp.static(CHUNK)):
-            i = chunk * wp.static(CHUNK) + k
+            i = first + k
             if i < size:
-                b = base[i]
-                c = check[i]
+                b = base[member, i]
+                c = check[member, i]
                 kept = b
                 other = c
                 if keep_check != 0:
                     kept = c
                     other = b
                 agree = sign(b) == sign(c) and not wp.isnan(other)
-                combined[i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
+                combined[member, i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
                 if not wp.isfinite(b) or not wp.isfinite(c):
                     nonfinite += 1
                 if b != dtype(0.0) or c != dtype(0.0):

@@ -36,6 +36,7 @@ from typing import Any
 
 import warp as wp
 
+from .cartpole_block import make_block_functions
 from .system import DeviceFunctions
 
 
@@ -143,5 +144,12 @@ def make_functions(poles: int, dtype: Any) -> DeviceFunctions:
         return adj_x
 
     return DeviceFunctions(
-        Params, State, Control, cartpole_step, cartpole_step_vjp, cartpole_loss, cartpole_loss_vjp
+        Params,
+        State,
+        Control,
+        cartpole_step,
+        cartpole_step_vjp,
+        cartpole_loss,
+        cartpole_loss_vjp,
+        make_block_functions(poles, dtype, Params, State, Control),
     )

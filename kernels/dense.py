@@ -6,6 +6,7 @@ from the layout's table), one source for float32 and float64:
 
     forward      a_0 = x;  a_l = tanh(W_l a_{l-1} + b_l);  u = W_o a_L + b_o
     linearize    d_L = W_o[c] * (1 - a_L^2);  d_{l-1} = (W_l^T d_l) * (1 - a_{l-1}^2);  J[c] = W_1^T d_1
+    pull         the same for d_L = sum_c mu_c W_o[c] (1 - a_L^2): once, however many controls there are
     weight_grad  adj_W_l += sum_rows (sum_c mu_c d_l^c) a_{l-1}^T  and likewise for b_l, W_o, b_o
 
 `linearize` is the backward pass of the policy for a unit cotangent of control c. It does not depend on the
@@ -170,6 +171,31 @@ _FORWARD = """
   }
 """
 
+# Cotangent of a_L in row r: for a unit cotangent of one control, or for those that the sweep has found.
+_UNIT_SEED = """
+#if !defined(__CUDA_ARCH__)
+  const int ahead = BLOCK * row;
+  const real* wo = params.data + table.data[(layers - 1) * TABLE + BACKWARD]
+    + component * table.data[(layers - 1) * TABLE + PITCH_WINDOW];
+  const auto seed = [&](int r, int j) -> vec { return WS_LOAD(wo + j); };
+#endif
+"""
+_PULL_SEED = """
+#if !defined(__CUDA_ARCH__)
+  const int ahead = -BLOCK * row;
+  const int* out = table.data + (layers - 1) * TABLE;
+  const auto seed = [&](int r, int j) -> vec {
+    vec s = (vec)(real(0));
+    // rows without a world add nothing to the weight gradients
+    if (r < worlds)
+      for (int c = 0; c < out[UNITS]; ++c)
+        s = WS_FMA((vec)(mu.data[mu0 + r * out[UNITS] + c]),
+                   WS_LOAD(params.data + out[BACKWARD] + c * out[PITCH_WINDOW] + j), s);
+    return s;
+  };
+#endif
+"""
+
 _LINEARIZE = """
 #if !defined(__CUDA_ARCH__)
   const real* P = params.data;
@@ -177,21 +203,23 @@ _LINEARIZE = """
   real* ds = d.data + d0;
   const int* O = table.data + (layers - 1) * TABLE;
   const int x_section = table.data[SECTION];
-  // the rows come from memory, the next step's are the next ones
-  for (int i = BLOCK * row; i < 2 * BLOCK * row; i += 64 / (int)sizeof(real)) __builtin_prefetch(rows + i);
-  const real* wo = P + O[BACKWARD] + component * O[PITCH_WINDOW];
+  // the rows come from memory: those of the step that is next
+  for (int i = 0; i < BLOCK * row; i += 64 / (int)sizeof(real)) __builtin_prefetch(rows + ahead + i);
   if (layers == 1) {
     // a linear policy has no hidden rows: its Jacobian is its matrix
     if (want_jac)
       for (int r = 0; r < worlds; ++r)
-        for (int i = 0; i < O[WINDOW]; ++i) jac.data[j0 + r * jr + i] = wo[i];
+        for (int j = 0; j < O[PITCH_WINDOW]; j += VL) {
+          const vec y = seed(r, j);
+          for (int q = 0; q < VL && j + q < O[WINDOW]; ++q) jac.data[j0 + r * jr + j + q] = y[q];
+        }
   } else {
     for (int r = 0; r < BLOCK; ++r) {
       const real* a = rows + r * row + O[INPUT];
       real* y = ds + r * row_adj + O[INPUT] - x_section;
       for (int j = 0; j < O[PITCH_WINDOW]; j += VL) {
         vec av = WS_LOAD(a + j);
-        WS_STORE(y + j, WS_LOAD(wo + j) * (real(1) - av * av));
+        WS_STORE(y + j, seed(r, j) * (real(1) - av * av));
       }
     }
     for (int l = layers - 2; l >= (want_jac ? 0 : 1); --l) {
@@ -286,9 +314,12 @@ _WEIGHT_GRAD = """
         real* gb = g + T[BIAS] + at % pitch_units;
         vec s = WS_LOAD(gb);
         for (int r = 0; r < nrows; ++r) {
+          const real* d_r = ds + r * row_adj + column + at;
           vec y = (vec)(real(0));
-          for (int c = 0; c < m; ++c)
-            y = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(ds + c * d_component + r * row_adj + column + at), y);
+          if (scaled)
+            y = WS_LOAD(d_r + f * d_component);
+          else
+            for (int c = 0; c < m; ++c) y = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(d_r + c * d_component), y);
           WS_STORE(sc + r * width + at, y);
           s += y;
         }
@@ -348,6 +379,7 @@ class NetworkFunctions(NamedTuple):
 
     forward: Any
     linearize: Any
+    pull: Any
     weight_grad: Any
 
 
@@ -372,7 +404,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         lanes: int,
     ): ...
 
-    @wp.func_native(_fill(_PRELUDE + _LAYER + _LINEARIZE, dtype))
+    @wp.func_native(_fill(_PRELUDE + _LAYER + _UNIT_SEED + _LINEARIZE, dtype))
     def network_linearize(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
@@ -392,6 +424,27 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         jr: int,  # elements between the Jacobians of two worlds
     ): ...
 
+    @wp.func_native(_fill(_PRELUDE + _LAYER + _PULL_SEED + _LINEARIZE, dtype))
+    def network_pull(
+        params: wp.array(dtype=dtype),
+        table: wp.array(dtype=wp.int32),
+        layers: int,
+        row: int,
+        row_adj: int,
+        hidden: wp.array2d(dtype=dtype),
+        row0: wp.int64,
+        state_size: int,
+        worlds: int,
+        want_jac: int,
+        mu: wp.array(dtype=dtype),
+        mu0: wp.int64,  # first element of the block's control cotangents
+        d: wp.array(dtype=dtype),
+        d0: wp.int64,
+        jac: wp.array(dtype=dtype),  # (dN/dx)^T mu of the block's worlds
+        j0: wp.int64,
+        jr: int,
+    ): ...
+
     @wp.func_native(_fill(_PRELUDE + _LAYER + _WEIGHT_GRAD, dtype))
     def network_weight_grad(
         table: wp.array(dtype=wp.int32),
@@ -403,16 +456,17 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         nrows: int,
         d: wp.array(dtype=dtype),
         d0: wp.int64,
-        d_component: int,  # elements between the rows of two control components
+        d_component: int,  # elements between the rows of two control components, or of two fields
         mu: wp.array(
             dtype=dtype
         ),  # control cotangents of the chunk's rows, (fields, rows, m), zero where no world is
         mu_field: int,
         fields: int,
+        scaled: int,  # d holds the hidden cotangents of each field, not those of unit cotangents
         scratch: wp.array(dtype=dtype),  # (rows of a chunk, widest section)
         grads: wp.array3d(dtype=dtype),
         g0: wp.int64,
         g_field: int,
     ): ...
 
-    return NetworkFunctions(network_forward, network_linearize, network_weight_grad)
+    return NetworkFunctions(network_forward, network_linearize, network_pull, network_weight_grad)

@@ -35,6 +35,7 @@ from typing import Any
 
 import warp as wp
 
+from .guidance_block import make_block_functions
 from .system import DeviceFunctions
 
 
@@ -208,5 +209,12 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         return adj_x
 
     return DeviceFunctions(
-        Params, State, Control, guidance_step, guidance_step_vjp, guidance_loss, guidance_loss_vjp
+        Params,
+        State,
+        Control,
+        guidance_step,
+        guidance_step_vjp,
+        guidance_loss,
+        guidance_loss_vjp,
+        make_block_functions(drivers, evaders, dtype, Params, State, Control),
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
+from .blocks import block_worlds
 from .dense import make_network_functions
 from .layout import BLOCK
 
@@ -40,7 +41,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     @wp.kernel(module="unique", enable_backward=False)
     def network_linearize(
         # In:
-        params: wp.array(dtype=dtype),  # (layout.packed,)
+        params: wp.array2d(dtype=dtype),  # (members, layout.packed)
         table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
         layers: int,
         row: int,
@@ -48,6 +49,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
         horizon: int,
         nworld: int,
+        member_worlds: int,  # worlds of one policy, see blocks.py
         state_size: int,
         control_size: int,
         want_jac: int,
@@ -59,15 +61,15 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     ):
         index = wp.tid()
         block = first + index
-        world0 = block * wp.static(BLOCK)
-        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        member, world0, worlds = block_worlds(block, member_worlds)
+        own_params = params[member]
         for t in range(horizon):
             first_row = wp.int64((block * horizon + t) * wp.static(BLOCK))
             for c in range(control_size):
                 at = wp.int64(((index * control_size + c) * horizon + t) * wp.static(BLOCK))
                 point = wp.int64(t) * wp.int64(nworld) + wp.int64(world0)
                 native_linearize(
-                    params,
+                    own_params,
                     table,
                     layers,
                     row,
@@ -96,11 +98,12 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         d: wp.array(dtype=dtype),  # as network_linearize leaves it
         mu: wp.array4d(dtype=dtype),  # (fields, horizon, nworld, control_size)
         fields: int,
+        scaled: int,  # d is per block (fields, horizon, BLOCK, row_adj), as fused_adjoint leaves it
         horizon: int,
-        nworld: int,
+        member_worlds: int,
         control_size: int,
         chunk: int,  # rows of a chunk
-        first: int,  # first block of the group
+        first: int,  # first block of the group, which lies within a member
         blocks: int,  # blocks of the group
         d_first: wp.int64,
         slot: int,
@@ -111,20 +114,24 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     ):
         rows = horizon * wp.static(BLOCK)
         mu_field = chunk * control_size
+        components = control_size
+        if scaled != 0:
+            components = fields
         for index in range(blocks):
             block = first + index
+            _, world0, worlds = block_worlds(block, member_worlds)
             for row0 in range(0, rows, chunk):
                 count = wp.min(chunk, rows - row0)
                 for f in range(fields):
                     for r in range(count):
                         t = (row0 + r) / wp.static(BLOCK)
-                        world = block * wp.static(BLOCK) + (row0 + r) % wp.static(BLOCK)
+                        i = (row0 + r) % wp.static(BLOCK)
                         for c in range(control_size):
                             value = dtype(0.0)
-                            if world < nworld:
-                                value = mu[f, t, world, c]
+                            if i < worlds:
+                                value = mu[f, t, world0 + i, c]
                             mu_rows[f * mu_field + r * control_size + c] = value
-                at = wp.int64(index * control_size * rows + row0)
+                at = wp.int64(index * components * rows + row0)
                 native_weight_grad(
                     table,
                     layers,
@@ -139,6 +146,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     mu_rows,
                     mu_field,
                     fields,
+                    scaled,
                     scratch,
                     grads,
                     wp.int64(slot * grads.shape[1]) * wp.int64(grads.shape[2]),

@@ -31,6 +31,7 @@ from typing import Any
 
 import warp as wp
 
+from .quantum_block import make_block_functions
 from .system import DeviceFunctions
 
 
@@ -43,6 +44,8 @@ def make_params(points: int, dtype: Any) -> Any:
     class QuantumParams:
         dt: dtype
         dx: dtype
+        kappa: dtype  # 2 dx^2 / dt, rounded once: an error of the energies is one of every step
+        field: dtype  # dx^3
         eigenstate: Eigenstate  # e_n at the grid points
 
     return QuantumParams
@@ -155,5 +158,12 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         return adj_x
 
     return DeviceFunctions(
-        Params, State, Control, quantum_step, quantum_step_vjp, quantum_loss, quantum_loss_vjp
+        Params,
+        State,
+        Control,
+        quantum_step,
+        quantum_step_vjp,
+        quantum_loss,
+        quantum_loss_vjp,
+        make_block_functions(points, dtype, Params, State, Control),
     )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
+from .blocks import block_worlds
 from .dense import make_network_functions
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
@@ -34,6 +35,8 @@ class SystemKernels(NamedTuple):
     loss: wp.Kernel
     adjoint: tuple[wp.Kernel, wp.Kernel]
     """For one and for two gradient fields."""
+    worlds: int
+    """Worlds of one thread of `simulate` and `adjoint`: BLOCK where the system's block form is used."""
 
 
 def _kernel(function: Any) -> wp.Kernel:
@@ -41,13 +44,16 @@ def _kernel(function: Any) -> wp.Kernel:
 
 
 @functools.cache
-def make_system_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels:
-    """Returns the kernels of a system that need no policy."""
-    return SystemKernels(
-        _make_simulate(functions),
-        _make_loss(functions, dtype),
-        (_make_adjoint(functions, dtype, 1), _make_adjoint(functions, dtype, 2)),
-    )
+def make_system_kernels(functions: DeviceFunctions, dtype: Any, block: bool = False) -> SystemKernels:
+    """Returns the kernels of a system that need no policy.
+
+    `block`: by the system's block form, if it has one; for CPUs only.
+    """
+    if block and functions.block is not None:
+        adjoint = (_make_block_adjoint(functions, dtype, 1), _make_block_adjoint(functions, dtype, 2))
+        return SystemKernels(_make_block_simulate(functions), _make_loss(functions, dtype), adjoint, BLOCK)
+    adjoint = (_make_adjoint(functions, dtype, 1), _make_adjoint(functions, dtype, 2))
+    return SystemKernels(_make_simulate(functions), _make_loss(functions, dtype), adjoint, 1)
 
 
 def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
@@ -70,6 +76,32 @@ def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
         for t in range(horizon):
             x = step(x, controls[t, world], p)
             states[t + 1, world] = x
+
+    return _kernel(simulate)
+
+
+def _make_block_simulate(functions: DeviceFunctions) -> wp.Kernel:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    assert functions.block is not None
+    step = functions.block.step
+
+    def simulate(
+        # In:
+        x0: wp.array(dtype=State),  # (nworld,)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        p: Params,
+        horizon: int,
+        first: int,  # block of the first thread
+        # Out:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+    ):
+        nworld = x0.shape[0]
+        world0 = wp.static(BLOCK) * (first + wp.tid())
+        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        for r in range(worlds):
+            states[0, world0 + r] = x0[world0 + r]
+        for t in range(horizon):
+            step(states, controls, p, t, nworld, world0, worlds)
 
     return _kernel(simulate)
 
@@ -132,9 +164,13 @@ def _make_loss(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
     return _kernel(loss)
 
 
-def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
+@functools.cache
+def _make_edges(functions: DeviceFunctions, dtype: Any) -> tuple[Any, Any, Any]:
+    """Returns the device functions of one step of the recursion around the system: what reaches x_t and u_t
+    directly, and what leaves x_t.
+    """
     Params, State, Control = functions.Params, functions.State, functions.Control
-    step_vjp, cost_vjp = functions.step_vjp, functions.loss_vjp
+    cost_vjp = functions.loss_vjp
     has_cost = cost_vjp is not None
     control_size = Control._length_
 
@@ -158,6 +194,48 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
                 lam += mu[c] * jac[t, world, c]
         return lam
 
+    @wp.func
+    def direct_state(
+        states: wp.array2d(dtype=State),
+        p: Params,
+        weight: dtype,  # of the cost of x_t
+        adj_states: wp.array2d(dtype=State),
+        t: int,
+        world: int,
+    ) -> State:
+        """dL/dx_t: what arrives from outside the recursion."""
+        direct = State()
+        if adj_states.shape[0] > 0:
+            direct = adj_states[t, world]
+        if wp.static(has_cost):
+            if weight != dtype(0.0):
+                direct += cost_vjp(states[t, world], p, weight)
+        return direct
+
+    @wp.func
+    def direct_control(
+        controls: wp.array2d(dtype=Control),
+        weight: dtype,  # of the squared control, doubled
+        adj_controls: wp.array2d(dtype=Control),
+        t: int,
+        world: int,
+    ) -> Control:
+        """dL/du_t likewise."""
+        direct = Control()
+        if adj_controls.shape[0] > 0:
+            direct = adj_controls[t, world]
+        if weight != dtype(0.0):
+            direct += weight * controls[t, world]
+        return direct
+
+    return direct_state, direct_control, leave
+
+
+def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step_vjp = functions.step_vjp
+    direct_state, direct_control, leave = _make_edges(functions, dtype)
+
     def adjoint(
         # In:
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
@@ -174,46 +252,32 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
-        adj_loss: wp.array(dtype=dtype),  # (1,), or empty
+        adj_loss: wp.array(dtype=dtype),  # (members,), or empty
         adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
         adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        member_worlds: int,  # worlds that share a loss, see blocks.py
         first: int,
         # Out:
         mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
         adj_x0: wp.array2d(dtype=State),  # (fields, nworld)
     ):
         world = first + wp.tid()
-        has_loss = adj_loss.shape[0] > 0
-        has_states = adj_states.shape[0] > 0
-        has_controls = adj_controls.shape[0] > 0
         gl = dtype(0.0)
-        if has_loss:
-            gl = adj_loss[0]
+        if adj_loss.shape[0] > 0:
+            gl = adj_loss[world / member_worlds]
 
-        lam = State()
-        if has_states:
-            lam = adj_states[horizon, world]
-        if wp.static(has_cost):
-            if has_loss and w_final + w_running != dtype(0.0):
-                lam += cost_vjp(states[horizon, world], p, gl * (w_final + w_running))
+        lam = direct_state(states, p, gl * (w_final + w_running), adj_states, horizon, world)
         lam_check = lam
 
         for s in range(horizon):
             t = horizon - 1 - s
             x = states[t, world]
             u = controls[t, world]
-
-            direct_u = Control()
-            if has_controls:
-                direct_u = adj_controls[t, world]
-            if has_loss and w_control != dtype(0.0):
-                direct_u += (gl * w_control * dtype(2.0)) * u
-            direct_x = State()
-            if has_states:
-                direct_x = adj_states[t, world]
-            if wp.static(has_cost):
-                if has_loss and t > 0 and w_running != dtype(0.0):
-                    direct_x += cost_vjp(x, p, gl * w_running)
+            w_state = gl * w_running
+            if t == 0:
+                w_state = dtype(0.0)
+            direct_x = direct_state(states, p, w_state, adj_states, t, world)
+            direct_u = direct_control(controls, gl * w_control * dtype(2.0), adj_controls, t, world)
 
             through_x, through_u = step_vjp(x, u, p, lam)
             mu_t = direct_u + through_u
@@ -232,15 +296,82 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
     return _kernel(adjoint)
 
 
+def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
+    """Returns the adjoint sweep by the block form of a system; the cotangents of x_t lie in adj_x0."""
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    assert functions.block is not None
+    step_vjp = functions.block.step_vjp
+    direct_state, direct_control, leave = _make_edges(functions, dtype)
+
+    def adjoint(
+        # In:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        jac: wp.array3d(
+            dtype=State
+        ),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
+        p: Params,
+        edges: wp.array2d(
+            dtype=wp.int32
+        ),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
+        decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
+        horizon: int,
+        w_final: dtype,
+        w_running: dtype,
+        w_control: dtype,
+        adj_loss: wp.array(dtype=dtype),  # (members,), or empty
+        adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
+        adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        member_worlds: int,  # worlds that share a loss, see blocks.py
+        first: int,  # block of the first thread
+        # Out:
+        mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
+        adj_x0: wp.array2d(dtype=State),  # (fields, nworld)
+    ):
+        nworld = states.shape[1]
+        member, world0, worlds = block_worlds(first + wp.tid(), member_worlds)
+        gl = dtype(0.0)
+        if adj_loss.shape[0] > 0:
+            gl = adj_loss[member]
+
+        for r in range(worlds):
+            lam = direct_state(states, p, gl * (w_final + w_running), adj_states, horizon, world0 + r)
+            for f in range(wp.static(fields)):
+                adj_x0[f, world0 + r] = lam
+
+        for s in range(horizon):
+            t = horizon - 1 - s
+            w_state = gl * w_running
+            if t == 0:
+                w_state = dtype(0.0)
+            step_vjp(states, controls, p, t, nworld, world0, worlds, adj_x0, mu)
+            for r in range(worlds):
+                world = world0 + r
+                direct_x = direct_state(states, p, w_state, adj_states, t, world)
+                direct_u = direct_control(controls, gl * w_control * dtype(2.0), adj_controls, t, world)
+                for f in range(wp.static(fields)):
+                    mu_t = direct_u + mu[f, t, world]
+                    mu[f, t, world] = mu_t
+                    adj_x0[f, world] = leave(
+                        edges[f, t], decay, direct_x, adj_x0[f, world], jac, t, world, mu_t
+                    )
+
+    return _kernel(adjoint)
+
+
 @functools.cache
-def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = False) -> wp.Kernel:
     """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
+
+    `block`: physics by the system's block form, if it has one; for CPUs only, where lanes is 1.
 
     On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every
     thread of it.
     """
     Params, State, Control = functions.Params, functions.State, functions.Control
     step = functions.step
+    blocked = block and functions.block is not None
+    step_block = functions.block.step if functions.block else None
     state_size = State._length_
     control_size = Control._length_
     forward = make_network_functions(dtype).forward
@@ -253,13 +384,14 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
         # In:
         x0: wp.array(dtype=State),  # (nworld,)
         p: Params,
-        params: wp.array(dtype=dtype),  # (layout.packed,) of the policy
+        params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
         table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
         layers: int,
         row: int,
         section: int,  # elements of the x section of a row
         horizon: int,
         nworld: int,
+        member_worlds: int,  # worlds of one policy, see blocks.py
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
@@ -274,8 +406,8 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
     ):
         block, lane = wp.tid()
         block = block + first
-        world0 = block * wp.static(BLOCK)
-        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        member, world0, worlds = block_worlds(block, member_worlds)
+        own_params = params[member]
         for r in range(lane, worlds, lanes):
             states[0, world0 + r] = x0[world0 + r]
         for t in range(horizon):
@@ -290,7 +422,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
             barrier()
             u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
             forward(
-                params,
+                own_params,
                 table,
                 layers,
                 row,
@@ -303,9 +435,12 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
                 lanes,
             )
             barrier()
-            for r in range(lane, worlds, lanes):
-                world = world0 + r
-                states[t + 1, world] = step(states[t, world], controls[t, world], p)
+            if wp.static(blocked):
+                step_block(states, controls, p, t, nworld, world0, worlds)
+            else:
+                for r in range(lane, worlds, lanes):
+                    world = world0 + r
+                    states[t + 1, world] = step(states[t, world], controls[t, world], p)
             barrier()
         for r in range(lane, worlds, lanes):
             world = world0 + r

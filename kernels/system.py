@@ -5,6 +5,27 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
+class BlockFunctions(NamedTuple):
+    """Step and adjoint of up to `layout.BLOCK` neighbouring worlds at once, for CPUs: their numbers can lie
+    in the lanes of a vector, which a compiler does not find by itself.
+
+    A system need not have them; the results are those of `step` and `step_vjp` up to rounding. Both work in
+    place, on contiguous trajectories, for the worlds world0 ... world0 + worlds - 1 of step t:
+
+        step(states, controls, p, t, nworld, world0, worlds)
+            reads states[t] and controls[t], writes states[t + 1]
+        step_vjp(states, controls, p, t, nworld, world0, worlds, adj, adj_u)
+            reads states[t], states[t + 1] = step(states[t]), controls[t];
+            adj[f] holds the cotangent of states[t + 1] and becomes that of states[t]; writes adj_u[f, t]
+
+    with states (horizon + 1, nworld) and adj (fields, nworld) of `State`, controls (horizon, nworld) and
+    adj_u (fields, horizon, nworld) of `Control`, and one or two gradient fields f.
+    """
+
+    step: Any
+    step_vjp: Any
+
+
 class DeviceFunctions(NamedTuple):
     """Device functions of a system for one dtype, made once (cache the factory: the kernels are compiled per
     object).
@@ -17,7 +38,8 @@ class DeviceFunctions(NamedTuple):
         one state loss_vjp(x: State, p: Params, adj_loss: dtype) -> State
         cotangent of x
 
-    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all.
+    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` is
+    an optional second form of the step for CPUs.
     """
 
     Params: Any
@@ -27,3 +49,4 @@ class DeviceFunctions(NamedTuple):
     step_vjp: Any
     loss: Any = None
     loss_vjp: Any = None
+    block: BlockFunctions | None = None

@@ -59,6 +59,28 @@ def test_as_on_a_cpu(case, dtype, flow, road):
         assert (a.cpu() - b).norm() <= TOLERANCE[dtype] * (b.norm() + 1e-3)
 
 
+@pytest.mark.parametrize("flow", "RC")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_ensemble_as_on_a_cpu(case, dtype, flow):
+    system, make = CASES[case]
+    torch.manual_seed(0)
+    ensemble = ws.Ensemble([make(system).to(dtype) for _ in range(3)])
+    x0 = system.initial_states(3 * 17, dtype=dtype).view(3, 17, -1)
+
+    def run(policy, x0):
+        policy.zero_grad()
+        x0 = x0.detach().requires_grad_()
+        out = ws.rollout(system, policy, x0, horizon=50, flow=flow, loss="running", control_cost=0.1)
+        out.loss.sum().backward()
+        return [out.states.detach(), out.loss.detach(), x0.grad, *(p.grad for p in policy.parameters())]
+
+    expected = run(ensemble, x0)
+    for a, b in zip(run(ensemble.cuda(), x0.cuda()), expected):
+        assert a.device.type == "cuda"
+        assert (a.cpu() - b).norm() <= TOLERANCE[dtype] * (b.norm() + 1e-3)
+
+
 def test_on_a_side_stream():
     system, make = CASES["cartpole"]
     policy = make(system).cuda()

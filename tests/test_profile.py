@@ -136,13 +136,24 @@ def test_a_policy_that_torch_evaluates():
     # what the memory is kept in: no hidden activations
     assert {memory.name for memory in result.memory} == {"states", "controls"}
     kernels = {kernel.name: kernel for kernel in result.kernels}
-    assert set(kernels) == {"simulate", "loss", "adjoint", "adjoint of two fields", "combine"}
+    assert set(kernels) == {"simulate", "loss", "adjoint of two fields", "combine"}
     assert all(kernel.cpu_seconds > 0 for kernel in kernels.values())
     if find_ptxas():
         assert all(kernel.resources.arch == 90 for kernel in kernels.values())
         assert all(8 <= kernel.resources.registers <= 255 for kernel in kernels.values())
         assert all(kernel.resources.spill_stores == 0 for kernel in kernels.values())
     assert "sm_90" in result.table() and "adjoint of two fields" in result.table()
+
+
+def test_several_controls():
+    """Their policy is pulled back inside the adjoint sweep."""
+    system = Unicycle()
+    result = ws.profile(system, make_net(system, dtype=torch.float32), flows="C", repeats=1, **SIZES)
+    rows = rows_of(result.flows[0].backward)
+    assert rows["fused_adjoint"].calls == rows["network_weight_grad"].calls == 1
+    pulled = rows["fused_adjoint"].operations + rows["network_weight_grad"].operations
+    assert pulled == result.flows[0].backward.needed
+    assert result.notes == ("Unicycle has no initial states: standard normal ones",)
 
 
 def test_wide_products_of_a_gpu():
@@ -195,7 +206,8 @@ def test_operations(policy, points):
     assert needed[0] == forward == work_of("fused_rollout", problem, "S", "").operations
     assert forward == work_of("network_weight_grad", problem, "S", "").operations
     last = list(policy.parameters())[-2]
-    pulled_through_last = 2 * last.numel() * points if lay.layers > 1 else 0
+    # one control takes a row of the last matrix, several a product
+    pulled_through_last = 2 * last.numel() * points if lay.layers > 1 and lay.control_size == 1 else 0
     assert needed[1] == backward - pulled_through_last
     # the way to the states belongs to a flow with an open network edge
     first = 2 * next(policy.parameters()).numel() * points if lay.layers > 1 else 0
@@ -214,10 +226,11 @@ def test_several_controls_need_no_more_cotangents_than_fields():
     forward, stopped = needed_operations(problem, "S" * 5, "")
     regular = needed_operations(problem, "R" * 5, "")[1]
     combined = needed_operations(problem, "M" * 5, "R" * 5)[1]
-    assert stopped - forward == 2 * 15 * 9 * 7 and regular - stopped == 2 * 15 * 6 * 9
+    assert stopped - forward == 2 * 15 * (9 * 7 + 7 * 4) and regular - stopped == 2 * 15 * 6 * 9
     assert combined == stopped + regular
-    done = work_of("network_linearize", problem, "M" * 5, "R" * 5).operations
-    assert done == 4 * (regular - forward)
+    # a linearisation does all of them, an adjoint sweep with the policy in it those that are needed
+    assert work_of("linearize", problem, "M" * 5, "R" * 5).operations == 4 * 2 * 15 * (9 * 7 + 6 * 9)
+    assert work_of("fused_adjoint", problem, "M" * 5, "R" * 5).operations == combined - 2 * forward
 
 
 # What comes out

@@ -20,6 +20,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from . import systems
 from .animation import animate
+from .ensembles import Ensemble
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
@@ -27,15 +28,17 @@ from .profiling import profile
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run
-from .systems import CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
+from .systems import BlockFunctions, CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
 from .training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
+    "Ensemble",
     "Flow",
     "GradientPair",
     "GuidanceByRepulsion",

@@ -23,17 +23,20 @@ class GradientPair:
     """A base and a check gradient of the same loss, averaged over `worlds` worlds, not yet compared.
 
     The comparison is not additive, C(a) + C(b) is not C(a + b): add pairs (`+`, `all_reduce`) first, then
-    `combine`.
+    `combine`. Of an `Ensemble`, gradients are stacked like its parameters, and where a scalar is named here
+    there is one for each member, (members,).
     """
 
     loss: Tensor
     """Scalar."""
     worlds: int
-    """Worlds behind the means; the weight of this pair in a sum."""
+    """Worlds (of a member) behind the means; the weight of this pair in a sum."""
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     flat: Tensor
-    """(2, components): base and check, all parameters behind one another in the order of `names`."""
+    """(2, components): base and check, all parameters behind one another in the order of `names`; (2,
+    members, components) of an ensemble.
+    """
 
     @property
     def base(self) -> dict[str, Tensor]:
@@ -48,7 +51,7 @@ class GradientPair:
     @property
     def cosine(self) -> Tensor:
         """Cosine of the flattened gradients, scalar; NaN if one of them is zero."""
-        dot, base, check = self._sums[:3]
+        dot, base, check = self._sums[..., :3].unbind(-1)
         return dot / (base.sqrt() * check.sqrt())
 
     @property
@@ -56,17 +59,17 @@ class GradientPair:
         """Share of equal signs among the components where either gradient is nonzero, scalar; NaN if all
         are zero.
         """
-        return self._sums[3] / self._sums[4]
+        return self._sums[..., 3] / self._sums[..., 4]
 
     @property
     def nonfinite(self) -> Tensor:
         """Number of components where either gradient is NaN or infinite, scalar int64."""
-        return self._sums[5].long()
+        return self._sums[..., 5].long()
 
     @property
     def norms(self) -> tuple[Tensor, Tensor]:
         """Euclidean norms of base and check, scalars."""
-        return self._sums[1].sqrt(), self._sums[2].sqrt()
+        return self._sums[..., 1].sqrt(), self._sums[..., 2].sqrt()
 
     def combine(self, keep: Literal["base", "check"] = "base") -> dict[str, Tensor]:
         """Per component the kept gradient where the signs agree, else 0; by parameter name.
@@ -134,16 +137,20 @@ class GradientPair:
         flat, loss = self.flat, self.loss.detach()
         if not self.worlds:
             flat, loss = torch.zeros_like(flat), torch.zeros_like(loss)
-        counts = torch.stack([loss * self.worlds, loss.new_tensor(float(self.worlds))])
-        buffer = torch.cat([flat.reshape(-1) * self.worlds, counts])
+        sums = torch.cat([flat.reshape(-1), loss.reshape(-1)]) * self.worlds
+        buffer = torch.cat([sums, loss.new_tensor([float(self.worlds)])])
         torch.distributed.all_reduce(buffer, group=group)
         worlds = int(buffer[-1].round())
-        mean = buffer / max(worlds, 1)
-        return dataclasses.replace(self, loss=mean[-2], worlds=worlds, flat=mean[:-2].view(self.flat.shape))
+        mean, loss_mean = (buffer[:-1] / max(worlds, 1)).split([flat.numel(), loss.numel()])
+        return dataclasses.replace(
+            self, loss=loss_mean.view(loss.shape), worlds=worlds, flat=mean.view(flat.shape)
+        )
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        sizes = [shape.numel() for shape in self.shapes]
-        return {n: part.view(shape) for n, shape, part in zip(self.names, self.shapes, flat.split(sizes))}
+        members = flat.shape[:-1].numel()
+        parts = flat.split([shape.numel() // members for shape in self.shapes], dim=-1)
+        # contiguous where members are stacked: optimizers are quicker with gradients laid out like parameters
+        return {n: q.reshape(shape).contiguous() for n, shape, q in zip(self.names, self.shapes, parts)}
 
     @property
     def _sums(self) -> Tensor:
@@ -208,12 +215,13 @@ def gradient_pair(
     with torch.inference_mode(False), torch.no_grad():
         value, grads = _pair(plan, call)
         if not all(trainable):
-            parts = grads.split([q.numel() for q in plan.parameters], dim=1)
+            members = grads.shape[1:-1].numel()
+            parts = grads.split([q.numel() // members for q in plan.parameters], dim=-1)
             kept = [part for part, wanted in zip(parts, trainable) if wanted]
-            grads = torch.cat(kept, dim=1) if kept else grads[:, :0]
+            grads = torch.cat(kept, dim=-1) if kept else grads[..., :0]
     names = tuple(n for n, wanted in zip(plan.policy.names, trainable) if wanted)
     shapes = tuple(q.shape for q, wanted in zip(plan.parameters, trainable) if wanted)
-    return GradientPair(value, plan.x0.shape[0], names, shapes, grads)
+    return GradientPair(value, plan.x0.shape[-2], names, shapes, grads)
 
 
 def _one_field(
@@ -249,11 +257,14 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
     if plan.custom_loss is not None:
         with torch.enable_grad():
             leaves = [states.detach().requires_grad_(), controls.detach().requires_grad_()]
-            own = custom_loss_value(call, plan.custom_loss, *leaves)
+            own = custom_loss_value(call, plan, *leaves)
             if own.requires_grad:
-                adj_states, adj_controls = torch.autograd.grad(own, leaves, allow_unused=True)
+                adj_states, adj_controls = torch.autograd.grad(
+                    own, leaves, torch.ones_like(own), allow_unused=True
+                )
         value = value + own.detach()
-    adj_loss = torch.ones((), dtype=states.dtype, device=states.device)
+    # one for each member of an ensemble
+    adj_loss = torch.ones(states.shape[1:-2], dtype=states.dtype, device=states.device)
     if hidden is not None and packed is not None and plan.network is not None:
         grads, _ = operators.fused_backward(
             spec.system,

@@ -140,7 +140,7 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
         layers[-1].weight.zero_()
 
 
-def _changed(module: nn.Module) -> bool:
+def is_changed(module: nn.Module) -> bool:
     """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
     return "forward" in module.__dict__ or bool(
         module._forward_hooks
@@ -170,11 +170,11 @@ def fused_network(policy: nn.Module) -> FusedNetwork | None:
     # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
     # rest of the checks
     kind = type(policy)
-    if (kind is not MLP and kind is not WaveCNN) or _changed(policy):
+    if (kind is not MLP and kind is not WaveCNN) or is_changed(policy):
         return None
     parameters: dict[str, torch.Tensor] = {}
     for name, layer in policy._modules.items():
-        if layer is None or _changed(layer):
+        if layer is None or is_changed(layer):
             return None
         if layer._parameters and list(layer._parameters) != ["weight", "bias"]:
             return None

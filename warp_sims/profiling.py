@@ -25,6 +25,7 @@ from .ceilings import measure_ceilings
 from .flows import Flow, schedule
 from .generated import compare_with_generated
 from .kernels.agreement import make_combine
+from .kernels.rollout import make_fused_rollout, make_system_kernels
 from .policies import fused_network
 from .profile_case import FLOWS, Case, check_count, make_case
 from .profile_result import FlowProfile, KernelProfile, Memory, Pass, Profile, Row, spread
@@ -105,7 +106,7 @@ def profile(
     for one in measured:
         for event in (e for part in one.counted for e in part.events):
             if event.kernel is not None:
-                kernels.setdefault(event.name, event.kernel)
+                kernels.setdefault(_label(event.name, one.flow), event.kernel)
     return Profile(
         system=repr(system),
         policy=_describe(case.policy),
@@ -322,26 +323,35 @@ def _memory(case: Case) -> tuple[Memory, ...]:
 
 
 def _kernel_profiles(case: Case, ran: dict[str, Any], arch: int) -> tuple[KernelProfile, ...]:
-    """Compile time of the kernels that ran, and resources of those that run on a GPU."""
+    """Compile time of the kernels that ran, and resources of those that a GPU runs instead or as well."""
     p = prepare(case.system.number, case.x0.dtype, case.device)
-    on_gpu = {"adjoint": p.kernels.adjoint[0], "adjoint of two fields": p.kernels.adjoint[1]}
+    # a CPU may run another form of them
+    forms = make_system_kernels(p.functions, p.dtype)
     if case.problem.layout is None:
-        on_gpu = {"simulate": p.kernels.simulate, "loss": p.kernels.loss} | on_gpu
+        on_gpu = {"simulate": forms.simulate, "loss": forms.loss}
     else:
-        on_gpu = {"fused_rollout": p.fused_rollout} | on_gpu
-    on_gpu |= {"combine": make_combine(p.dtype)}
-    single = set(on_gpu.values())
-    every = on_gpu | {name: kernel for name, kernel in ran.items() if kernel not in single}
-    if case.device.type == "cpu":
+        on_gpu = {"fused_rollout": make_fused_rollout(p.functions, p.dtype)}
+    for flow in case.flows:
+        two = flow is Flow.COMBINED
+        on_gpu[_label("adjoint", flow)] = forms.adjoint[int(two)]
+        if two:
+            on_gpu["combine"] = make_combine(p.dtype)
+    on_cpu = ran if case.device.type == "cpu" else {}
+    if on_cpu:
         _cold_seconds(make_combine(p.dtype))  # the first of a process also reads Warp's headers
     return tuple(
         KernelProfile(
             name,
-            _cold_seconds(kernel) if case.device.type == "cpu" else None,
-            device_resources(kernel, arch) if name in on_gpu else None,
+            _cold_seconds(on_cpu[name]) if name in on_cpu else None,
+            device_resources(on_gpu[name], arch) if name in on_gpu else None,
         )
-        for name, kernel in every.items()
+        for name in dict.fromkeys([*on_gpu, *ran])
     )
+
+
+def _label(name: str, flow: Flow) -> str:
+    """Name of a kernel in the table of kernels: adjoint sweeps differ by the number of fields."""
+    return f"{name} of two fields" if flow is Flow.COMBINED and name.endswith("adjoint") else name
 
 
 def _cold_seconds(kernel: wp.Kernel) -> float:

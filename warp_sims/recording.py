@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .bridge.arrays import tensor_of
 from .bridge.tape import record
+from .ensembles import Ensemble
 from .flows import Flow, schedule
 from .rollouts import _check_horizon, make_plan
 from .systems import System
@@ -50,6 +51,11 @@ def record_rollout(
     call = "record_rollout"
     if not isinstance(tape, wp.Tape):
         raise TypeError(f"{call}: tape is of type {type(tape).__name__}, expected a warp.Tape")
+    if isinstance(policy, Ensemble):
+        raise TypeError(
+            f"{call}: policy is an Ensemble, expected a single policy: Warp arrays here have one axis of "
+            f"worlds; record its members() one by one"
+        )
     base, check = schedule(flow, _check_horizon(horizon, call), window, call)
     if check:
         raise ValueError(

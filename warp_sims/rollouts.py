@@ -11,6 +11,7 @@ from torch.func import functional_call
 from .bridge import operators
 from .bridge import rollout as _bridge
 from .bridge.rollout import Policy, Spec
+from .ensembles import Ensemble, fused_ensemble
 from .flows import Flow, check_decay, schedule
 from .policies import fused_network
 from .systems import System
@@ -27,11 +28,13 @@ class Rollout(NamedTuple):
     """What a rollout gives: trajectories and loss, all differentiable under the flow that was asked for."""
 
     states: Tensor
-    """(horizon + 1, nworld, state_size); states[0] is x0."""
+    """(horizon + 1, nworld, state_size), (horizon + 1, members, nworld, state_size) of an `Ensemble`;
+    states[0] is x0.
+    """
     controls: Tensor
-    """(horizon, nworld, control_size)."""
+    """(horizon, nworld, control_size), (horizon, members, nworld, control_size) of an `Ensemble`."""
     loss: Tensor | None
-    """Scalar; None where loss=None."""
+    """Scalar, (members,) of an `Ensemble`; None where loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
 
@@ -45,7 +48,9 @@ class Plan:
     """Description of a fused policy (see kernels/dense.py), None for one that torch evaluates."""
     policy: Policy
     parameters: tuple[Tensor, ...]
+    """Stacked for an ensemble."""
     x0: Tensor
+    """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None
     has_loss: bool
 
@@ -70,15 +75,16 @@ def rollout(
         system: The simulated system.
         policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
             `warp_sims.MLP` runs inside the sweep; any other module is evaluated by torch, step by step only
-            in the forward pass.
+            in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
         x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
-            on.
+            on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.
         flow: Which edges the backward pass crosses: "regular", "modified", "network", "stopped", "combined",
             a letter R M N S C, a `Flow`, or a list of one per step (not combined); entry t gates both edges
             that leave x_t.
         loss: "final" or "running" (the system's own), a callable of (states, controls) returning a scalar
-            tensor, or None.
+            tensor, or None. Members of an ensemble have each their own; a callable is called with the
+            trajectories of one member after the other.
         control_cost: Weight of the mean squared control added to the loss.
         window: Truncation: closes both edges at t = window, 2 window, ...
         decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
@@ -87,7 +93,9 @@ def rollout(
         `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
         parameter and of x0. The cotangents that arrive in it are summed before anything is compared. For
         "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not C(a + b): for
-        micro-batches and processes use `gradient_pair`.
+        micro-batches and processes use `gradient_pair`. Of an ensemble, `out.loss.sum().backward()` gives
+        each member the gradient it would have alone; where the members share x0, its gradient is the sum of
+        theirs, each compared before.
 
     Initial states are checked for NaN and infinity on the device, except while a CUDA graph is captured.
     Under autocast a fused policy runs in the dtype of x0, any other as torch runs it; a half-precision x0 is
@@ -107,7 +115,7 @@ def rollout(
     else:
         states, controls, value = _bridge.torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
     if plan.custom_loss is not None:
-        value = custom_loss_value("rollout", plan.custom_loss, states, controls) + value
+        value = custom_loss_value("rollout", plan, states, controls) + value
     return Rollout(states, controls, value if plan.has_loss else None, plan.network is not None)
 
 
@@ -190,11 +198,12 @@ def make_plan(
             f"{system.state_size}) to "
             f"(n, {system.control_size}); wrap a function in a module"
         )
-    x0 = _check_states(system, x0, call, "x0")
+    ensemble = policy if isinstance(policy, Ensemble) else None
+    x0 = _check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
     decay = check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     spec = Spec(system.number, horizon, base, check, decay, *weights)
-    fused = fused_network(policy)
+    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
@@ -228,6 +237,8 @@ def make_plan(
     evaluated = Policy(policy, tuple(names), torch.get_autocast_dtype(x0.device.type) if autocast else None)
     if network is None:
         _probe(call, system, evaluated, parameters, x0)
+    if ensemble is not None and x0.ndim == 2:
+        x0 = x0.expand(len(ensemble), *x0.shape)
     return Plan(
         spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
     )
@@ -238,10 +249,18 @@ def _differentiable(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
-def custom_loss_value(
+def custom_loss_value(call: str, plan: Plan, states: Tensor, controls: Tensor) -> Tensor:
+    """The user's own loss of a trajectory, a scalar; of an ensemble one a member, (members,)."""
+    assert plan.custom_loss is not None
+    if plan.x0.ndim == 2:
+        return _checked_loss(call, plan.custom_loss, states, controls)
+    each = zip(states.unbind(1), controls.unbind(1), strict=True)
+    return torch.stack([_checked_loss(call, plan.custom_loss, x, u) for x, u in each])
+
+
+def _checked_loss(
     call: str, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, controls: Tensor
 ) -> Tensor:
-    """The user's own loss of a trajectory, checked to be a scalar tensor."""
     value = loss(states, controls)
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -273,7 +292,7 @@ def _check_horizon(horizon: Any, call: str) -> int:
     return horizon
 
 
-def _check_states(system: System, x: Any, call: str, name: str) -> Tensor:
+def _check_states(system: System, x: Any, call: str, name: str, members: int | None = None) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); "
@@ -281,9 +300,12 @@ def _check_states(system: System, x: Any, call: str, name: str) -> Tensor:
         )
     if x.layout != torch.strided:
         raise TypeError(f"{call}: {name} is {x.layout}, expected a dense tensor; use .to_dense()")
-    if x.ndim != 2 or x.shape[1] != system.state_size:
+    single = x.ndim == 2 and x.shape[1] == system.state_size
+    stacked = members is not None and x.ndim == 3 and x.shape[::2] == (members, system.state_size)
+    if not single and not stacked:
+        each = "" if members is None else f" or ({members}, nworld, {system.state_size}), an ensemble's own,"
         raise ValueError(
-            f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}) for "
+            f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}){each} for "
             f"{type(system).__name__}"
         )
     if x.dtype not in _DTYPES:

@@ -18,9 +18,10 @@ from .bridge import registry as _numbers
 from .kernels import cartpole as _cartpole
 from .kernels import guidance as _guidance
 from .kernels import quantum as _quantum
-from .kernels.system import DeviceFunctions
+from .kernels.system import BlockFunctions, DeviceFunctions
 
 __all__ = [
+    "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
     "GuidanceByRepulsion",
@@ -422,6 +423,7 @@ class QuantumControl(System):
     def parameters(self, dtype: Any) -> Any:
         params = _quantum.make_params(self.points, dtype)()
         params.dt, params.dx = self.dt, self.dx
+        params.kappa, params.field = 2 * self.dx**2 / self.dt, self.dx**3
         params.eigenstate = self.eigenstate(self.target).tolist()
         return params
 

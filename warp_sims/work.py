@@ -3,14 +3,17 @@
 Operations are those of matrix products, a multiplication and an addition two, over the true weights and
 worlds: padding, biases, tanh, the physics and everything else elementwise are left out, so that no rate is
 flattered. Per point (a world at a step), with F the products of one forward evaluation of the policy, P those
-that pull a cotangent of the last hidden layer back to the first, and P0 those from there to the state:
+that pull a cotangent of the hidden layers back to the first, and P0 those from there to the state:
 
     forward             F
-    hidden cotangents   P + P0 a control component in the linearisation; P0 only where dN/dx is wanted
+    hidden cotangents   P + P0, a control component in a linearisation, a field in a fused adjoint sweep;
+                        P0 only where a network edge is open
     weight gradients    F a field
 
-What the mathematics needs differs in one place: of several control components no more than one cotangent a
-field has to be pulled back. Recomputation counts as done, never as needed.
+One control component leaves no product at the output layer: its cotangents are rows of a matrix, scaled.
+Several have it in P. What the mathematics needs differs from what is done in one place: of several control
+components no more than one cotangent a field has to be pulled back. Recomputation counts as done, never as
+needed.
 
 Bytes are those of the arrays that a kernel reads and writes, each once: what must come from and go to
 wherever the array lies. On a CPU much of it lies in cache, so more than the rate of a large copy can be
@@ -59,8 +62,12 @@ class _Products(NamedTuple):
     """Operations at one point."""
 
     forward: int
+    pull_last: int
+    """Through the output layer."""
     pull_hidden: int
+    """Through the layers between hidden ones."""
     pull_state: int
+    """Through the layer that reads the state."""
 
 
 def _products(lay: Layout) -> _Products:
@@ -71,8 +78,10 @@ def _products(lay: Layout) -> _Products:
         first = lay.column(layer, Column.BACKWARD)
         weights = int(np.count_nonzero(lay.pack[first : first + units * pitch]))
         each.append(2 * weights * lay.column(layer, Column.POSITIONS))
-    # a unit cotangent of a control is pulled through the last layer by reading a row of its matrix
-    return _Products(sum(each), sum(each[1:-1]), each[0] if lay.layers > 1 else 0)
+    several = lay.control_size > 1
+    if lay.layers == 1:
+        return _Products(each[0], 0, 0, each[0] if several else 0)
+    return _Products(sum(each), each[-1] if several else 0, sum(each[1:-1]), each[0])
 
 
 def needed_operations(problem: Problem, base: str, check: str) -> tuple[int, int] | None:
@@ -88,7 +97,8 @@ def needed_operations(problem: Problem, base: str, check: str) -> tuple[int, int
     fields = [letters for letters in (base, check) if letters]
     pulls = min(problem.control_size, len(fields))
     to_states = min(pulls, sum(_network_open(letters) for letters in fields))
-    backward = pulls * products.pull_hidden + to_states * products.pull_state + len(fields) * products.forward
+    backward = pulls * (products.pull_last + products.pull_hidden) + to_states * products.pull_state
+    backward += len(fields) * products.forward
     return problem.points * products.forward, problem.points * backward
 
 
@@ -119,17 +129,27 @@ def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
     elif lay is not None:
         products = _products(lay)
         rows = math.ceil(b / BLOCK) * BLOCK * horizon
-        hidden, adjoints = rows * lay.row, rows * m * (lay.row_adj if lay.layers > 1 else 0)
+        hidden, adjoints = rows * lay.row, rows * (lay.row_adj if lay.layers > 1 else 0)
+        activations = hidden - rows * lay.column(0, Column.SECTION)
         if kernel == "fused_rollout":
             operations = products.forward
             elements = lay.packed + states + controls + hidden + b
         elif kernel in ("network_linearize", "linearize"):
-            operations = m * (products.pull_hidden + products.pull_state * network_open)
-            # tanh' is read off the activations; the states stand in front of them
-            elements = lay.packed + hidden - rows * lay.column(0, Column.SECTION) + adjoints + jac
+            to_state = products.pull_state if network_open and lay.layers > 1 else 0
+            operations = m * (products.pull_hidden + to_state)
+            # tanh' is read off the activations
+            elements = lay.packed + activations + m * adjoints + jac
+        elif kernel == "fused_adjoint":
+            to_states = sum(_network_open(letters) for letters in (base, check))
+            operations = fields * (products.pull_last + products.pull_hidden)
+            operations += to_states * products.pull_state
+            elements = lay.packed + activations + states + controls
+            elements += fields * (controls + b * n + adjoints)
         elif kernel in ("network_weight_grad", "weight_grad"):
             operations = fields * products.forward
-            elements = hidden + adjoints + fields * (controls + lay.grads)
+            # with several controls a CPU has the cotangents of the fields, else they are of unit controls
+            kept = fields if kernel == "network_weight_grad" and m > 1 else m
+            elements = hidden + kept * adjoints + fields * (controls + lay.grads)
     return Work(
         None if operations is None else operations * problem.points,
         None if elements is None else elements * problem.itemsize,
