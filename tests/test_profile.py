@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Evaluated, make_net, make_states
-from own_systems import Pendulum
+from own_systems import Pendulum, Unicycle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from warp_sims.bridge import fused, wide
