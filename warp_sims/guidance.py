@@ -1,0 +1,117 @@
+"""Guidance by repulsion as users name it; the physics is in kernels/guidance.py."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .kernels import guidance as _guidance
+from .kernels.system import DeviceFunctions
+from .system import System, check_draw, check_types, require
+
+__all__ = ["GuidanceByRepulsion"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceByRepulsion(System):
+    """Drivers herd evaders to the origin of the plane: evaders flee drivers, each driver steers around the
+    herd.
+
+    State per object, drivers first: [p_x, p_y, v_x, v_y] in m and m/s. Control per driver: [radial,
+    orthogonal], the acceleration per distance [1/s^2] along and across the line from the herd to the driver.
+    Cost of a state: mean squared evader coordinate [m^2].
+    Equations: kernels/guidance.py. The defaults are the published values; distances in the forces are |r| +
+    softening.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside its range.
+    """
+
+    drivers: int = 2
+    """Number of drivers, at least 1."""
+    evaders: int = 4
+    """Number of evaders, at least 1."""
+    dt: float = 4 / 60
+    """Time step [s]."""
+    driver_drag: float = 1.0
+    """Drag of a driver [1/s]."""
+    driver_repulsion: float = 0.2
+    """Strength of the repulsion between drivers [m^2/s^2]."""
+    evader_drag: float = 4.0
+    """Drag of an evader [1/s]."""
+    evader_repulsion: float = 15.0
+    """Strength of the repulsion of an evader by a driver [m^2/s^2]."""
+    flocking: float = 0.2
+    """Strength of the force between evaders [m/s^2]."""
+    flocking_length: float = 0.5
+    """Distance at which the force between evaders changes sign [m]."""
+    softening: float = 0.1
+    """Added to every distance in a force [m]."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("drivers", "evaders"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("dt", "softening"):
+            require(
+                self,
+                name,
+                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
+                "a finite number above 0",
+            )
+        super().__post_init__()
+
+    @property
+    def state_size(self) -> int:
+        return 4 * (self.drivers + self.evaders)
+
+    @property
+    def control_size(self) -> int:
+        return 2 * self.drivers
+
+    def device_functions(self, dtype: Any) -> DeviceFunctions:
+        return _guidance.make_functions(self.drivers, self.evaders, dtype)
+
+    def draw(self, axes: Any, state: np.ndarray) -> None:
+        """Draws drivers, evaders and their velocities in the plane, the target at the origin."""
+        from .drawing import draw_guidance
+
+        draw_guidance(axes, self, state)
+
+    def initial_states(
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Returns initial states (n, state_size) at rest: drivers at distance 3 ... 4, a herd of unit size
+        centred at distance 1 ... 2.
+
+        Training and test set are drawn at once. n = 256 and seed 42 give the published sets.
+        """
+        check_draw("GuidanceByRepulsion.initial_states", n, seed, split)
+        random = np.random.RandomState(seed)
+        total = 2 * n
+
+        def uniform() -> np.ndarray:
+            return random.rand(total).astype(np.float32)
+
+        def annulus(inner: float) -> np.ndarray:
+            angle, radius = np.float32(2 * np.pi) * uniform(), uniform() + np.float32(inner)
+            return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+        states = np.zeros((total, self.drivers + self.evaders, 2, 2), dtype=np.float32)
+        for i in range(self.drivers):
+            states[:, i, 0] = annulus(3.0)
+        center = annulus(1.0)
+        for j in range(self.drivers, self.drivers + self.evaders):
+            states[:, j, 0] = center + np.stack(
+                [uniform() - np.float32(0.5), uniform() - np.float32(0.5)], axis=-1
+            )
+        part = states[:n] if split == "train" else states[n:]
+        return torch.from_numpy(part.reshape(n, self.state_size)).to(dtype)
