@@ -12,13 +12,13 @@ import numpy as np
 Array = Any
 
 
-def cartpole_step(x, u, *, dt, gravity, pole_mass, total_mass, length):
+def cartpole_step(x, u, *, dt, gravity, pole_mass, total_mass, pole_length):
     """Cart with independent poles, semi-implicit Euler."""
     pos, vel, th, thd = x[:, 0:1], x[:, 1:2], x[:, 2::2], x[:, 3::2]
     sin, cos = jnp.sin(th), jnp.cos(th)
-    moment = pole_mass * length
+    moment = pole_mass * pole_length
     push = (u + moment * sin * thd**2) / total_mass
-    thdd = (gravity * sin - cos * push) / (length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
+    thdd = (gravity * sin - cos * push) / (pole_length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
     acc = (u + moment * jnp.sum(sin * thd**2 - thdd * cos, axis=1, keepdims=True)) / total_mass
     thd_next = thd + dt * thdd
     vel_next = vel + dt * acc
