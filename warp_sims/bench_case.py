@@ -86,10 +86,10 @@ class Case:
         return "x".join(map(str, self.widths))
 
     def policy(self) -> MLP | WaveCNN:
-        """The controller, Glorot-uniform with a fixed seed, its output layer a tenth of that.
+        """The controller, Glorot-uniform with a fixed seed: with the published zero output layers M is R.
 
-        The published one is zero in two of the problems: then M is R. A full one drives the guidance problem
-        into collisions, where float32 keeps four digits.
+        That of guidance has a tenth of it: a full one drives the agents into collisions, where float32 keeps
+        four digits.
         """
         system = self.system
         policy = (
@@ -98,8 +98,9 @@ class Case:
             else MLP(system.state_size, self.widths, system.control_size)
         )
         policy.reset_parameters(seed=1)
-        with torch.no_grad():
-            list(policy.parameters())[-2].mul_(0.1)
+        if self.problem == "guidance":
+            with torch.no_grad():
+                list(policy.parameters())[-2].mul_(0.1)
         return policy
 
     def peer_arguments(self) -> dict[str, Any]:
