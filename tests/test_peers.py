@@ -114,6 +114,22 @@ def test_peers_of_the_other_problems(name, loss, flow):
     check_peers(PEERS.values(), name, loss, flow)
 
 
+@pytest.mark.parametrize("peer", ["torch", "jax-scan", "jax-remat"])
+def test_agents_at_one_place_have_a_gradient(peer):
+    """It happens in batches of thousands; the root of a distance of 0 has none of its own."""
+    numbers, system, widths = OTHERS["guidance"]
+    policy = ws.MLP(system.state_size, widths, system.control_size)
+    policy.reset_parameters(seed=1)
+    policy = policy.double()
+    x0 = system.initial_states(3, dtype=torch.float64)
+    x0[1, 12:14] = x0[1, 8:10]
+    out = ws.rollout(system, policy, x0, horizon=6, flow="R", loss="running")
+    out.loss.backward()
+    arguments = (numbers, widths, x0.numpy(), [p.detach().numpy() for p in policy.parameters()])
+    found = first_gradients(PEERS[peer], *arguments, 6, "R", "running", problem="guidance")
+    assert_close(found, [p.grad.numpy() for p in policy.parameters()], TOLERANCE_64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "peer, flow", [("torch-compile", "C"), ("torch-compile", "M"), ("warp-tape", "R")], ids=str

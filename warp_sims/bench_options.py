@@ -124,8 +124,8 @@ def _earlier(path: Path) -> dict[str, Any]:
         raise ValueError(f"bench: --against-report {path}: {error}; give a file of bench --json") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise ValueError(
-            f"bench: --against-report {path} is no report of format {FORMAT}; give a file that bench --json of "
-            "this version wrote"
+            f"bench: --against-report {path} is no report of format {FORMAT}; give a file that bench --json "
+            "of this version wrote"
         )
     return report
 

@@ -40,13 +40,12 @@ def cartpole_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
     return (1.0 - torch.cos(x[..., 2::2])).mean(-1)
 
 
-def _between(a: Tensor, b: Tensor, softening: float, own: bool) -> tuple[Tensor, Tensor]:
-    # An agent's distance to itself is made 1: r is 0 there, and the root keeps a derivative.
+def _between(a: Tensor, b: Tensor, softening: float) -> tuple[Tensor, Tensor]:
+    # Two agents may meet (one world of 16384 does it): the root of 0 has no derivative.
     r = a[:, :, None] - b[:, None]
     square = (r * r).sum(-1, keepdim=True)
-    if own:
-        square = square + torch.eye(a.shape[1], dtype=a.dtype, device=a.device)[:, :, None]
-    return r, softening + square.sqrt()
+    apart = square > 0.0
+    return r, softening + torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
 
 
 def guidance_step(
@@ -70,12 +69,12 @@ def guidance_step(
     center = driver - evader.sum(1, keepdim=True)
     perp = torch.stack((-center[..., 1], center[..., 0]), dim=-1)
     control = u.view(n, drivers, 2)
-    r, d = _between(driver, driver, softening, True)
+    r, d = _between(driver, driver, softening)
     push = driver_repulsion * (r / d**2).sum(2)
     acc_driver = control[..., :1] * center + control[..., 1:] * perp - driver_drag * vel[:, :drivers] + push
-    r, d = _between(evader, driver, softening, False)
+    r, d = _between(evader, driver, softening)
     acc_evader = evader_repulsion * (r / d**2).sum(2) - evader_drag * vel[:, drivers:]
-    r, d = _between(evader, evader, softening, True)
+    r, d = _between(evader, evader, softening)
     acc_evader = acc_evader - flocking * ((flocking_length / d**2 - 1 / d) * r).sum(2)
     acc = torch.cat((acc_driver, acc_evader), dim=1)
     return torch.stack((pos + dt * vel, vel + dt * acc), dim=2).flatten(1)
