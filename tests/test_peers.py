@@ -1,4 +1,4 @@
-"""The peers of the benchmarks compute the same gradients and make the same updates."""
+"""The peers of `warp-sims bench` compute the same gradients and make the same updates."""
 
 from functools import partial
 from importlib import import_module
@@ -13,18 +13,21 @@ from reference import cartpole
 from reference import rollout as oracle
 
 import warp_sims as ws
+from benchmarks.peers.torch_compiled import TorchCompiled
 from benchmarks.peers.torch_eager import TorchEager
+from benchmarks.peers.warp_tape import WarpTape
 
 for package in ("jax", "optax"):
     pytest.importorskip(package, reason=f"the JAX peer needs {package}")
 jax_scan = import_module("benchmarks.peers.jax_scan")
 
 GOLDEN = Path(__file__).parent / "golden"
-SYSTEM = {"dt": 0.03, "gravity": 9.7, "pole_mass": 0.12, "total_mass": 1.3, "length": 0.45}
+SYSTEM = {"dt": 0.03, "gravity": 9.7, "pole_mass": 0.12, "total_mass": 1.3, "pole_length": 0.45}
 HORIZON = 30
 PEERS = {"torch": TorchEager} | {
     f"jax-{plan}": partial(jax_scan.JaxScan, plan=plan) for plan in jax_scan.PLANS
 }
+COMPILED = {"torch-compile": TorchCompiled, "warp-tape": WarpTape}
 
 # Difference of gradients or weights, relative to the norm of each array. float64: sums in another order.
 TOLERANCE_64 = 1e-10
@@ -52,6 +55,12 @@ def assert_close(actual, expected, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
+def first_gradients(peer, *arguments, **named):
+    made = peer(*arguments, dtype="float64", **named)
+    made.update()
+    return made.gradients()
+
+
 def oracle_gradients(system, widths, x0, weights, horizon, flow, loss):
     sizes = [x0.shape[1], *widths, 1]
     layers = [torch.nn.Linear(a, b) for a, b in pairwise(sizes)]
@@ -62,7 +71,8 @@ def oracle_gradients(system, widths, x0, weights, horizon, flow, loss):
         for parameter, array in zip(policy.parameters(), weights, strict=True):
             parameter.copy_(torch.tensor(array))
     objective = {"final": oracle.final, "running": oracle.running}[loss](cartpole.loss)
-    step = partial(cartpole.step, **system)
+    numbers = {name.replace("pole_length", "length"): value for name, value in system.items()}
+    step = partial(cartpole.step, **numbers)
     result = oracle.gradients(step, policy, torch.tensor(x0), flow, horizon, objective)
     return [gradient.numpy() for gradient in result.parameters.values()]
 
@@ -74,7 +84,7 @@ def test_peers_compute_the_gradients_of_the_oracle(flow, loss):
     if flow == "C":
         assert 0 < sum(np.count_nonzero(array) for array in expected) < sum(array.size for array in expected)
     for peer in PEERS.values():
-        assert_close(peer(*arguments, flow, loss, dtype="float64").gradients(), expected, TOLERANCE_64)
+        assert_close(first_gradients(peer, *arguments, flow, loss), expected, TOLERANCE_64)
 
 
 GUIDANCE = {
@@ -88,6 +98,7 @@ GUIDANCE = {
     "softening": 0.3,
 }
 OTHERS = {
+    "cartpole": (SYSTEM, ws.CartPole(poles=2, **SYSTEM), (9, 6)),
     "guidance": (GUIDANCE, ws.GuidanceByRepulsion(drivers=2, evaders=3, **GUIDANCE), (9, 6)),
     "quantum": (
         {"dt": 0.09, "length": 1.7, "target": 2},
@@ -100,6 +111,39 @@ OTHERS = {
 @pytest.mark.parametrize("loss, flow", [("running", "C"), ("final", "M")])
 @pytest.mark.parametrize("name", OTHERS)
 def test_peers_of_the_other_problems(name, loss, flow):
+    check_peers(PEERS.values(), name, loss, flow)
+
+
+@pytest.mark.parametrize("peer", ["torch", "jax-scan", "jax-remat"])
+def test_agents_at_one_place_have_a_gradient(peer):
+    """It happens in batches of thousands; the root of a distance of 0 has none of its own."""
+    numbers, system, widths = OTHERS["guidance"]
+    policy = ws.MLP(system.state_size, widths, system.control_size)
+    policy.reset_parameters(seed=1)
+    policy = policy.double()
+    x0 = system.initial_states(3, dtype=torch.float64)
+    x0[1, 12:14] = x0[1, 8:10]
+    out = ws.rollout(system, policy, x0, horizon=6, flow="R", loss="running")
+    out.loss.backward()
+    arguments = (numbers, widths, x0.numpy(), [p.detach().numpy() for p in policy.parameters()])
+    found = first_gradients(PEERS[peer], *arguments, 6, "R", "running", problem="guidance")
+    assert_close(found, [p.grad.numpy() for p in policy.parameters()], TOLERANCE_64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "peer, flow", [("torch-compile", "C"), ("torch-compile", "M"), ("warp-tape", "R")], ids=str
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_compiled_peers(name, peer, flow):
+    reason = COMPILED[peer].unavailable("cpu")
+    if reason:
+        pytest.skip(reason)
+    for loss in ("running", "final"):
+        check_peers([COMPILED[peer]], name, loss, flow)
+
+
+def check_peers(peers, name, loss, flow):
     numbers, system, widths = OTHERS[name]
     policy = (
         ws.WaveCNN(12, 5) if name == "quantum" else ws.MLP(system.state_size, widths, system.control_size)
@@ -110,19 +154,25 @@ def test_peers_of_the_other_problems(name, loss, flow):
     expected = expected_gradients(system, policy, x0, 12, flow, loss=loss, control_cost=0.3)
     weights = {key: parameter.detach().numpy() for key, parameter in policy.named_parameters()}
     arguments = (numbers, widths, x0.numpy(), list(weights.values()), 12, flow, loss)
-    for peer in PEERS.values():
-        found = peer(*arguments, dtype="float64", problem=name, control_cost=0.3).gradients()
+    for peer in peers:
+        found = first_gradients(peer, *arguments, problem=name, control_cost=0.3)
         assert_close(found, [expected[key].numpy() for key in weights], TOLERANCE_64)
 
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_peers_compute_the_authors_gradients(peer):
     golden = np.load(GOLDEN / "cartpole_NC4_f64.npz")
-    system = {"dt": float(golden["dt"]), "gravity": 9.8, "pole_mass": 0.1, "total_mass": 1.1, "length": 0.5}
+    system = {
+        "dt": float(golden["dt"]),
+        "gravity": 9.8,
+        "pole_mass": 0.1,
+        "total_mass": 1.1,
+        "pole_length": 0.5,
+    }
     weights = [golden[f"big_w{i}"].T for i in range(6)]
     arguments = (system, (100, 100), golden["x0"].reshape(4, -1), weights, 100, "C", "final")
     expected = [golden[f"big_FINAL_grad_C_w{i}"].T for i in range(6)]
-    assert_close(PEERS[peer](*arguments, dtype="float64").gradients(), expected, TOLERANCE_64)
+    assert_close(first_gradients(PEERS[peer], *arguments), expected, TOLERANCE_64)
 
 
 @pytest.mark.parametrize("flow", ["R", "C"])

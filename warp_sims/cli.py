@@ -15,6 +15,7 @@ import warp as wp
 
 from . import __version__, systems
 from .animation import animate
+from .bench_options import add_bench_options, run_bench
 from .demo import run_demo
 from .flows import Flow
 from .options import (
@@ -52,13 +53,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0, 1 (training failed), 2 (refused) or 130 (Ctrl-C)."""
+    """Runs the command line; returns its exit code: 0, 1 (training failed, a contestant of the benchmark was
+    wrong), 2 (refused) or 130 (Ctrl-C).
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in words
     try:
         with _importable_here(), _quiet_warp():
             options = _parse(words)
-            options.run(options)
+            options.words = words
+            code = options.run(options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (FloatingPointError, RunFailed) as error:
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         return _fail(error, 2)
-    return 0
+    return code or 0
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -110,7 +114,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], None], summary: str, more: str = ""
+        name: str, run: Callable[[argparse.Namespace], int | None], summary: str, more: str = ""
     ) -> _Parser:
         made = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}", allow_abbrev=False
@@ -152,6 +156,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
             _run_reproduce,
             "run the paper's experiments again, and report on them",
             "It can be stopped at any moment; the same command goes on where it was.",
+        )
+    )
+    add_bench_options(
+        command(
+            "bench",
+            run_bench,
+            "time training updates of the published problems beside JAX, torch and others, in one run",
+            "Every contestant's loss and gradients are compared with float64 ones before it is timed. The "
+            "others are in benchmarks/peers of the repository; without them ours is measured alone.",
         )
     )
     return parser.parse_args(words)

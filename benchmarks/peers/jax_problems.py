@@ -12,13 +12,13 @@ import numpy as np
 Array = Any
 
 
-def cartpole_step(x, u, *, dt, gravity, pole_mass, total_mass, length):
+def cartpole_step(x, u, *, dt, gravity, pole_mass, total_mass, pole_length):
     """Cart with independent poles, semi-implicit Euler."""
     pos, vel, th, thd = x[:, 0:1], x[:, 1:2], x[:, 2::2], x[:, 3::2]
     sin, cos = jnp.sin(th), jnp.cos(th)
-    moment = pole_mass * length
+    moment = pole_mass * pole_length
     push = (u + moment * sin * thd**2) / total_mass
-    thdd = (gravity * sin - cos * push) / (length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
+    thdd = (gravity * sin - cos * push) / (pole_length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
     acc = (u + moment * jnp.sum(sin * thd**2 - thdd * cos, axis=1, keepdims=True)) / total_mass
     thd_next = thd + dt * thdd
     vel_next = vel + dt * acc
@@ -50,23 +50,22 @@ def guidance_step(
     pos, vel = objects[:, :, 0], objects[:, :, 1]
     driver, evader = pos[:, :drivers], pos[:, drivers:]
 
-    def between(a, b, own):
-        # An agent's distance to itself is made 1: r is 0 there, and the root keeps a derivative.
+    def between(a, b):
+        # Two agents may meet (one world of 16384 does it): the root of 0 has no derivative.
         r = a[:, :, None] - b[:, None]
         square = jnp.sum(r * r, axis=-1, keepdims=True)
-        if own:
-            square = square + jnp.eye(a.shape[1], dtype=x.dtype)[:, :, None]
-        return r, softening + jnp.sqrt(square)
+        apart = square > 0.0
+        return r, softening + jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
 
     center = driver - jnp.sum(evader, axis=1, keepdims=True)
     perp = jnp.stack((-center[..., 1], center[..., 0]), axis=-1)
     control = u.reshape(n, drivers, 2)
-    r, d = between(driver, driver, True)
+    r, d = between(driver, driver)
     push = driver_repulsion * jnp.sum(r / d**2, axis=2)
     acc_driver = control[..., :1] * center + control[..., 1:] * perp - driver_drag * vel[:, :drivers] + push
-    r, d = between(evader, driver, False)
+    r, d = between(evader, driver)
     acc_evader = evader_repulsion * jnp.sum(r / d**2, axis=2) - evader_drag * vel[:, drivers:]
-    r, d = between(evader, evader, True)
+    r, d = between(evader, evader)
     acc_evader = acc_evader - flocking * jnp.sum((flocking_length / d**2 - 1 / d) * r, axis=2)
     acc = jnp.concatenate((acc_driver, acc_evader), axis=1)
     return jnp.stack((pos + dt * vel, vel + dt * acc), axis=2).reshape(n, -1)

@@ -13,7 +13,12 @@ What an expert would do for speed is here, because a weak peer proves nothing:
   `unroll=4` gained nothing and is not offered.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+# Before JAX is imported: by default it takes three quarters of a GPU's memory, which others need, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +28,8 @@ import optax
 from .jax_problems import PROBLEMS
 
 PLANS = ("scan", "remat", "wide")
+DECAY = 0.9
+"""Of Adam's first moment."""
 # Rows of the policy that the wide plan takes at a time; more of them fall out of the cache.
 WIDE_ROWS = 16384
 
@@ -65,7 +72,19 @@ class JaxScan:
         plan: One of `PLANS`.
         problem: One of `PROBLEMS`.
         control_cost: Weight of the mean squared control.
+        device: ``"cpu"`` or ``"cuda"``.
     """
+
+    plans = PLANS
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Why it cannot run on a device, or None."""
+        try:
+            jax.devices(device)
+        except RuntimeError as error:
+            return f"{error} (pip install 'jax[cuda12]' for an NVIDIA GPU)"
+        return None
 
     def __init__(
         self,
@@ -82,6 +101,7 @@ class JaxScan:
         plan: str = "scan",
         problem: str = "cartpole",
         control_cost: float = 0.0,
+        device: str = "cpu",
     ):
         if flow not in ("R", "M", "C") or loss not in ("final", "running") or plan not in PLANS:
             raise ValueError(f"JaxScan: flow={flow!r}, loss={loss!r}, plan={plan!r}")
@@ -89,10 +109,11 @@ class JaxScan:
             raise ValueError(f"JaxScan: weights do not belong to widths {tuple(widths)}")
         self._problem, self._control_cost = PROBLEMS[problem], control_cost
         self._system = {name: float(value) for name, value in system.items()}
+        self._device = jax.devices(device)[0]
         self._horizon, self._flow, self._loss, self._plan = horizon, flow, loss, plan
         self._x64 = dtype == "float64"
-        self._optimizer = optax.adam(lr)
-        with jax.enable_x64(self._x64):
+        self._optimizer = optax.adam(lr, b1=DECAY)
+        with self._scope():
             # Copies, because the first update gives the buffers away.
             self._params = [
                 (jnp.array(w, dtype=dtype), jnp.array(b, dtype=dtype)) for w, b in self._problem.pack(weights)
@@ -100,23 +121,35 @@ class JaxScan:
             self._x0 = jnp.array(x0, dtype=dtype)
             self._state = self._optimizer.init(self._params)
         self._update = jax.jit(self._trace_update, donate_argnums=(0, 1))
-        self._value_and_grad = jax.jit(self._trace_value_and_grad)
+        self._updates = 0
 
     def update(self) -> float:
         """One training update in place; returns the loss before it."""
-        with jax.enable_x64(self._x64):
+        with self._scope():
             self._params, self._state, loss = self._update(self._params, self._state, self._x0)
             jax.block_until_ready((self._params, self._state))
+            self._updates += 1
             return float(loss)
 
     def gradients(self) -> list[np.ndarray]:
-        """Gradients at the present weights, in the layout of the weights given."""
-        with jax.enable_x64(self._x64):
-            return self._problem.unpack(self._value_and_grad(self._params, self._x0)[1])
+        """Gradients of the first update, right after it, in the layout of the weights given.
+
+        Adam's first moment then holds them, scaled: the program that is timed need not return them.
+        """
+        if self._updates != 1:
+            raise RuntimeError(f"JaxScan.gradients: after {self._updates} updates, expected exactly 1")
+        with self._scope():
+            moment = optax.tree_utils.tree_get(self._state, "mu")
+            return self._problem.unpack(jax.tree.map(lambda m: m / (1 - DECAY), moment))
 
     def weights(self) -> list[np.ndarray]:
         """Copies of the present weights."""
         return self._problem.unpack(self._params)
+
+    @contextlib.contextmanager
+    def _scope(self) -> Iterator[None]:
+        with jax.enable_x64(self._x64), jax.default_device(self._device):
+            yield
 
     # Below, everything is traced.
 

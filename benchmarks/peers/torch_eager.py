@@ -47,7 +47,15 @@ class TorchEager:
         dtype: ``"float32"`` or ``"float64"``.
         problem: One of `PROBLEMS`.
         control_cost: Weight of the mean squared control.
+        device: ``"cpu"`` or ``"cuda"``.
     """
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Why it cannot run on a device, or None."""
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            return "this torch finds no CUDA device"
+        return None
 
     def __init__(
         self,
@@ -63,16 +71,17 @@ class TorchEager:
         dtype: str = "float32",
         problem: str = "cartpole",
         control_cost: float = 0.0,
+        device: str = "cpu",
     ):
         if flow not in ("R", "M", "C") or loss not in ("final", "running"):
-            raise ValueError(f"TorchEager: flow={flow!r}, loss={loss!r}")
+            raise ValueError(f"{type(self).__name__}: flow={flow!r}, loss={loss!r}")
         if [w.shape[0] for w in weights[0:-2:2]] != list(widths):
-            raise ValueError(f"TorchEager: weights do not belong to widths {tuple(widths)}")
+            raise ValueError(f"{type(self).__name__}: weights do not belong to widths {tuple(widths)}")
         self._problem, self._control_cost = PROBLEMS[problem], control_cost
         self._system, self._horizon, self._flow, self._loss = dict(system), horizon, flow, loss
-        dtype = getattr(torch, dtype)
-        self._params = [torch.tensor(w, dtype=dtype, requires_grad=True) for w in weights]
-        self._x0 = torch.tensor(x0, dtype=dtype)
+        place = {"dtype": getattr(torch, dtype), "device": device}
+        self._params = [torch.tensor(w, requires_grad=True, **place) for w in weights]
+        self._x0 = torch.tensor(x0, **place)
         self._optimizer = torch.optim.Adam(self._params, lr=lr, fused=True)
 
     def update(self) -> float:
@@ -84,12 +93,12 @@ class TorchEager:
         return loss.item()
 
     def gradients(self) -> list[np.ndarray]:
-        """Gradients at the present weights, in the layout of the weights given."""
-        return [gradient.numpy() for gradient in self._value_and_grad()[1]]
+        """Gradients of the latest update, in the layout of the weights given."""
+        return [p.grad.cpu().numpy().copy() for p in self._params if p.grad is not None]
 
     def weights(self) -> list[np.ndarray]:
         """Copies of the present weights."""
-        return [parameter.detach().numpy().copy() for parameter in self._params]
+        return [parameter.detach().cpu().numpy().copy() for parameter in self._params]
 
     def _value_and_grad(self) -> tuple[Tensor, Sequence[Tensor]]:
         if self._flow != "C":
@@ -107,12 +116,16 @@ class TorchEager:
             for m, r in zip(base, check, strict=True)
         ]
 
+    def _advance(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Control and next state; `seen` is the state as the policy gets it."""
+        u = self._problem.policy(self._params, seen)
+        return u, self._problem.step(x, u, **self._system)
+
     def _rollout_loss(self, network_edge) -> Tensor:
-        step, cost, running, policy = self._problem
+        cost, running = self._problem.cost, self._problem.running
         x, states, controls = self._x0, [], []
         for _ in range(self._horizon):
-            u = policy(self._params, network_edge(x))
-            x = step(x, u, **self._system)
+            u, x = self._advance(x, network_edge(x))
             states.append(x)
             controls.append(u)
         reached = torch.stack(states if self._loss == "running" else states[-1:])

@@ -2,6 +2,7 @@
 ``(n, s)``.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,14 +13,21 @@ from torch.nn import functional
 
 
 def cartpole_step(
-    x: Tensor, u: Tensor, *, dt: float, gravity: float, pole_mass: float, total_mass: float, length: float
+    x: Tensor,
+    u: Tensor,
+    *,
+    dt: float,
+    gravity: float,
+    pole_mass: float,
+    total_mass: float,
+    pole_length: float,
 ) -> Tensor:
     """Cart with independent poles, semi-implicit Euler."""
     pos, vel, th, thd = x[:, 0:1], x[:, 1:2], x[:, 2::2], x[:, 3::2]
     sin, cos = torch.sin(th), torch.cos(th)
-    moment = pole_mass * length
+    moment = pole_mass * pole_length
     push = (u + moment * sin * thd**2) / total_mass
-    thdd = (gravity * sin - cos * push) / (length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
+    thdd = (gravity * sin - cos * push) / (pole_length * (4.0 / 3.0 - pole_mass * cos**2 / total_mass))
     acc = (u + moment * (sin * thd**2 - thdd * cos).sum(dim=1, keepdim=True)) / total_mass
     thd_next = thd + dt * thdd
     vel_next = vel + dt * acc
@@ -32,13 +40,12 @@ def cartpole_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
     return (1.0 - torch.cos(x[..., 2::2])).mean(-1)
 
 
-def _between(a: Tensor, b: Tensor, softening: float, own: bool) -> tuple[Tensor, Tensor]:
-    # An agent's distance to itself is made 1: r is 0 there, and the root keeps a derivative.
+def _between(a: Tensor, b: Tensor, softening: float) -> tuple[Tensor, Tensor]:
+    # Two agents may meet (one world of 16384 does it): the root of 0 has no derivative.
     r = a[:, :, None] - b[:, None]
     square = (r * r).sum(-1, keepdim=True)
-    if own:
-        square = square + torch.eye(a.shape[1], dtype=a.dtype)[:, :, None]
-    return r, softening + square.sqrt()
+    apart = square > 0.0
+    return r, softening + torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
 
 
 def guidance_step(
@@ -62,12 +69,12 @@ def guidance_step(
     center = driver - evader.sum(1, keepdim=True)
     perp = torch.stack((-center[..., 1], center[..., 0]), dim=-1)
     control = u.view(n, drivers, 2)
-    r, d = _between(driver, driver, softening, True)
+    r, d = _between(driver, driver, softening)
     push = driver_repulsion * (r / d**2).sum(2)
     acc_driver = control[..., :1] * center + control[..., 1:] * perp - driver_drag * vel[:, :drivers] + push
-    r, d = _between(evader, driver, softening, False)
+    r, d = _between(evader, driver, softening)
     acc_evader = evader_repulsion * (r / d**2).sum(2) - evader_drag * vel[:, drivers:]
-    r, d = _between(evader, evader, softening, True)
+    r, d = _between(evader, evader, softening)
     acc_evader = acc_evader - flocking * ((flocking_length / d**2 - 1 / d) * r).sum(2)
     acc = torch.cat((acc_driver, acc_evader), dim=1)
     return torch.stack((pos + dt * vel, vel + dt * acc), dim=2).flatten(1)
@@ -78,25 +85,34 @@ def guidance_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
     return (x.unflatten(-1, (-1, 2, 2))[..., controls // 2 :, 0, :] ** 2).mean((-2, -1))
 
 
+@functools.cache
+def _quantum_constants(
+    points: int, dt: float, length: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grid, the imaginary part of the matrix without a control, and its real part."""
+    place = {"dtype": dtype, "device": device}
+    dx = length / (points + 1)
+    beside = torch.full((points - 1,), -0.5 * dt / dx**2, **place)
+    one = torch.eye(points, **place)
+    constant = torch.diag(beside, 1) + torch.diag(beside, -1) + (dt / dx**2) * one
+    return dx * torch.arange(1, points + 1, **place), constant, one
+
+
 def quantum_step(x: Tensor, u: Tensor, *, dt: float, length: float, target: float) -> Tensor:
     """Crank-Nicolson by a dense solve (torch has no tridiagonal one): psi' = 2 M^-1 psi - psi."""
     psi = torch.view_as_complex(x.view(x.shape[0], -1, 2))
     points = psi.shape[1]
-    dx = length / (points + 1)
-    grid = dx * torch.arange(1, points + 1, dtype=x.dtype)
-    beside = torch.full((points - 1,), -0.5 * dt / dx**2, dtype=x.dtype)
-    constant = (
-        torch.diag(beside, 1) + torch.diag(beside, -1) + (dt / dx**2) * torch.eye(points, dtype=x.dtype)
-    )
+    grid, constant, one = _quantum_constants(points, dt, length, x.dtype, x.device)
     a = constant + torch.diag_embed(0.5 * dt * u * grid)
-    matrix = torch.complex(torch.eye(points, dtype=x.dtype).expand_as(a), a)
+    matrix = torch.complex(one.expand_as(a), a)
     return torch.view_as_real(2 * torch.linalg.solve(matrix, psi) - psi).flatten(1)
 
 
 def quantum_cost(x: Tensor, controls: int, system: dict[str, float]) -> Tensor:
     """1 - probability of the target state, per state."""
     points = x.shape[-1] // 2
-    e = torch.sin(math.pi * system["target"] * torch.arange(1, points + 1, dtype=x.dtype) / (points + 1))
+    j = torch.arange(1, points + 1, dtype=x.dtype, device=x.device)
+    e = torch.sin(math.pi * system["target"] * j / (points + 1))
     overlap = torch.einsum("...jr,j->...r", x.unflatten(-1, (points, 2)), e / torch.linalg.vector_norm(e))
     return 1.0 - (overlap**2).sum(-1)
 

@@ -1,0 +1,256 @@
+"""What `warp-sims bench` measures: one training update of a published problem, its numbers and its truth.
+
+The truth is computed in float64 by `gradient_pair` on the CPU. Ours in float32 must agree with it, and so
+must every peer, which shares no code with it: two contestants that agree with it agree with each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .gradients import GradientPair, gradient_pair
+from .policies import MLP, WaveCNN
+from .published import SETTINGS, Setting
+from .systems import QuantumControl, System
+
+FLOWS = {"R": "regular", "M": "modified", "C": "combined"}
+BENCHED = {"cartpole": "poles4", "guidance": "cost0.1", "quantum": "target3"}
+"""The published setting of each problem that is measured."""
+
+SIZES = {"cartpole": "poles", "quantum": "points"}
+"""The number of a system that scaling varies, besides the horizon."""
+
+COUNTS = ("poles", "drivers", "evaders", "points")
+"""Numbers of a system that a peer reads off the sizes of its arrays."""
+
+# Of a float32 gradient, its error over the norm of the float64 one. Rounding over 60 or 100 steps gives 1e-6
+# (measured); a wave of 128 steps turns by 80 rad and forgets no rounding: 1e-4 (measured, ours and peers).
+TOLERANCE = {"cartpole": 2e-5, "guidance": 2e-5, "quantum": 1e-3}
+
+# Components below this share of their array's size have no sign in float32; C may then keep or drop them.
+UNDECIDED = 1e-3
+
+_REFERENCE_WORLDS = 1024
+"""Worlds of the float64 reference at a time: its memory stays bounded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One training update: forward, backward, comparison for C, Adam; in float32 unless said otherwise.
+
+    Attributes:
+        problem: One of `BENCHED`.
+        flow: R, M or C.
+        batch: Number of worlds.
+        device: As torch names it, `cpu` or `cuda`.
+        widths: Hidden layers; for quantum the channels of both convolutions, which are equal.
+        horizon: Number of steps.
+        size: Poles or grid points where they are not the published ones, else 0.
+    """
+
+    problem: str
+    flow: str
+    batch: int
+    device: str = "cpu"
+    widths: tuple[int, ...] = ()
+    horizon: int = 0
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            object.__setattr__(self, "widths", published_widths(self.problem))
+        if not self.horizon:
+            object.__setattr__(self, "horizon", self.setting.horizon)
+
+    @property
+    def setting(self) -> Setting:
+        """The published setting that the numbers come from."""
+        return SETTINGS[self.problem][BENCHED[self.problem]]
+
+    @property
+    def system(self) -> System:
+        """The simulated system."""
+        changed = {SIZES[self.problem]: self.size} if self.size else {}
+        return dataclasses.replace(self.setting.system, **changed)
+
+    @property
+    def network(self) -> str:
+        """Hidden layers as they are written in tables."""
+        return "x".join(map(str, self.widths))
+
+    def policy(self) -> MLP | WaveCNN:
+        """The controller, Glorot-uniform with a fixed seed: with the published zero output layers M is R.
+
+        That of guidance has a tenth of it: a full one drives the agents into collisions, where float32 keeps
+        four digits.
+        """
+        system = self.system
+        policy = (
+            WaveCNN(system.points, self.widths[0])
+            if isinstance(system, QuantumControl)
+            else MLP(system.state_size, self.widths, system.control_size)
+        )
+        policy.reset_parameters(seed=1)
+        if self.problem == "guidance":
+            with torch.no_grad():
+                list(policy.parameters())[-2].mul_(0.1)
+        return policy
+
+    def peer_arguments(self) -> dict[str, Any]:
+        """What a peer is built from: numbers and numpy arrays, no object of this package."""
+        system = self.system
+        return {
+            "problem": self.problem,
+            "system": {k: v for k, v in dataclasses.asdict(system).items() if k not in COUNTS},
+            "widths": self.widths,
+            "x0": system.initial_states(self.batch).numpy(),
+            "weights": [p.detach().numpy() for p in self.policy().parameters()],
+            "horizon": self.horizon,
+            "flow": self.flow,
+            "loss": self.setting.loss,
+            "control_cost": self.setting.control_cost,
+            "device": self.device,
+        }
+
+    def rollout_options(self) -> dict[str, Any]:
+        """The options of `rollout` and `gradient_pair`."""
+        return {
+            "horizon": self.horizon,
+            "loss": self.setting.loss,
+            "control_cost": self.setting.control_cost,
+        }
+
+
+def published_widths(problem: str) -> tuple[int, ...]:
+    """Hidden layers of the published controller."""
+    policy = SETTINGS[problem][BENCHED[problem]].policy(seed=0)
+    if isinstance(policy, WaveCNN):
+        return (policy.width, policy.width)
+    return tuple(layer.out_features for layer in policy if isinstance(layer, torch.nn.Linear))[:-1]
+
+
+# Truth
+
+
+class Reference(NamedTuple):
+    """Loss, and the gradients of M and R by parameter, in float64."""
+
+    loss: float
+    base: list[np.ndarray]
+    check: list[np.ndarray]
+
+
+class Errors(NamedTuple):
+    """Relative errors; infinite where a value is not finite, and where C decided otherwise."""
+
+    loss: float
+    gradient: float
+
+    def within(self, case: Case) -> bool:
+        """Whether the contestant computes the same numbers."""
+        return max(self) <= TOLERANCE[case.problem] * max(1.0, case.horizon / case.setting.horizon)
+
+
+@functools.lru_cache(maxsize=1)  # the rows of all flows follow one another
+def _reference(case: Case) -> Reference:
+    policy = case.policy().double()
+    pair: GradientPair | None = None
+    for x0 in case.system.initial_states(case.batch, dtype=torch.float64).split(_REFERENCE_WORLDS):
+        part = gradient_pair(case.system, policy, x0, **case.rollout_options())
+        pair = part if pair is None else pair + part
+    assert pair is not None  # a case has at least one world
+    base, check = ([gradient.numpy() for gradient in side.values()] for side in (pair.base, pair.check))
+    return Reference(pair.loss.item(), base, check)
+
+
+def reference(case: Case) -> Reference:
+    """Loss and gradients of a case in float64, whatever its flow and device."""
+    return _reference(dataclasses.replace(case, flow="R", device="cpu"))
+
+
+def errors(case: Case, loss: float, gradients: Sequence[np.ndarray], truth: Reference) -> Errors:
+    """Compares the loss and the gradients of a contestant with the truth."""
+    found = abs(loss - truth.loss) / abs(truth.loss)
+    return Errors(found if math.isfinite(found) else math.inf, gradient_error(gradients, case.flow, truth))
+
+
+def gradient_error(found: Sequence[np.ndarray], flow: str, truth: Reference) -> float:
+    """Relative error of a gradient.
+
+    Where a component of M or R is too small to have a sign in float32, C may hold M or 0. All other decisions
+    are checked one by one, because few and small components differ between M and C.
+    """
+    error = size = 0.0
+    for g, m, r in zip(found, truth.base, truth.check, strict=True):
+        if g.shape != m.shape:
+            return math.inf
+        if flow == "C":
+            expected = np.where(np.sign(m) == np.sign(r), m, 0.0)
+            decided = (abs(m) > UNDECIDED * _rms(m)) & (abs(r) > UNDECIDED * _rms(r))
+            if np.any(decided & ((g == 0.0) != (expected == 0.0))):
+                return math.inf
+            difference = np.where(decided, g - expected, np.minimum(abs(g), abs(g - m)))
+        else:
+            expected = m if flow == "M" else r
+            difference = g - expected
+        error += float((difference**2).sum())
+        size += float((expected**2).sum())
+    ratio = (error / size) ** 0.5
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _rms(array: np.ndarray) -> float:
+    return float(np.sqrt((array**2).mean()))
+
+
+# Work
+
+
+def needed_operations(case: Case) -> int:
+    """Floating-point operations of an update that the mathematics needs; recomputation is not counted.
+
+    Those of the network's matrix products, a multiplication and an addition two: one forward evaluation, one
+    product of activations and cotangents per gradient field (C has two), and cotangents pulled back through
+    the layers, to the states too where the network edge is open. A field's cotangents of all units are linear
+    in the controls' ones: no more are pulled than there are controls. The simulator, activation functions and
+    Adam are left out, so that a share of the ceiling is never flattered.
+    """
+    each = _layer_operations(case)
+    fields = 2 if case.flow == "C" else 1
+    pulled = min(fields, case.system.control_size) * sum(each[1:-1])
+    to_states = 0 if case.flow == "M" else each[0]
+    return case.batch * case.horizon * (sum(each) * (1 + fields) + pulled + to_states)
+
+
+def needed_bytes(case: Case) -> int:
+    """Bytes of a stored trajectory, written once and read once: states, controls, activations in float32."""
+    system = case.system
+    if case.problem == "quantum":
+        first, second = _positions(system.state_size // 2)
+        hidden = case.widths[0] * first + case.widths[1] * second
+    else:
+        hidden = sum(case.widths)
+    return 2 * 4 * case.batch * case.horizon * (system.state_size + system.control_size + hidden)
+
+
+def _layer_operations(case: Case) -> list[int]:
+    """Operations of every layer for one state."""
+    weights = [p.numel() for p in case.policy().parameters() if p.ndim > 1]
+    if case.problem == "quantum":
+        return [
+            2 * n * p for n, p in zip(weights, (*_positions(case.system.state_size // 2), 1), strict=True)
+        ]
+    return [2 * n for n in weights]
+
+
+def _positions(points: int) -> tuple[int, int]:
+    """Output positions of both convolutions: windows of three, stride two."""
+    first = (points - 3) // 2 + 1
+    return first, (first - 3) // 2 + 1

@@ -1,0 +1,116 @@
+"""What `warp-sims bench` is asked to measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .bench_case import BENCHED, FLOWS, SIZES, Case
+
+BATCHES = (8, 64, 256, 1024, 4096, 16384)
+SCALES = {
+    "horizon": (25, 50, 100, 200, 400),
+    "poles": (1, 2, 4, 8),
+    "points": (16, 32, 64, 128),
+}
+"""What scaling varies, and over which values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and for how long.
+
+    Attributes:
+        problems: Some of `BENCHED`.
+        flows: Some of R, M, C.
+        batches: Numbers of worlds, ascending.
+        devices: `cpu`, `cuda` or `cuda:INDEX`.
+        widths: Hidden layers of several networks; empty for the published one.
+        contestants: Names, `name` or `name:plan`; None for all.
+        peers: Folder of the peers; None for that of the repository, if there is one.
+        rounds: Turns of every contestant, at most.
+        block: Seconds per turn, about.
+        time_limit: Seconds that one contestant may take in one row, its first updates aside.
+        memory: Whether first calls and memory are measured, in fresh processes.
+        without: Contestants that are left out where none are named, by name.
+        scaling: One of `SCALES`, to vary that instead of the number of worlds; empty for the matrix.
+    """
+
+    problems: tuple[str, ...] = tuple(BENCHED)
+    flows: tuple[str, ...] = tuple(FLOWS)
+    batches: tuple[int, ...] = BATCHES
+    devices: tuple[str, ...] = ("cpu",)
+    widths: tuple[tuple[int, ...], ...] = ()
+    contestants: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    peers: Path | None = None
+    rounds: int = 9
+    block: float = 0.05
+    time_limit: float = 8.0
+    memory: bool = True
+    scaling: str = ""
+
+    def __post_init__(self) -> None:
+        for name, known in (("problems", BENCHED), ("flows", FLOWS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"bench: {value!r} is none of the {name}, expected {', '.join(known)}")
+        for name in ("problems", "flows", "batches", "devices"):
+            if not getattr(self, name):
+                raise ValueError(f"bench: {name} is empty, expected at least one")
+        for name, values in (
+            ("batch", self.batches),
+            ("rounds", [self.rounds]),
+            ("widths", sum(self.widths, ())),
+        ):
+            if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+                raise ValueError(f"bench: {name} holds {min(values)}, expected whole numbers of at least 1")
+        for name in ("block", "time_limit"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"bench: {name} is {getattr(self, name)}, expected seconds above 0")
+        if self.scaling and self.scaling not in SCALES:
+            raise ValueError(f"bench: scaling is {self.scaling!r}, expected one of {', '.join(SCALES)}")
+        if self.scaling and not self.scaled_problems:
+            raise ValueError(f"bench: none of {', '.join(self.problems)} has {self.scaling}")
+        for widths in self.widths:
+            if "quantum" in self.problems and (len(widths) != 2 or widths[0] != widths[1]):
+                raise ValueError(
+                    f"bench: widths {'x'.join(map(str, widths))} do not fit quantum, whose two convolutions "
+                    "have one width; give 32x32 for example, or other problems"
+                )
+        for device in self.devices:
+            _check_device(device)
+
+    @property
+    def scaled_problems(self) -> tuple[str, ...]:
+        """The problems that have what scaling varies."""
+        if self.scaling in ("", "horizon"):
+            return self.problems
+        return tuple(p for p in self.problems if SIZES.get(p) == self.scaling)
+
+    def cases(self) -> Iterator[Case]:
+        """All rows, in the order in which they are measured: rows of one reference follow one another."""
+        for device in self.devices:
+            for problem in self.scaled_problems:
+                for widths in self.widths or ((),):
+                    for batch in self.batches:
+                        for value in SCALES.get(self.scaling, (0,)):
+                            for flow in self.flows:
+                                horizon, size = (value, 0) if self.scaling == "horizon" else (0, value)
+                                yield Case(problem, flow, batch, device, widths, horizon, size)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only these are measured")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"bench: device {name!r} cannot be used ({reason}); give cpu, cuda or cuda:INDEX"
+        ) from error

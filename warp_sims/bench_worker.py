@@ -1,0 +1,28 @@
+"""A process that measures one contestant's first call and memory: `python -m warp_sims.bench_worker`.
+
+Its argument is a line of JSON with `entrant`, `case` and `plan`, its last line of output one with the
+results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import warp as wp
+
+from .bench_case import Case
+from .bench_contestants import Entrant
+from .bench_timing import first_call_and_memory
+
+
+def main(text: str) -> None:
+    """Does what the line of JSON says."""
+    job = json.loads(text)
+    wp.config.log_level = wp.LOG_ERROR
+    case = Case(**{**job["case"], "widths": tuple(job["case"]["widths"])})
+    print(json.dumps(first_call_and_memory(Entrant(**job["entrant"]), case, job["plan"])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
