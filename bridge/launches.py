@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import warp as wp
 
+from .arrays import keep
+
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
 KEPT_BYTES = 1 << 24
@@ -98,7 +100,7 @@ class Pool(Generic[T]):
             with PREPARING, torch.inference_mode(False):
                 item = self._make(*key)
         try:
-            yield item
+            yield keep(item)
         finally:
             if getattr(item, "nbytes", 0) <= KEPT_BYTES:
                 idle.append(item)

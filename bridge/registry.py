@@ -12,6 +12,7 @@ import torch
 import warp as wp
 
 from ..kernels.rollout import SystemKernels, make_fused_rollout, make_system_kernels
+from ..kernels.streamed import is_streamed, make_streamed_adjoint
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
 from .launches import PREPARING
@@ -94,6 +95,10 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     system = find(number)
     scalar = WARP_DTYPE[dtype]
     functions = system.device_functions(scalar)
+    kernels = make_system_kernels(functions, scalar)
+    if device.type == "cuda" and is_streamed(functions, dtype.itemsize):
+        one, two = (make_streamed_adjoint(functions, scalar, fields) for fields in (1, 2))
+        kernels = kernels._replace(adjoint=(one, two))
     return Prepared(
         dtype,
         device,
@@ -103,5 +108,5 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         warp_device(device),
         functions,
         system.parameters(scalar),
-        make_system_kernels(functions, scalar),
+        kernels,
     )

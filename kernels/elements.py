@@ -1,10 +1,11 @@
 """State vectors element by element, for what is compiled for a GPU.
 
-A loop over poles, agents or grid points whose bound the CUDA compiler knows is unrolled completely, its vectors
-are kept in registers, and what does not fit is spilled: 10 KB a thread for the adjoint of 32 grid points in
-float64. With a bound that it does not see through, the loop stays a loop, and vectors stay where dynamic
-indices want them, in local memory, laid out so that the accesses of a warp coalesce. Assigned as a whole, or
-handed to a function (Warp passes vectors by value), even those go through registers: hence `get` and `put`.
+A loop over poles, agents or grid points whose bound the CUDA compiler knows is unrolled completely, its
+vectors are kept in registers, and what does not fit is spilled: 10 KB a thread for the adjoint of 32 grid
+points in float64. With a bound that it does not see through, the loop stays a loop, and vectors stay where
+dynamic indices want them, in local memory, laid out so that the accesses of a warp coalesce. Assigned as a
+whole, or handed to a function (Warp passes vectors by value), even those go through registers: hence `get`
+and `put`.
 
 On a CPU all this is what it looks like: a bound is a constant like any other.
 """

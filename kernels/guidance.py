@@ -65,7 +65,17 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
     State = wp.types.vector(length=4 * objects, dtype=dtype)
     Control = wp.types.vector(length=2 * drivers, dtype=dtype)
     Vec = wp.types.vector(length=2, dtype=dtype)
+    # In the adjoint, which a GPU has least registers for, vectors are read element by element: handed to a
+    # function, they would be copied.
     count = rolled(objects, State)
+
+    @wp.func
+    def position(x: State, i: int) -> Vec:
+        return Vec(x[4 * i], x[4 * i + 1])
+
+    @wp.func
+    def velocity(x: State, i: int) -> Vec:
+        return Vec(x[4 * i + 2], x[4 * i + 3])
 
     @wp.func
     def perp(r: Vec) -> Vec:
@@ -104,29 +114,34 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         return (length / (d * d) - dtype(1.0) / d) * adj + along * r
 
     @wp.func
+    def evader_sum(x: State) -> Vec:
+        total = Vec()
+        for j in range(drivers, objects):
+            total += position(x, j)
+        return total
+
+    @wp.func
     def guidance_step(x: State, u: Control, p: Params) -> State:
         """State after one time step."""
         x_next = State()
-        herd = Vec()
-        for j in range(drivers, count()):
-            herd += Vec(x[4 * j], x[4 * j + 1])
-        for i in range(count()):
-            xi = Vec(x[4 * i], x[4 * i + 1])
-            vi = Vec(x[4 * i + 2], x[4 * i + 3])
+        herd = evader_sum(x)
+        for i in range(objects):
+            xi = position(x, i)
+            vi = velocity(x, i)
             a = Vec()
             if i < drivers:
                 center = xi - herd
                 a = u[2 * i] * center + u[2 * i + 1] * perp(center) - p.driver_drag * vi
                 for k in range(drivers):
                     if k != i:
-                        a += p.driver_repulsion * repulsion(xi - Vec(x[4 * k], x[4 * k + 1]), p.softening)
+                        a += p.driver_repulsion * repulsion(xi - position(x, k), p.softening)
             else:
                 a = -p.evader_drag * vi
                 for k in range(drivers):
-                    a -= p.evader_repulsion * repulsion(Vec(x[4 * k], x[4 * k + 1]) - xi, p.softening)
-                for k in range(drivers, count()):
+                    a -= p.evader_repulsion * repulsion(position(x, k) - xi, p.softening)
+                for k in range(drivers, objects):
                     if k != i:
-                        a += p.flocking * attraction(Vec(x[4 * k], x[4 * k + 1]) - xi, p.softening, p.flocking_length)
+                        a += p.flocking * attraction(position(x, k) - xi, p.softening, p.flocking_length)
             x_next[4 * i] = xi[0] + p.dt * vi[0]
             x_next[4 * i + 1] = xi[1] + p.dt * vi[1]
             x_next[4 * i + 2] = vi[0] + p.dt * a[0]
@@ -139,13 +154,15 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         adj_x = State()
         adj_u = Control()
         herd = Vec()
-        for j in range(drivers, count()):
+        for j in range(drivers, objects):
             herd += Vec(x[4 * j], x[4 * j + 1])
         adj_herd = Vec()
         for i in range(count()):
             xi = Vec(x[4 * i], x[4 * i + 1])
-            adj_a = p.dt * Vec(adj_x_next[4 * i + 2], adj_x_next[4 * i + 3])
-            adj_xi = Vec(adj_x_next[4 * i], adj_x_next[4 * i + 1])
+            adj_xi_next = Vec(adj_x_next[4 * i], adj_x_next[4 * i + 1])
+            adj_vi_next = Vec(adj_x_next[4 * i + 2], adj_x_next[4 * i + 3])
+            adj_a = p.dt * adj_vi_next
+            adj_xi = adj_xi_next
             drag = p.evader_drag
             if i < drivers:
                 drag = p.driver_drag
@@ -158,24 +175,29 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
                 # pairs of drivers: what pushes i pulls k
                 for k in range(drivers):
                     if k != i:
-                        push = p.driver_repulsion * (adj_a - p.dt * Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3]))
-                        adj_xi += repulsion_vjp(xi - Vec(x[4 * k], x[4 * k + 1]), p.softening, push)
-                for j in range(drivers, count()):
+                        r = xi - Vec(x[4 * k], x[4 * k + 1])
+                        adj_vk = Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3])
+                        adj_xi += repulsion_vjp(r, p.softening, p.driver_repulsion * (adj_a - p.dt * adj_vk))
+                for j in range(drivers, objects):
+                    r = xi - Vec(x[4 * j], x[4 * j + 1])
                     push = p.dt * Vec(adj_x_next[4 * j + 2], adj_x_next[4 * j + 3])
-                    adj_xi -= p.evader_repulsion * repulsion_vjp(xi - Vec(x[4 * j], x[4 * j + 1]), p.softening, push)
+                    adj_xi -= p.evader_repulsion * repulsion_vjp(r, p.softening, push)
             else:
                 for k in range(drivers):
-                    adj_xi += p.evader_repulsion * repulsion_vjp(Vec(x[4 * k], x[4 * k + 1]) - xi, p.softening, adj_a)
-                for k in range(drivers, count()):
+                    r = Vec(x[4 * k], x[4 * k + 1]) - xi
+                    adj_xi += p.evader_repulsion * repulsion_vjp(r, p.softening, adj_a)
+                for k in range(drivers, objects):
                     if k != i:
-                        pull = p.flocking * (adj_a - p.dt * Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3]))
-                        adj_xi -= attraction_vjp(Vec(x[4 * k], x[4 * k + 1]) - xi, p.softening, p.flocking_length, pull)
-            adj_vi = Vec(adj_x_next[4 * i + 2], adj_x_next[4 * i + 3]) + p.dt * Vec(adj_x_next[4 * i], adj_x_next[4 * i + 1]) - drag * adj_a
+                        r = Vec(x[4 * k], x[4 * k + 1]) - xi
+                        adj_vk = Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3])
+                        pull = p.flocking * (adj_a - p.dt * adj_vk)
+                        adj_xi -= attraction_vjp(r, p.softening, p.flocking_length, pull)
+            adj_vi = adj_vi_next + p.dt * adj_xi_next - drag * adj_a
             adj_x[4 * i] = adj_xi[0]
             adj_x[4 * i + 1] = adj_xi[1]
             adj_x[4 * i + 2] = adj_vi[0]
             adj_x[4 * i + 3] = adj_vi[1]
-        for j in range(drivers, count()):
+        for j in range(drivers, objects):
             adj_x[4 * j] += adj_herd[0]
             adj_x[4 * j + 1] += adj_herd[1]
         return adj_x, adj_u
@@ -185,7 +207,7 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         """Cost of one state: mean over evaders and axes of the squared position."""
         total = dtype(0.0)
         for j in range(drivers, objects):
-            xj = Vec(x[4 * j], x[4 * j + 1])
+            xj = position(x, j)
             total += wp.dot(xj, xj)
         return total / dtype(2 * evaders)
 

@@ -5,9 +5,9 @@ that it multiplies with. Activations of the block's worlds lie in shared memory;
 16-byte broadcast that serves a whole warp, and nothing of the network is read from memory again. With s the
 part of a thread and V the elements of 16 bytes, at each position of a layer (see layout.py):
 
-    share_s = sum_i sum_{q < V} w[i V + q] x[(i split + s) V + q]        registers times broadcasts
-    a_j     = tanh(b_j + sum_s share_s)                                  neighbouring lanes exchange their sums
-    u_c     = b_c + sum_k W_o[c, k] a_L[k]                               a warp per world and control
+    share_s = sum_i sum_{q < V} w[i V + q] x[(i split + s) V + q]      registers times broadcasts
+    a_j     = tanh(b_j + sum_s share_s)                                neighbouring lanes exchange their sums
+    u_c     = b_c + sum_k W_o[c, k] a_L[k]                             a warp per world and control
 
 A barrier stands behind every layer. The first threads of a block, one a world, take the step of the physics;
 the state stays in their registers. The rows go to memory in one piece, 16 bytes a thread.
@@ -31,15 +31,15 @@ from .system import DeviceFunctions
 BANK = 16
 """Bytes of one load from shared memory."""
 REGISTERS = {128: 128, 256: 128, 512: 48}
-"""Sizes of a block, and the 32-bit registers that each of its threads may give to weights. A multiprocessor has
-65536 for all threads, a thread at most 255, and the step of the physics needs its share."""
+"""Sizes of a block, and the 32-bit registers that each of its threads may give to weights. A multiprocessor
+has 65536 for all threads, a thread at most 255, and the step of the physics needs its share."""
 SHARED_BYTES = 46 << 10
 """Shared memory of a block: the 48 KiB that need no opt-in, less what Warp takes."""
 MOST_SPLIT = 4
 """Parts of a unit: what so many threads read together lies within a padded section."""
 LATENCY_WORLDS = 256
-"""Up to so many worlds a block has one of them, and a multiprocessor (nearly) to itself. Beyond, BLOCK worlds go
-through a block together, and the sums of one hide the latency of the others."""
+"""Up to so many worlds a block has one of them, and a multiprocessor (nearly) to itself. Beyond, BLOCK worlds
+go through a block together, and the sums of one hide the latency of the others."""
 
 
 class HiddenLayer(NamedTuple):
@@ -79,8 +79,8 @@ class Plan(NamedTuple):
 def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
     """Returns how blocks of threads take a network through a rollout of `nworld` worlds.
 
-    None where they cannot: a policy without hidden layer, weights beyond the registers of the largest block, or
-    activations beyond its shared memory.
+    None where they cannot: a policy without hidden layer, weights beyond the registers of the largest block,
+    or activations beyond its shared memory.
     """
     lay = layout(network, itemsize)
     lanes = BANK // itemsize
@@ -124,7 +124,7 @@ CUDA = """
   #define WS_KEPT(type, name, size) type name[size]
   #define WS_MINE(name) name
   #define WS_WEIGHT(i) w.c[i]
-  // every lane gets the sum over those that differ from it in the bits below `most`, and bits from there on agree
+  // every lane gets the sum over those that differ from it in the bits below `most`
   #define WS_EXCHANGE(name, size, most) \\
     _Pragma("unroll") for (int bit = 1; bit < (most); bit *= 2) \\
       _Pragma("unroll") for (int r = 0; r < (size); ++r) \\
@@ -187,13 +187,13 @@ def load_text(plan: Plan) -> str:
 
 
 def policy_text(plan: Plan) -> str:
-    """The text of one evaluation of the policy: from the states of the block's worlds to `us`, their controls.
+    """The text of one evaluation of the policy: from the states of a block's worlds to `us`, their controls.
 
-    It keeps the rows [x | a_1 | ... ] in `rows` and writes them to `hidden`. Between two barriers no lane reads
-    what another has written.
+    It keeps the rows [x | a_1 | ... ] in `rows` and writes them to `hidden`. Between two barriers no lane
+    reads what another has written.
     """
     begin = f"""{_constants(plan)}
-  WS_SHARED alignas({BANK}) real rows[WORLDS * ROW];
+  alignas({BANK}) WS_SHARED real rows[WORLDS * ROW];
   WS_SHARED real matrix[CONTROLS * (OUT_PITCH + 1)];
   WS_SHARED real us[WORLDS * CONTROLS];
   if (fresh) {{
@@ -201,7 +201,8 @@ def policy_text(plan: Plan) -> str:
       // paddings stay zero from here on
       for (int i = lane; i < WORLDS * ROW; i += THREADS) rows[i] = real(0);
       for (int i = lane; i < CONTROLS * OUT_PITCH; i += THREADS) matrix[i] = params.data[OUT_MATRIX + i];
-      for (int i = lane; i < CONTROLS; i += THREADS) matrix[CONTROLS * OUT_PITCH + i] = params.data[OUT_BIAS + i];
+      for (int i = lane; i < CONTROLS; i += THREADS)
+        matrix[CONTROLS * OUT_PITCH + i] = params.data[OUT_BIAS + i];
     WS_END
     WS_SYNC();
   }}
@@ -247,19 +248,21 @@ def policy_text(plan: Plan) -> str:
 """
         for i in range(len(plan.hidden))
     )
-    end = f"""
+    end = """
   WS_EACH_LANE
     Bank* stored = reinterpret_cast<Bank*>(hidden.data + row0);
-    for (int i = lane; i < WORLDS * ROW / LANES; i += THREADS) stored[i] = reinterpret_cast<const Bank*>(rows)[i];
+    const Bank* banks = reinterpret_cast<const Bank*>(rows);
+    for (int i = lane; i < WORLDS * ROW / LANES; i += THREADS) stored[i] = banks[i];
   WS_END
-  for (int first = 0; first < WORLDS * CONTROLS; first += THREADS / 32) {{
+  for (int first = 0; first < WORLDS * CONTROLS; first += THREADS / 32) {
     WS_KEPT(real, sum, 1);
     WS_EACH_LANE
       const int at = first + lane / 32;
       WS_MINE(sum)[0] = real(0);
+      const real* a = rows + at / CONTROLS * ROW + OUT_INPUT;
+      const real* weights = matrix + at % CONTROLS * OUT_PITCH;
       if (at < WORLDS * CONTROLS)
-        for (int k = lane % 32; k < OUT_WINDOW; k += 32)
-          WS_MINE(sum)[0] += rows[at / CONTROLS * ROW + OUT_INPUT + k] * matrix[at % CONTROLS * OUT_PITCH + k];
+        for (int k = lane % 32; k < OUT_WINDOW; k += 32) WS_MINE(sum)[0] += a[k] * weights[k];
     WS_END
     WS_EXCHANGE(sum, 1, 32)
     WS_EACH_LANE
@@ -267,7 +270,7 @@ def policy_text(plan: Plan) -> str:
       if (at < WORLDS * CONTROLS && lane % 32 == 0)
         us[at] = WS_MINE(sum)[0] + matrix[CONTROLS * OUT_PITCH + at % CONTROLS];
     WS_END
-  }}
+  }
   WS_SYNC();
 """
     return begin + layers + end
@@ -291,8 +294,10 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
     parts = BLOCK // plan.worlds
     row = plan.layout.row
 
-    @wp.func_native(f"{CUDA}\n  wp::vec_t<{plan.weights}, {'float' if plan.itemsize == 4 else 'double'}> w;"
-                    f"{load_text(plan)}\n  return w;")
+    @wp.func_native(
+        f"{CUDA}\n  wp::vec_t<{plan.weights}, {'float' if plan.itemsize == 4 else 'double'}> w;"
+        f"{load_text(plan)}\n  return w;"
+    )
     def load_weights(params: wp.array(dtype=dtype), lane: int) -> Weights: ...
 
     @wp.func_native(

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from .dense import make_network_functions
-from .elements import make_elements, rolled
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
 from .system import DeviceFunctions
@@ -139,34 +138,24 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
     has_cost = cost_vjp is not None
     control_size = Control._length_
 
-    # Vectors are written element by element: as values of their own, large ones would pass through registers.
-    state_size = State._length_
-    size, get, put = make_elements(State)
-    Fields = wp.types.vector(length=fields * state_size, dtype=dtype)
-    each_field = rolled(fields, State)
-
-    @wp.func_native("return wp::address(jac, t, world, c)->c[i];")
-    def jacobian(jac: wp.array3d(dtype=State), t: int, world: int, c: int, i: int) -> dtype: ...
-
     @wp.func
     def leave(
         edges: int,
         decay: dtype,
-        direct: dtype,
-        through_physics: dtype,
+        direct: State,
+        through_physics: State,
         jac: wp.array3d(dtype=State),
         t: int,
         world: int,
         mu: Control,
-        i: int,
-    ) -> dtype:
-        """Component i of the cotangent of x_t: a closed gate selects, it never multiplies (0 inf is NaN)."""
+    ) -> State:
+        """Cotangent of x_t: a closed gate selects, it never multiplies (0 inf is NaN)."""
         lam = direct
         if edges & wp.static(PHYSICS):
             lam += decay * through_physics
         if edges & wp.static(NETWORK):
             for c in range(wp.static(control_size)):
-                lam += mu[c] * jacobian(jac, t, world, c, i)
+                lam += mu[c] * jac[t, world, c]
         return lam
 
     def adjoint(
@@ -201,21 +190,17 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
         if has_loss:
             gl = adj_loss[0]
 
-        # cotangents of x_{t+1}, field by field
-        lam = Fields()
-        cost_x = State()
+        lam = State()
+        if has_states:
+            lam = adj_states[horizon, world]
         if wp.static(has_cost):
             if has_loss and w_final + w_running != dtype(0.0):
-                cost_x = cost_vjp(states[horizon, world], p, gl * (w_final + w_running))
-        for i in range(size()):
-            value = cost_x[i]
-            if has_states:
-                value += get(adj_states, horizon, world, i)
-            for f in range(wp.static(fields)):
-                lam[f * wp.static(state_size) + i] = value
+                lam += cost_vjp(states[horizon, world], p, gl * (w_final + w_running))
+        lam_check = lam
 
         for s in range(horizon):
             t = horizon - 1 - s
+            x = states[t, world]
             u = controls[t, world]
 
             direct_u = Control()
@@ -225,29 +210,24 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
                 direct_u += (gl * w_control * dtype(2.0)) * u
             direct_x = State()
             if has_states:
-                for i in range(size()):
-                    direct_x[i] = get(adj_states, t, world, i)
+                direct_x = adj_states[t, world]
             if wp.static(has_cost):
                 if has_loss and t > 0 and w_running != dtype(0.0):
-                    cost_x = cost_vjp(states[t, world], p, gl * w_running)
-                    for i in range(size()):
-                        direct_x[i] += cost_x[i]
+                    direct_x += cost_vjp(x, p, gl * w_running)
 
-            for f in range(each_field()):
-                adj_x_next = State()
-                for i in range(size()):
-                    adj_x_next[i] = lam[f * wp.static(state_size) + i]
-                through_x, through_u = step_vjp(states[t, world], u, p, adj_x_next)
-                mu_t = direct_u + through_u
-                mu[f, t, world] = mu_t
-                for i in range(size()):
-                    lam[f * wp.static(state_size) + i] = leave(
-                        edges[f, t], decay, direct_x[i], through_x[i], jac, t, world, mu_t, i
-                    )
+            through_x, through_u = step_vjp(x, u, p, lam)
+            mu_t = direct_u + through_u
+            mu[0, t, world] = mu_t
+            lam = leave(edges[0, t], decay, direct_x, through_x, jac, t, world, mu_t)
+            if wp.static(fields == 2):
+                check_x, check_u = step_vjp(x, u, p, lam_check)
+                mu_check = direct_u + check_u
+                mu[1, t, world] = mu_check
+                lam_check = leave(edges[1, t], decay, direct_x, check_x, jac, t, world, mu_check)
 
-        for f in range(wp.static(fields)):
-            for i in range(size()):
-                put(adj_x0, f, world, i, lam[f * wp.static(state_size) + i])
+        adj_x0[0, world] = lam
+        if wp.static(fields == 2):
+            adj_x0[1, world] = lam_check
 
     return _kernel(adjoint)
 
