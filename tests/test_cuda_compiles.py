@@ -2,16 +2,13 @@
 spills.
 """
 
-import re
-import shutil
-import subprocess
-
 import pytest
 import warp as wp
 from warp_sims.kernels.agreement import make_combine
 from warp_sims.kernels.rollout import make_fused_rollout, make_system_kernels
 
 import warp_sims as ws
+from warp_sims.resources import compile_ptx, device_resources, find_ptxas
 
 SYSTEMS = {
     "cartpole": ws.CartPole(poles=4),
@@ -32,46 +29,45 @@ def kernels_of(system, dtype):
     }
 
 
-def compile_for(kernel, arch, folder):
-    """PTX of a kernel's module."""
-    wp.compile_aot_module(kernel.module, arch=arch, module_dir=str(folder), use_ptx=True)
-    (ptx,) = folder.glob("*.ptx")
-    return ptx
-
-
-def spilled_bytes(ptx, arch):
-    """Spill stores of each function in the module, or None without a ptxas that understands it."""
-    ptxas = shutil.which("ptxas")
-    if ptxas is None:
-        return None
-    command = [ptxas, "-v", f"-arch=sm_{arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
-    # PTX that ends with a zero byte and names a newer version than ptxas knows is otherwise the same language
-    text = ptx.read_bytes().rstrip(b"\0")
-    ptx.write_bytes(text)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 and "Unsupported .version" in done.stderr:
-        ptx.write_bytes(re.sub(rb"^\.version \d+\.\d+", b".version 9.0", text, flags=re.MULTILINE))
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [wp.float32, wp.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
 def test_compiles(system, dtype, arch, tmp_path):
     for i, (name, kernel) in enumerate(kernels_of(system, dtype).items()):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        ptx = compile_for(kernel, arch, folder)
-        assert f".target sm_{arch}".encode() in ptx.read_bytes()
-        spills = spilled_bytes(ptx, arch)
+        found = device_resources(kernel, arch)
+        if found is None:
+            folder = tmp_path / str(i)
+            folder.mkdir()
+            assert f".target sm_{arch}".encode() in compile_ptx(kernel, arch, folder).read_bytes()
         # the larger states of the other two systems spill some bytes around their pair and elimination loops
-        if spills is not None and isinstance(system, ws.CartPole):
-            assert max(spills) == 0, f"{name}: spill stores {spills}"
+        elif isinstance(system, ws.CartPole):
+            assert found.spill_stores == 0, f"{name}: {found}"
 
 
 @pytest.mark.parametrize("dtype", [wp.float32, wp.float64], ids=["float32", "float64"])
 def test_comparison_compiles(dtype, tmp_path):
-    assert b".entry" in compile_for(make_combine(dtype), 90, tmp_path).read_bytes()
+    assert b".entry" in compile_ptx(make_combine(dtype), 90, tmp_path).read_bytes()
+
+
+@pytest.mark.skipif(find_ptxas() is None, reason="no ptxas")
+def test_resources():
+    """Of a kernel with few numbers in a thread, of its adjoint, and of one with more than registers."""
+
+    def make(size):
+        Values = wp.types.vector(length=size, dtype=float)
+
+        @wp.kernel(module="unique", module_options={"max_unroll": 1024})
+        def crowded(x: wp.array(dtype=Values), y: wp.array(dtype=Values)):
+            value = x[wp.tid()]
+            for _ in range(2):
+                value = wp.sin(value[size - 1]) * value + value
+            y[wp.tid()] = value
+
+        return crowded
+
+    few, many = (device_resources(make(size), 90) for size in (8, 300))
+    adjoint = device_resources(make(8), 90, backward=True)
+    assert few.arch == 90 and 8 < few.registers < adjoint.registers < 255 == many.registers
+    assert few.spill_stores == 0 and many.spill_stores > 4 * 45 and many.spill_loads > 0
+    assert min(few.ptx_seconds, few.ptxas_seconds) > 0
