@@ -6,14 +6,17 @@ Kernels read and write memory that torch owns, by address; nothing of torch's `.
 import contextlib
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import warp as wp
 
 _HUGE = 1 << 22
+
+T = TypeVar("T")
 
 WARP_DTYPE = {torch.float32: wp.float32, torch.float64: wp.float64}
 
@@ -67,8 +70,36 @@ def warp_device(device: torch.device) -> Any:
     return wp.device_from_torch(device)
 
 
-@functools.lru_cache(maxsize=256)
+_keepers = threading.local()
+
+
+@contextlib.contextmanager
+def keeping(alive: list[Any]) -> Iterator[None]:
+    """Puts what this thread takes from a cache into `alive`: a graph that is being captured will read it
+    again.
+    """
+    before = getattr(_keepers, "alive", None)
+    _keepers.alive = alive
+    try:
+        yield
+    finally:
+        _keepers.alive = before
+
+
+def keep(item: T) -> T:
+    """Returns `item`, which is put into the list of a surrounding `keeping`."""
+    alive = getattr(_keepers, "alive", None)
+    if alive is not None:
+        alive.append(item)
+    return item
+
+
 def constant(key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> torch.Tensor:
     """Tensor of `make(key)` on `device`, kept: tables that depend on sizes and schedules alone."""
+    return keep(_constant(key, make, device))
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.from_numpy(np.ascontiguousarray(make(key))).to(device)

@@ -15,6 +15,7 @@ import torch
 
 from ..kernels.layout import BLOCK, Column, Layout, layout
 from ..kernels.network import chunk_rows, make_network_kernels
+from ..kernels.resident import make_plan, make_resident_rollout
 from . import wide
 from .arrays import constant, empty, stream
 from .launches import Launch, Pool, array, in_parallel, shares
@@ -34,7 +35,7 @@ from .sweeps import (
 from .tracing import span
 
 GPU_LANES = 128
-"""Threads of a GPU block in the fused forward sweep."""
+"""Threads of a GPU block in the forward sweep of a policy whose weights do not fit the registers."""
 GROUP = 4
 """World blocks that go through linearisation, sweep and weight products together, so that their rows stay
 in cache.
@@ -131,17 +132,18 @@ class _Rollout:
         self.flat_controls = array(size, horizon * nworld * m)
         self.hidden = array(size, blocks * horizon * BLOCK, lay.row)
         self.world_loss = array(size, nworld)
+        sizes = [horizon, nworld, member_worlds, *weights.per_world(member_worlds, horizon, m)]
+        plan = None if p.device.is_cpu else make_plan(network, size, nworld)
+        if plan is not None:
+            args = [self.x0, p.params, self.packed, *sizes]
+            args += [self.states, self.controls, self.hidden, self.world_loss]
+            kernel = make_resident_rollout(p.functions, p.dtype, plan)
+            dim = members * plan.blocks(member_worlds), plan.threads
+            self.launches = [Launch(kernel, dim, args, p.device, block_dim=plan.threads)]
+            return
         lanes = 1 if p.device.is_cpu else GPU_LANES
-        before = [
-            self.x0,
-            p.params,
-            self.packed,
-            _fixed(self.table),
-            lay.layers,
-            lay.row,
-            lay.column(0, Column.SECTION),
-        ]
-        before += [horizon, nworld, member_worlds, *weights.per_world(member_worlds, horizon, m)]
+        before = [self.x0, p.params, self.packed, _fixed(self.table), lay.layers, lay.row]
+        before += [lay.column(0, Column.SECTION), *sizes]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
         parts = shares(blocks, _blocks_per_thread(lay, horizon)) if p.device.is_cpu else [range(blocks)]
         self.launches = [

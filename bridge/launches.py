@@ -21,6 +21,7 @@ import torch
 import warp as wp
 
 from . import tracing
+from .arrays import keep
 
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
@@ -106,7 +107,7 @@ class Pool(Generic[T]):
             with PREPARING, torch.inference_mode(False):
                 item = self._make(*key)
         try:
-            yield item
+            yield keep(item)
         finally:
             if getattr(item, "nbytes", 0) <= KEPT_BYTES:
                 idle.append(item)

@@ -13,6 +13,7 @@ import warp as wp
 
 from ..kernels.fused_adjoint import make_fused_adjoint
 from ..kernels.rollout import SystemKernels, make_fused_rollout, make_system_kernels
+from ..kernels.streamed import make_cuda_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
 from .launches import PREPARING
@@ -99,6 +100,7 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     system = find(number)
     scalar = WARP_DTYPE[dtype]
     functions = system.device_functions(scalar)
+    cuda = device.type == "cuda"
     return Prepared(
         dtype,
         device,
@@ -108,5 +110,5 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         warp_device(device),
         functions,
         system.parameters(scalar),
-        make_system_kernels(functions, scalar, device.type == "cpu"),
+        make_cuda_system_kernels(functions, scalar) if cuda else make_system_kernels(functions, scalar, True),
     )

@@ -35,6 +35,7 @@ from typing import Any
 
 import warp as wp
 
+from .elements import rolled
 from .guidance_block import make_block_functions
 from .system import DeviceFunctions
 
@@ -65,6 +66,9 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
     State = wp.types.vector(length=4 * objects, dtype=dtype)
     Control = wp.types.vector(length=2 * drivers, dtype=dtype)
     Vec = wp.types.vector(length=2, dtype=dtype)
+    # In the adjoint, which a GPU has least registers for, vectors are read element by element: handed to a
+    # function, they would be copied.
+    count = rolled(objects, State)
 
     @wp.func
     def position(x: State, i: int) -> Vec:
@@ -150,12 +154,16 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         """Cotangents (adj_x, adj_u) of `guidance_step`."""
         adj_x = State()
         adj_u = Control()
-        herd = evader_sum(x)
+        herd = Vec()
+        for j in range(drivers, objects):
+            herd += Vec(x[4 * j], x[4 * j + 1])
         adj_herd = Vec()
-        for i in range(objects):
-            xi = position(x, i)
-            adj_a = p.dt * velocity(adj_x_next, i)
-            adj_xi = position(adj_x_next, i)
+        for i in range(count()):
+            xi = Vec(x[4 * i], x[4 * i + 1])
+            adj_xi_next = Vec(adj_x_next[4 * i], adj_x_next[4 * i + 1])
+            adj_vi_next = Vec(adj_x_next[4 * i + 2], adj_x_next[4 * i + 3])
+            adj_a = p.dt * adj_vi_next
+            adj_xi = adj_xi_next
             drag = p.evader_drag
             if i < drivers:
                 drag = p.driver_drag
@@ -168,19 +176,24 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
                 # pairs of drivers: what pushes i pulls k
                 for k in range(drivers):
                     if k != i:
-                        push = p.driver_repulsion * (adj_a - p.dt * velocity(adj_x_next, k))
-                        adj_xi += repulsion_vjp(xi - position(x, k), p.softening, push)
+                        r = xi - Vec(x[4 * k], x[4 * k + 1])
+                        adj_vk = Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3])
+                        adj_xi += repulsion_vjp(r, p.softening, p.driver_repulsion * (adj_a - p.dt * adj_vk))
                 for j in range(drivers, objects):
-                    push = p.dt * velocity(adj_x_next, j)
-                    adj_xi -= p.evader_repulsion * repulsion_vjp(xi - position(x, j), p.softening, push)
+                    r = xi - Vec(x[4 * j], x[4 * j + 1])
+                    push = p.dt * Vec(adj_x_next[4 * j + 2], adj_x_next[4 * j + 3])
+                    adj_xi -= p.evader_repulsion * repulsion_vjp(r, p.softening, push)
             else:
                 for k in range(drivers):
-                    adj_xi += p.evader_repulsion * repulsion_vjp(position(x, k) - xi, p.softening, adj_a)
+                    r = Vec(x[4 * k], x[4 * k + 1]) - xi
+                    adj_xi += p.evader_repulsion * repulsion_vjp(r, p.softening, adj_a)
                 for k in range(drivers, objects):
                     if k != i:
-                        pull = p.flocking * (adj_a - p.dt * velocity(adj_x_next, k))
-                        adj_xi -= attraction_vjp(position(x, k) - xi, p.softening, p.flocking_length, pull)
-            adj_vi = velocity(adj_x_next, i) + p.dt * position(adj_x_next, i) - drag * adj_a
+                        r = Vec(x[4 * k], x[4 * k + 1]) - xi
+                        adj_vk = Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3])
+                        pull = p.flocking * (adj_a - p.dt * adj_vk)
+                        adj_xi -= attraction_vjp(r, p.softening, p.flocking_length, pull)
+            adj_vi = adj_vi_next + p.dt * adj_xi_next - drag * adj_a
             adj_x[4 * i] = adj_xi[0]
             adj_x[4 * i + 1] = adj_xi[1]
             adj_x[4 * i + 2] = adj_vi[0]

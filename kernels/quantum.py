@@ -31,6 +31,7 @@ from typing import Any
 
 import warp as wp
 
+from .elements import rolled
 from .quantum_block import make_block_functions
 from .system import DeviceFunctions
 
@@ -58,6 +59,7 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
     State = wp.types.vector(length=2 * points, dtype=dtype)
     Control = wp.types.vector(length=1, dtype=dtype)
     Complex = wp.types.vector(length=2, dtype=dtype)
+    count = rolled(points, State)
 
     @wp.func
     def times(a: Complex, b: Complex) -> Complex:
@@ -78,59 +80,72 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         return Complex(x[2 * j], x[2 * j + 1])
 
     @wp.func
-    def pivots(c: dtype, p: Params) -> State:
-        """Reciprocal pivots of M, for the elimination downwards: 1 / (M_jj - M_j,j-1 pivot_{j-1} M_j-1,j)."""
+    def next_pivot(before: Complex, j: int, c: dtype, p: Params) -> Complex:
+        """Reciprocal pivot of row j of M from that of row j - 1: 1 / (M_jj - M_j,j-1 pivot_{j-1} M_j-1,j)."""
         inv_dx2 = dtype(1.0) / (p.dx * p.dx)
         off = dtype(-0.5) * p.dt * inv_dx2
-        out = State()
-        before = Complex()
-        for j in range(points):
-            alpha = dtype(0.5) * p.dt * (dtype(2.0) * inv_dx2 + c * dtype(j + 1) * p.dx)
-            # (i off)^2 = -off^2
-            before = reciprocal(Complex(dtype(1.0) + off * off * before[0], alpha + off * off * before[1]))
-            out[2 * j] = before[0]
-            out[2 * j + 1] = before[1]
-        return out
+        alpha = dtype(0.5) * p.dt * (dtype(2.0) * inv_dx2 + c * dtype(j + 1) * p.dx)
+        # (i off)^2 = -off^2
+        return reciprocal(Complex(dtype(1.0) + off * off * before[0], alpha + off * off * before[1]))
 
-    @wp.func
-    def solve(rhs: State, pivot: State, p: Params) -> State:
-        """M^-1 rhs."""
-        off = dtype(-0.5) * p.dt / (p.dx * p.dx)
-        out = State()
-        z = Complex()
-        for j in range(points):
-            z = times(at(pivot, j), at(rhs, j) - times_i(off, z))
-            out[2 * j] = z[0]
-            out[2 * j + 1] = z[1]
-        for k in range(1, points):
-            j = points - 1 - k
-            z = at(out, j) - times_i(off, times(at(pivot, j), z))
-            out[2 * j] = z[0]
-            out[2 * j + 1] = z[1]
-        return out
+    # The state vectors below are read and written element by element and never handed on: a GPU thread keeps
+    # them in memory, and a function of a vector would copy it through registers.
 
     @wp.func
     def quantum_step(x: State, u: Control, p: Params) -> State:
         """Wave function after one time step."""
-        return dtype(2.0) * solve(x, pivots(u[0], p), p) - x
+        off = dtype(-0.5) * p.dt / (p.dx * p.dx)
+        pivots = State()
+        x_next = State()  # first the right-hand sides after elimination
+        pivot = Complex()
+        z = Complex()
+        for j in range(count()):
+            pivot = next_pivot(pivot, j, u[0], p)
+            z = times(pivot, Complex(x[2 * j], x[2 * j + 1]) - times_i(off, z))
+            pivots[2 * j] = pivot[0]
+            pivots[2 * j + 1] = pivot[1]
+            x_next[2 * j] = z[0]
+            x_next[2 * j + 1] = z[1]
+        z = Complex()
+        for k in range(count()):
+            j = points - 1 - k
+            pivot = Complex(pivots[2 * j], pivots[2 * j + 1])
+            z = Complex(x_next[2 * j], x_next[2 * j + 1]) - times_i(off, times(pivot, z))
+            x_next[2 * j] = dtype(2.0) * z[0] - x[2 * j]
+            x_next[2 * j + 1] = dtype(2.0) * z[1] - x[2 * j + 1]
+        return x_next
 
     @wp.func
     def quantum_step_vjp(x: State, u: Control, p: Params, adj_x_next: State):
-        """Cotangents (adj_x, adj_u) of `quantum_step`."""
-        pivot = pivots(u[0], p)
-        half_sum = solve(x, pivot, p)  # (psi + psi') / 2
-        g = State()
-        for j in range(points):
-            g[2 * j] = adj_x_next[2 * j]
-            g[2 * j + 1] = -adj_x_next[2 * j + 1]
-        y = solve(g, pivot, p)  # conjugate of conj(M)^-1 adj_x_next
-        adj_x = State()
+        """Cotangents (adj_x, adj_u) of `quantum_step`: both solves in one elimination."""
+        off = dtype(-0.5) * p.dt / (p.dx * p.dx)
+        pivots = State()
+        halves = State()  # for M^-1 x = (psi + psi') / 2
+        adj_x = State()  # for M^-1 conj(adj_x_next) = y, the conjugate of conj(M)^-1 adj_x_next
+        pivot = Complex()
+        half = Complex()
+        y = Complex()
+        for j in range(count()):
+            pivot = next_pivot(pivot, j, u[0], p)
+            half = times(pivot, Complex(x[2 * j], x[2 * j + 1]) - times_i(off, half))
+            y = times(pivot, Complex(adj_x_next[2 * j], -adj_x_next[2 * j + 1]) - times_i(off, y))
+            pivots[2 * j] = pivot[0]
+            pivots[2 * j + 1] = pivot[1]
+            halves[2 * j] = half[0]
+            halves[2 * j + 1] = half[1]
+            adj_x[2 * j] = y[0]
+            adj_x[2 * j + 1] = y[1]
+        half = Complex()
+        y = Complex()
         adj_c = dtype(0.0)
-        for j in range(points):
-            product = times(at(y, j), at(half_sum, j))
-            adj_c += dtype(j + 1) * product[1]
-            adj_x[2 * j] = dtype(2.0) * y[2 * j] - adj_x_next[2 * j]
-            adj_x[2 * j + 1] = dtype(-2.0) * y[2 * j + 1] - adj_x_next[2 * j + 1]
+        for k in range(count()):
+            j = points - 1 - k
+            pivot = Complex(pivots[2 * j], pivots[2 * j + 1])
+            half = Complex(halves[2 * j], halves[2 * j + 1]) - times_i(off, times(pivot, half))
+            y = Complex(adj_x[2 * j], adj_x[2 * j + 1]) - times_i(off, times(pivot, y))
+            adj_c += dtype(j + 1) * times(y, half)[1]
+            adj_x[2 * j] = dtype(2.0) * y[0] - adj_x_next[2 * j]
+            adj_x[2 * j + 1] = dtype(-2.0) * y[1] - adj_x_next[2 * j + 1]
         return adj_x, Control(p.dt * p.dx * adj_c)
 
     @wp.func
@@ -152,7 +167,7 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         """Cotangent adj_x of `quantum_loss`."""
         o = dtype(-2.0) * adj_loss * overlap(x, p)
         adj_x = State()
-        for j in range(points):
+        for j in range(count()):
             adj_x[2 * j] = o[0] * p.eigenstate[j]
             adj_x[2 * j + 1] = o[1] * p.eigenstate[j]
         return adj_x

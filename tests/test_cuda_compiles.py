@@ -1,38 +1,35 @@
-"""Every kernel compiles for sm_80 and sm_90, on machines without a GPU too; the cart-pole's without
-spills.
+"""Every kernel compiles for sm_80 and sm_90, on machines without a GPU too, and spills no register, but for
+the bytes named here. `python -m benchmarks.device_resources` prints the table.
 """
 
 import pytest
 import warp as wp
 from warp_sims.kernels.agreement import make_combine
-from warp_sims.kernels.rollout import make_fused_rollout, make_system_kernels
 
-import warp_sims as ws
+from benchmarks.device_resources import SYSTEMS, kernels_of
 from warp_sims.resources import compile_ptx, device_resources, find_ptxas
 
-SYSTEMS = {
-    "cartpole": ws.CartPole(poles=4),
-    "guidance": ws.GuidanceByRepulsion(drivers=2, evaders=4),
-    "quantum": ws.QuantumControl(points=32),
+SPILLED = {
+    # Handed to the step's adjoint by value, x and the cotangent of 64 components pass through 128 registers
+    # each, 255 in all. 4500 and 10500 bytes where all vectors were registers.
+    ("quantum", "float64", "adjoint, one field"): 608,
+    ("quantum", "float64", "adjoint, two fields"): 608,
+    # The same, with 100 registers of weights.
+    ("quantum", "float64", "rollout, a world a block"): 32,
+    ("quantum", "float64", "rollout, worlds share a block"): 32,
+    # Pair forces of 24 components; a rolled inner loop spills nothing here, and costs a CPU 40% of its step.
+    ("guidance", "float64", "adjoint, one field"): 168,
+    ("guidance", "float64", "adjoint, two fields"): 176,
+    ("guidance", "float64", "rollout, a world a block"): 72,
+    ("guidance", "float64", "rollout, worlds share a block"): 96,
 }
-
-
-def kernels_of(system, dtype):
-    functions = system.device_functions(dtype)
-    kernels = make_system_kernels(functions, dtype)
-    return {
-        "fused_rollout": make_fused_rollout(functions, dtype),
-        "simulate": kernels.simulate,
-        "loss": kernels.loss,
-        "adjoint of one field": kernels.adjoint[0],
-        "adjoint of two fields": kernels.adjoint[1],
-    }
+"""Bytes of spill stores allowed: what was measured, with ptxas 13.0, rounded up to 8."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", [wp.float32, wp.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_compiles(system, dtype, arch, tmp_path):
     for i, (name, kernel) in enumerate(kernels_of(system, dtype).items()):
         found = device_resources(kernel, arch)
@@ -40,9 +37,10 @@ def test_compiles(system, dtype, arch, tmp_path):
             folder = tmp_path / str(i)
             folder.mkdir()
             assert f".target sm_{arch}".encode() in compile_ptx(kernel, arch, folder).read_bytes()
-        # the larger states of the other two systems spill some bytes around their pair and elimination loops
-        elif isinstance(system, ws.CartPole):
-            assert found.spill_stores == 0, f"{name}: {found}"
+            continue
+        print(f"{system} {dtype} {name}: {found}")
+        assert found.spill_stores <= SPILLED.get((system, dtype, name), 0), f"{name}: {found}"
+        assert found.shared_bytes <= 48 << 10, f"{name}: {found}"
 
 
 @pytest.mark.parametrize("dtype", [wp.float32, wp.float64], ids=["float32", "float64"])

@@ -108,6 +108,11 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     training.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard events into the run folder"
     )
+    training.add_argument(
+        "--graph",
+        action="store_true",
+        help="record an update as a CUDA graph and replay it; needs --device cuda",
+    )
     if named is not None:
         add_system_options(parser, named)
 

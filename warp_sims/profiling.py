@@ -25,11 +25,11 @@ from .ceilings import measure_ceilings
 from .flows import Flow, schedule
 from .generated import compare_with_generated
 from .kernels.agreement import make_combine
-from .kernels.rollout import make_fused_rollout, make_system_kernels
+from .kernels.streamed import make_cuda_system_kernels
 from .policies import fused_network
 from .profile_case import FLOWS, Case, check_count, make_case
 from .profile_result import FlowProfile, KernelProfile, Memory, Pass, Profile, Row, spread
-from .resources import device_resources, find_ptxas
+from .resources import cuda_rollout, device_resources, find_ptxas
 from .rollouts import Loss, rollout
 from .systems import System
 from .work import Work, needed_operations, work_of
@@ -326,11 +326,13 @@ def _kernel_profiles(case: Case, ran: dict[str, Any], arch: int) -> tuple[Kernel
     """Compile time of the kernels that ran, and resources of those that a GPU runs instead or as well."""
     p = prepare(case.system.number, case.x0.dtype, case.device)
     # a CPU may run another form of them
-    forms = make_system_kernels(p.functions, p.dtype)
-    if case.problem.layout is None:
+    forms = make_cuda_system_kernels(p.functions, p.dtype)
+    fused = fused_network(case.policy)
+    if fused is None:
         on_gpu = {"simulate": forms.simulate, "loss": forms.loss}
     else:
-        on_gpu = {"fused_rollout": make_fused_rollout(p.functions, p.dtype)}
+        sweep = cuda_rollout(p.functions, p.dtype, fused.description, case.problem.nworld)
+        on_gpu = {sweep.func.__name__: sweep}
     for flow in case.flows:
         two = flow is Flow.COMBINED
         on_gpu[_label("adjoint", flow)] = forms.adjoint[int(two)]

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from .bridge import operators
 from .bridge import rollout as _bridge
+from .bridge.arrays import capturing
 from .bridge.rollout import Policy, Spec
 from .ensembles import Ensemble, fused_ensemble
 from .flows import Flow, check_decay, schedule
@@ -387,10 +388,12 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
 
     Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
         in the backward
-    pass, where all controls are recomputed. Tracing a compiled graph, nothing can be read, so nothing is
-    tried.
+    pass, where all controls are recomputed. Tracing or capturing a graph, nothing can be read, so
+    nothing is tried.
     """
     if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
+        return
+    if capturing(x0.device):
         return
     rows = x0[:_PROBE_ROWS].detach()
     fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}

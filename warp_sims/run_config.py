@@ -67,6 +67,7 @@ def from_json(
     dtype = {"float32": torch.float32, "float64": torch.float64}[settings["dtype"]]
     # Where the run took place is a fact about that machine; here it continues wherever the policy is put.
     settings["device"] = None
+    settings["graph"] = False
     return TrainConfig(system=system, policy=policy.to(dtype), **settings)
 
 

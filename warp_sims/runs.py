@@ -180,7 +180,8 @@ def read_stopped(path: str | os.PathLike[str], config: TrainConfig) -> Stopped |
     for part in ("system", "policy", "training"):
         for name in asked[part].keys() | standing.get(part, {}).keys():
             was, now = standing.get(part, {}).get(name), asked[part].get(name)
-            if was != now:
+            # a graph changes no number of a run
+            if was != now and name != "graph":
                 raise ValueError(
                     f"run folder {path} was begun with {part} {name}={was!r}, now {name}={now!r}; give the "
                     "settings it was begun with, or another folder"

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from .flows import Flow, check_decay, schedule
-from .optimizers import OPTIMIZERS
+from .optimizers import ON_HOST, OPTIMIZERS
 from .systems import System
 
 CLIPS = ("none", "value", "norm")
@@ -49,6 +49,10 @@ class TrainConfig:
         checkpoint_every: Epochs from one writing of the checkpoints to the next. They are written at the end
             and after an interruption as well, so this bounds what a killed process loses.
         tensorboard: Write TensorBoard events into the run folder.
+        graph: Record an update as a CUDA graph (forward, backward, comparison, clipping and optimizer) and
+            replay it: the host then takes one call an update. Needs a CUDA device. Weights are those without
+            it, to the last bit. A policy or loss of your own must do nothing on the host that differs from
+            call to call.
     """
 
     system: System
@@ -73,6 +77,7 @@ class TrainConfig:
     log_every: int = 1
     checkpoint_every: int = 10
     tensorboard: bool = False
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, System):
@@ -113,8 +118,12 @@ class TrainConfig:
             self._check_choice("loss", LOSSES, instead="or a callable of (states, controls)")
         if not isinstance(self.tensorboard, bool):
             raise TypeError(f"TrainConfig: tensorboard={self.tensorboard!r}, expected True or False")
+        if not isinstance(self.graph, bool):
+            raise TypeError(f"TrainConfig: graph={self.graph!r}, expected True or False")
         self._set("flow", self._checked_flow())
         self._check_parameters()
+        if self.graph:
+            self._check_graph()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -158,6 +167,18 @@ class TrainConfig:
                     f"same; move it with policy.to({str(asked)!r})"
                 )
         self._set("device", str(device))
+
+    def _check_graph(self) -> None:
+        if torch.device(str(self.device)).type != "cuda":
+            raise ValueError(
+                f"TrainConfig: graph=True with the policy on {str(self.device)!r}, but graphs need CUDA; "
+                "move it with policy.to('cuda'), or leave graph=False"
+            )
+        if self.optimizer in ON_HOST:
+            raise ValueError(
+                f"TrainConfig: graph=True with optimizer={self.optimizer!r}, which counts its steps on the "
+                "host; give optimizer='adam', 'sgd', 'adadelta' or 'rmsprop', or leave graph=False"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Returns every field but the system and the policy."""

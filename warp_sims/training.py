@@ -17,7 +17,8 @@ import torch
 
 from .flows import Flow
 from .gradients import gradient_pair
-from .optimizers import make_optimizer
+from .graphed import GraphedUpdate
+from .optimizers import ON_HOST, make_optimizer
 from .progress import Bars
 from .rollouts import Rollout, rollout
 from .runs import Log, Row, RunFolder, Stopped, as_log, read_stopped
@@ -185,7 +186,7 @@ class TrainingRun:
         record = torch.full((len(RECORDED), len(updates)), math.nan, dtype=torch.float64, device=self._device)
         try:
             for i, x0 in enumerate(updates):
-                self._update(x0, record[:, i])
+                self._step(x0, record[:, i])
         except Exception as error:
             # What was raised may be the consequence of a loss that was not finite: that is then reported.
             self._check_finite(epoch, record, error)
@@ -226,9 +227,16 @@ class TrainingRun:
         )
         self._records: list[torch.Tensor] = []
         self._parameters = [p for p in config.policy.parameters() if p.requires_grad]
+        # On a GPU always, so that a run takes the same steps with and without a graph.
+        capturable = self._device.type == "cuda" and config.optimizer not in ON_HOST
         self._optimizer = make_optimizer(
-            config.optimizer, self._parameters, lr=config.lr, momentum=config.momentum
+            config.optimizer,
+            self._parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            capturable=capturable,
         )
+        self._step = GraphedUpdate(self._update) if config.graph else self._update
         # Loss and gradient once, for nothing: what they refuse is refused before a folder is touched, and
         # compiling is not counted as time of the first epoch.
         losses = self._evaluate("before training")

@@ -131,7 +131,7 @@ def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
         rows = math.ceil(b / BLOCK) * BLOCK * horizon
         hidden, adjoints = rows * lay.row, rows * (lay.row_adj if lay.layers > 1 else 0)
         activations = hidden - rows * lay.column(0, Column.SECTION)
-        if kernel == "fused_rollout":
+        if kernel in ("fused_rollout", "resident_rollout"):
             operations = products.forward
             elements = lay.packed + states + controls + hidden + b
         elif kernel in ("network_linearize", "linearize"):

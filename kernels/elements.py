@@ -1,0 +1,63 @@
+"""State vectors element by element, for what is compiled for a GPU.
+
+A loop over poles, agents or grid points whose bound the CUDA compiler knows is unrolled completely, its
+vectors are kept in registers, and what does not fit is spilled: 10 KB a thread for the adjoint of 32 grid
+points in float64. With a bound that it does not see through, the loop stays a loop, and vectors stay where
+dynamic indices want them, in local memory, laid out so that the accesses of a warp coalesce. Assigned as a
+whole, or handed to a function (Warp passes vectors by value), even those go through registers: hence `get`
+and `put`.
+
+On a CPU all this is what it looks like: a bound is a constant like any other.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import warp as wp
+
+REGISTER_BYTES = 128
+"""Vectors up to this size are left to the compiler: an adjoint has some six of them alive, and a thread has
+1020 bytes of registers."""
+
+
+@functools.cache
+def rolled(bound: int, State: Any) -> Any:
+    """Returns a device function without arguments that returns `bound`, for loops over parts of a `State`."""
+    itemsize = 8 if State._wp_scalar_type_ == wp.float64 else 4
+    hide = 'asm volatile("" : "+r"(bound));' if State._length_ * itemsize > REGISTER_BYTES else ""
+
+    @wp.func_native(f"""
+        int bound = {bound};
+    #if defined(__CUDA_ARCH__)
+        {hide}
+    #endif
+        return bound;
+    """)
+    def rolled_bound() -> int: ...
+
+    return rolled_bound
+
+
+class Elements(NamedTuple):
+    """Access to the components of `State` vectors in trajectories, whose last axis is the world."""
+
+    size: Any
+    """size() -> int: components of a vector, as the bound of a loop."""
+    get: Any
+    """get(states, t, world, i): component i of states[t, world]."""
+    put: Any
+    """put(states, t, world, i, value) sets it."""
+
+
+@functools.cache
+def make_elements(State: Any) -> Elements:
+    """Returns the device functions for a vector type."""
+    dtype = State._wp_scalar_type_
+
+    @wp.func_native("return wp::address(states, t, world)->c[i];")
+    def get(states: wp.array2d(dtype=State), t: int, world: int, i: int) -> dtype: ...
+
+    @wp.func_native("wp::address(states, t, world)->c[i] = value;")
+    def put(states: wp.array2d(dtype=State), t: int, world: int, i: int, value: dtype): ...
+
+    return Elements(rolled(State._length_, State), get, put)

@@ -1,0 +1,70 @@
+"""The adjoint sweep of large states, which only GPUs take, beside that of rollout.py, both on a CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import assert_close, make_cotangents, make_states
+from warp_sims.bridge import sweeps
+from warp_sims.bridge.arrays import WARP_DTYPE
+from warp_sims.bridge.registry import prepare
+from warp_sims.kernels.streamed import is_streamed, make_streamed_adjoint
+
+import warp_sims as ws
+
+SYSTEMS = {
+    "cartpole": ws.CartPole(poles=3),
+    "guidance": ws.GuidanceByRepulsion(drivers=2, evaders=3),
+    "quantum": ws.QuantumControl(points=7),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
+"""The same sums, added in another order where compilers contract them: over 9 steps, some units in the last
+place."""
+
+
+@pytest.mark.parametrize("check", ["", "RRMMNNSSR"], ids=["one field", "two fields"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
+@pytest.mark.parametrize("outside", [True, False], ids=["all cotangents", "loss alone"])
+def test_streamed_adjoint_is_the_adjoint(system, dtype, check, outside):
+    horizon, nworld = 9, 5
+    p = prepare(system.number, dtype, torch.device("cpu"))
+    streamed = tuple(make_streamed_adjoint(p.functions, WARP_DTYPE[dtype], fields) for fields in (1, 2))
+    q = dataclasses.replace(p, kernels=p.kernels._replace(adjoint=streamed, worlds=1))
+    draw = torch.Generator().manual_seed(5)
+    controls = torch.randn(horizon, nworld, system.control_size, generator=draw, dtype=dtype)
+    jac = torch.randn(*controls.shape, system.state_size, generator=draw, dtype=dtype)
+    states = sweeps.simulate(p, make_states(system, nworld, dtype), controls)
+    cotangents = make_cotangents(system, horizon, nworld, dtype)
+    g = sweeps.Cotangents(
+        cotangents.loss, *((cotangents.states, cotangents.controls) if outside else (None, None))
+    )
+    back = sweeps.Backward("RMNSRMNSM", check, 0.9, sweeps.LossWeights(0.7, 0.3, 0.2))
+    expected = sweeps.adjoint(p, back, states, controls, jac, g)
+    actual = sweeps.adjoint(q, back, states, controls, jac, g)
+    for a, b in zip(actual, expected):
+        assert_close(a, b, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("flow", "MN")
+def test_a_closed_gate_selects(flow):
+    system = SYSTEMS["quantum"]
+    p = prepare(system.number, torch.float64, torch.device("cpu"))
+    streamed = tuple(make_streamed_adjoint(p.functions, WARP_DTYPE[torch.float64], n) for n in (1, 2))
+    q = dataclasses.replace(p, kernels=p.kernels._replace(adjoint=streamed, worlds=1))
+    controls = torch.zeros(3, 2, 1, dtype=torch.float64)
+    states = sweeps.simulate(p, make_states(system, 2), controls)
+    jac = torch.full((3, 2, 1, system.state_size), torch.inf, dtype=torch.float64)
+    adj_states = torch.zeros_like(states)
+    adj_states[2] = 1.0 if flow == "M" else torch.inf
+    back = sweeps.Backward("SS" + flow if flow == "N" else "MMM", "", 1.0, sweeps.LossWeights(0.0, 0.0, 0.0))
+    mu, adj_x0 = sweeps.adjoint(q, back, states, controls, jac, sweeps.Cotangents(None, adj_states, None))
+    if flow == "M":
+        assert torch.isfinite(adj_x0).all() and torch.isfinite(mu).all(), "the network edge is closed"
+    else:
+        assert not adj_x0.any(), "both edges of the first steps are closed"
+
+
+def test_small_states_stay_in_registers():
+    assert not is_streamed(SYSTEMS["cartpole"].device_functions(WARP_DTYPE[torch.float64]), 8)
+    assert is_streamed(ws.QuantumControl(points=32).device_functions(WARP_DTYPE[torch.float32]), 4)
