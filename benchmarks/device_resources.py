@@ -14,7 +14,7 @@ from typing import Any
 
 import warp as wp
 from warp_sims.kernels.agreement import make_combine
-from warp_sims.kernels.resident import make_plan, make_resident_rollout
+from warp_sims.kernels.resident import choose_plan, make_resident_rollout
 from warp_sims.kernels.rollout import make_fused_rollout
 from warp_sims.kernels.streamed import make_cuda_system_kernels
 
@@ -44,7 +44,7 @@ def kernels_of(name: str, dtype: str) -> dict[str, wp.Kernel]:
         "rollout, any network": make_fused_rollout(functions, scalar),
     }
     for what, nworld in BATCHES.items():
-        plan = make_plan(network, itemsize, nworld)
+        plan = choose_plan(network, itemsize, nworld)
         if plan is not None:
             found[f"rollout, {what}"] = make_resident_rollout(functions, scalar, plan)
     return found

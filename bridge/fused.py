@@ -15,7 +15,7 @@ import torch
 
 from ..kernels.layout import BLOCK, Column, Layout, layout
 from ..kernels.network import chunk_rows, make_network_kernels
-from ..kernels.resident import make_plan, make_resident_rollout
+from ..kernels.resident import choose_plan, make_resident_rollout
 from . import wide
 from .arrays import constant, empty, stream
 from .launches import Launch, Pool, array, in_parallel, shares
@@ -133,7 +133,7 @@ class _Rollout:
         self.hidden = array(size, blocks * horizon * BLOCK, lay.row)
         self.world_loss = array(size, nworld)
         sizes = [horizon, nworld, member_worlds, *weights.per_world(member_worlds, horizon, m)]
-        plan = None if p.device.is_cpu else make_plan(network, size, nworld)
+        plan = None if p.device.is_cpu else choose_plan(network, size, nworld)
         if plan is not None:
             args = [self.x0, p.params, self.packed, *sizes]
             args += [self.states, self.controls, self.hidden, self.world_loss]

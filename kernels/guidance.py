@@ -68,7 +68,7 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
     Vec = wp.types.vector(length=2, dtype=dtype)
     # In the adjoint, which a GPU has least registers for, vectors are read element by element: handed to a
     # function, they would be copied.
-    count = rolled(objects, State)
+    count, driver_count = rolled(objects, State), rolled(drivers, State)
 
     @wp.func
     def position(x: State, i: int) -> Vec:
@@ -174,20 +174,20 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
                 adj_xi += adj_center
                 adj_herd -= adj_center
                 # pairs of drivers: what pushes i pulls k
-                for k in range(drivers):
+                for k in range(driver_count()):
                     if k != i:
                         r = xi - Vec(x[4 * k], x[4 * k + 1])
                         adj_vk = Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3])
                         adj_xi += repulsion_vjp(r, p.softening, p.driver_repulsion * (adj_a - p.dt * adj_vk))
-                for j in range(drivers, objects):
+                for j in range(drivers, count()):
                     r = xi - Vec(x[4 * j], x[4 * j + 1])
                     push = p.dt * Vec(adj_x_next[4 * j + 2], adj_x_next[4 * j + 3])
                     adj_xi -= p.evader_repulsion * repulsion_vjp(r, p.softening, push)
             else:
-                for k in range(drivers):
+                for k in range(driver_count()):
                     r = Vec(x[4 * k], x[4 * k + 1]) - xi
                     adj_xi += p.evader_repulsion * repulsion_vjp(r, p.softening, adj_a)
-                for k in range(drivers, objects):
+                for k in range(drivers, count()):
                     if k != i:
                         r = Vec(x[4 * k], x[4 * k + 1]) - xi
                         adj_vk = Vec(adj_x_next[4 * k + 2], adj_x_next[4 * k + 3])

@@ -76,6 +76,14 @@ class Plan(NamedTuple):
         return (nworld + BLOCK - 1) // BLOCK * (BLOCK // self.worlds)
 
 
+def choose_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
+    """Returns the plan to take, None for the sweep of rollout.py: also for a large state in double precision,
+    whose step needs the registers itself (with the weights in them it spilled 30 to 90 bytes).
+    """
+    large = layout(network, itemsize).state_size * itemsize > REGISTER_BYTES
+    return None if large and itemsize == 8 else make_plan(network, itemsize, nworld)
+
+
 @functools.cache
 def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
     """Returns how blocks of threads take a network through a rollout of `nworld` worlds.

@@ -11,7 +11,7 @@ from test_golden import CASES as GOLDEN_CASES
 from test_golden import LETTERS, Problem, in_torch
 from warp_sims.bridge import fused
 from warp_sims.bridge.graphs import Graph
-from warp_sims.kernels.resident import LATENCY_WORLDS, make_plan
+from warp_sims.kernels.resident import LATENCY_WORLDS, choose_plan
 
 import warp_sims as ws
 from warp_sims.cli import main
@@ -144,15 +144,15 @@ def test_rollouts_of_any_number_of_worlds(case, dtype, nworld):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_forward_sweeps_agree(dtype, monkeypatch):
     """That with the weights in registers, and that for any width."""
-    system = ws.GuidanceByRepulsion(2, 3)
+    system = ws.CartPole(poles=4)
     policy = ws.MLP(system.state_size, (100, 100), system.control_size, dtype=dtype).cuda()
-    assert make_plan(fused_network(policy).description, dtype.itemsize, 301) is not None
+    assert choose_plan(fused_network(policy).description, dtype.itemsize, 301) is not None
     x0 = system.initial_states(301, dtype=dtype).cuda()
     with torch.no_grad():
-        resident = ws.rollout(system, policy, x0, horizon=20, loss="running")
-        monkeypatch.setattr(fused, "make_plan", lambda *args: None)
+        resident = ws.rollout(system, policy, x0, horizon=20)
+        monkeypatch.setattr(fused, "choose_plan", lambda *args: None)
         monkeypatch.setattr(fused, "_rollout", fused.Pool(fused._Rollout))
-        streamed = ws.rollout(system, policy, x0, horizon=20, loss="running")
+        streamed = ws.rollout(system, policy, x0, horizon=20)
     assert (resident.states - streamed.states).norm() <= TOLERANCE[dtype] * streamed.states.norm()
     assert (resident.loss - streamed.loss).abs() <= TOLERANCE[dtype] * streamed.loss.abs()
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from .bridge.launches import PREPARING
-from .kernels.resident import make_plan, make_resident_rollout
+from .kernels.resident import choose_plan, make_resident_rollout
 from .kernels.rollout import make_fused_rollout
 from .kernels.system import DeviceFunctions
 
@@ -30,7 +30,7 @@ NO_PTXAS = "no ptxas found; pip install nvidia-cuda-nvcc brings one"
 
 def cuda_rollout(functions: DeviceFunctions, dtype: Any, network: str, nworld: int) -> wp.Kernel:
     """Returns the forward sweep that a GPU takes with a network, see `policies.fused_network`."""
-    plan = make_plan(network, wp.types.type_size_in_bytes(dtype), nworld)
+    plan = choose_plan(network, wp.types.type_size_in_bytes(dtype), nworld)
     return make_resident_rollout(functions, dtype, plan) if plan else make_fused_rollout(functions, dtype)
 
 
