@@ -323,6 +323,26 @@ def test_scaling_tells_the_exponent(capsys, monkeypatch):
     assert "exponent" in out and "| 5 " in out and "| 10 " in out
 
 
+def test_ensembles_stand_beside_one_policy_alone(capsys, tmp_path):
+    arguments = command("--ensemble", "1", "3", "--json", str(tmp_path / "bench.json"))
+    assert main(arguments) == 0
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["ensembles"]
+    assert list(row["members"]) == ["0", "1", "3"] and row["wrong"] == []
+    three, alone = row["members"]["3"], row["members"]["0"]
+    ratios = sorted(t / 3 / a for t, a in zip(three["times"], alone["times"], strict=True))
+    assert three["per_member"]["median"] == pytest.approx(ratios[1])
+    assert "per member / alone" in capsys.readouterr().out
+
+
+def test_an_ensemble_whose_member_is_wrong_is_not_timed(monkeypatch):
+    together = sys.modules["warp_sims.bench_ensemble"].Together
+    original = together.gradients
+    monkeypatch.setattr(together, "gradients", lambda self: [1.001 * g for g in original(self)])
+    report = bench(replace(SMALL, ensemble=(2,)), lambda text: None)
+    for row in report["ensembles"]:
+        assert row["wrong"] == ["2 together"] and list(row["members"]) == ["0"]
+
+
 def test_scaling_of_poles_changes_the_system():
     settings = replace(SMALL, problems=("cartpole", "quantum"), scaling="poles")
     assert [case.system.poles for case in settings.cases()] == [1, 1, 2, 2, 4, 4, 8, 8]
@@ -347,6 +367,7 @@ def fake_row(flow, batch, seconds, ratio=None, **case):
 def fake_report(*rows):
     ceilings = {"cpu": {"flops": 1e11, "bytes": 1e10}}
     return {
+        "ensembles": [],
         "rows": list(rows),
         "memory": [],
         "settings": {"scaling": ""},
@@ -394,6 +415,8 @@ BAD = {
     "another device": (["bench", "--device", "meta"], "'meta'"),
     "unknown scaling": (["bench", "--scaling", "batch"], "batch"),
     "scaling of what is not there": (["bench", "guidance", "--scaling", "poles"], "poles"),
+    "ensemble of none": (["bench", "--ensemble", "0"], "ensemble holds 0"),
+    "two measurements": (["bench", "--ensemble", "2", "--scaling", "horizon"], "give one of them"),
     "no peers": (["bench", "--peers", "nowhere"], "nowhere"),
     "no report": (["bench", "--against-report", "nowhere.json"], "nowhere.json"),
     "no such folder": (["bench", "--json", "no/such/folder.json"], "no/such"),

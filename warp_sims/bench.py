@@ -34,7 +34,8 @@ from .bench_case import (
     reference,
 )
 from .bench_contestants import Entrant, default_folder, entrants
-from .bench_settings import Settings
+from .bench_ensemble import run_ensembles
+from .bench_settings import LEAST_ROUNDS, Settings
 from .bench_timing import Runner, fastest, in_fresh_process, measure, quartiles, spread, timed
 from .ceilings import copy_rate, matrix_product_rate
 from .reproduce_worker import machine
@@ -46,7 +47,6 @@ FORMAT = 1
 MEMORY_BATCHES = (8, 1024)
 """Numbers of worlds at which memory is measured."""
 
-LEAST_ROUNDS = 3
 # Plans that lost clearly at this many worlds are not tried at more: what pays for few worlds has been seen.
 _PRUNED_FROM, _PRUNED_AT = 256, 1.5
 _PROCESS_LIMIT = 300.0
@@ -75,7 +75,7 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         skipped.append(text)
         say(text)
 
-    if folder is None:
+    if folder is None and not settings.ensemble:
         skip(
             "peers: skipped, they live in benchmarks/peers of the repository; run from a checkout or give "
             "--peers DIR"
@@ -89,6 +89,7 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         "skipped": skipped,
         "rows": [],
         "memory": [],
+        "ensembles": [],
     }
     report["ceilings"] = {device: _ceilings(device) for device in settings.devices}
     for device, reached in report["ceilings"].items():
@@ -96,6 +97,12 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
             f"{device}: matrix product {reached['flops'] / 1e9:.0f} GFLOP/s, "
             f"copy {reached['bytes'] / 1e9:.0f} GB/s"
         )
+    if settings.ensemble:
+        for case in settings.cases():
+            say(_label(case))
+            report["ensembles"].append(run_ensembles(case, settings, lambda text: say(f"  {text}")))
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        return report
     chosen = entrants(settings.contestants, folder)
     for entrant in list(chosen):
         if settings.contestants is None and entrant.name in settings.without:
@@ -196,9 +203,7 @@ def run_row(
     if not runners:
         return row
     slowest = max(runner.seconds for runner in runners)
-    # a turn of a fast contestant is a block, and half as much to warm up
-    rounds = max(LEAST_ROUNDS, min(settings.rounds, int(settings.time_limit / 2 / max(slowest, 1e-6))))
-    measure(runners, rounds, settings.block)
+    measure(runners, settings.rounds_for(slowest), settings.block)
     ours = next((runner for runner in runners if runner.entrant.ours), None)
     for runner in runners:
         row["contestants"][runner.entrant.name] |= {

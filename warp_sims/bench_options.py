@@ -74,6 +74,14 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="instead of the matrix, time against the horizon, the poles or the grid points; ours alone and "
         "256 worlds unless asked for more",
     )
+    add(
+        "--ensemble",
+        nargs="+",
+        type=int,
+        metavar="K",
+        help="instead of the matrix, K networks trained together beside one alone, of ours; 8 worlds, R and "
+        "C unless asked for more",
+    )
     add("--no-memory", action="store_true", help="no first calls and memory, which need fresh processes")
     add(
         "--quick",
@@ -114,7 +122,7 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.markdown is not None:
         write_page(options.markdown, [*page(report, command), *beside])
     print("\n" + "\n".join([*tables(report), *beside, *summary(report)]))
-    return 1 if any(row["wrong"] for row in report["rows"]) else 0
+    return 1 if any(row["wrong"] for row in [*report["rows"], *report["ensembles"]]) else 0
 
 
 def _earlier(path: Path) -> dict[str, Any]:
@@ -135,6 +143,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     known: dict[str, Any] = {}
     if options.scaling:
         known |= {"batches": (256,), "flows": ("R", "C"), "contestants": ("warp-sims",), "memory": False}
+    if options.ensemble:
+        known |= {"batches": (8,), "flows": ("R", "C")}
     if options.quick:
         known |= QUICK
     given: dict[str, Any] = {
@@ -148,6 +158,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         "rounds": options.rounds,
         "time_limit": options.time_limit,
         "scaling": options.scaling,
+        "ensemble": tuple(sorted(set(options.ensemble or ()))),
     }
     known |= {name: value for name, value in given.items() if value not in (None, (), "")}
     if options.no_memory:

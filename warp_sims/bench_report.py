@@ -21,6 +21,8 @@ Row = dict[str, Any]
 def summary(report: dict[str, Any]) -> list[str]:
     """Lines of Markdown: where a peer wins, how much faster ours is, how flows and sizes compare."""
     rows = report["rows"]
+    if report["ensembles"]:
+        return []
     compared = [(row, peer, ratio) for row in rows for peer, ratio in row["ratios"].items()]
     lost = [
         f"{_title(row)}: {peer} {1 / ratio['median']:.2g} times as fast as ours"
@@ -139,7 +141,26 @@ def tables(report: dict[str, Any]) -> list[str]:
         notes = [f"- {_title(row)}: {note}" for row in [*some, *fresh] for note in row["notes"]]
         if notes:
             lines += ["Left out, wrong or failed:", "", *notes, ""]
-    return lines
+    return lines + _ensembles(report["ensembles"])
+
+
+def _ensembles(rows: Sequence[Row]) -> list[str]:
+    """Time of K members together, and per member over that of one policy alone."""
+    if not rows:
+        return []
+    head = ["problem", "device", "network", "batch", "flow", "members", "ms"]
+    head.append("per member / alone")
+    out = []
+    for row in rows:
+        case = row["case"]
+        kind = [case["problem"], case["device"], _network(case), str(case["batch"]), case["flow"]]
+        for members, result in row["members"].items():
+            ratio = _spread(result["per_member"]) if "per_member" in result else "-"
+            out.append(
+                [*kind, members if members != "0" else "alone", _spread(result["seconds"], 1e3), ratio]
+            )
+    notes = [f"- {_title(row)}: {note}" for row in rows for note in row["notes"]]
+    return ["Networks trained together, an update of all members:", "", *table(head, out), "", *notes]
 
 
 def _heading(problem: str, device: str) -> str:

@@ -19,6 +19,9 @@ SCALES = {
 """What scaling varies, and over which values."""
 
 
+LEAST_ROUNDS = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What is measured, and for how long.
@@ -37,6 +40,7 @@ class Settings:
         memory: Whether first calls and memory are measured, in fresh processes.
         without: Contestants that are left out where none are named, by name.
         scaling: One of `SCALES`, to vary that instead of the number of worlds; empty for the matrix.
+        ensemble: Numbers of networks trained together, measured instead of the matrix; empty for the matrix.
     """
 
     problems: tuple[str, ...] = tuple(BENCHED)
@@ -52,6 +56,11 @@ class Settings:
     time_limit: float = 8.0
     memory: bool = True
     scaling: str = ""
+    ensemble: tuple[int, ...] = ()
+
+    def rounds_for(self, seconds: float) -> int:
+        """Rounds of a row whose slowest update takes so long: a turn is an update, and another to warm up."""
+        return max(LEAST_ROUNDS, min(self.rounds, int(self.time_limit / 2 / max(seconds, 1e-6))))
 
     def __post_init__(self) -> None:
         for name, known in (("problems", BENCHED), ("flows", FLOWS)):
@@ -61,16 +70,20 @@ class Settings:
         for name in ("problems", "flows", "batches", "devices"):
             if not getattr(self, name):
                 raise ValueError(f"bench: {name} is empty, expected at least one")
-        for name, values in (
-            ("batch", self.batches),
-            ("rounds", [self.rounds]),
-            ("widths", sum(self.widths, ())),
-        ):
+        whole = {
+            "batch": self.batches,
+            "rounds": (self.rounds,),
+            "widths": sum(self.widths, ()),
+            "ensemble": self.ensemble,
+        }
+        for name, values in whole.items():
             if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
                 raise ValueError(f"bench: {name} holds {min(values)}, expected whole numbers of at least 1")
         for name in ("block", "time_limit"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"bench: {name} is {getattr(self, name)}, expected seconds above 0")
+        if self.scaling and self.ensemble:
+            raise ValueError("bench: scaling and ensemble are two measurements; give one of them")
         if self.scaling and self.scaling not in SCALES:
             raise ValueError(f"bench: scaling is {self.scaling!r}, expected one of {', '.join(SCALES)}")
         if self.scaling and not self.scaled_problems:
