@@ -29,6 +29,7 @@ from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run
 from .systems import CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
 from .training import TrainConfig, TrainResult, train
+from .training_together import train_together
 
 __version__ = "0.1.0"
 
@@ -55,4 +56,5 @@ __all__ = [
     "step",
     "systems",
     "train",
+    "train_together",
 ]

@@ -117,34 +117,35 @@ class TrainingRun:
             raise ValueError("train: tensorboard=True writes into the run folder; give out='runs/name'")
         self._writer = _summary_writer() if config.tensorboard else None
         self._stopped = read_stopped(out, config) if resume and out is not None else None
-        self._folder = None if out is None else RunFolder(out, overwrite or resume)
+        self._opened = None if out is None else RunFolder(out, overwrite or resume)
         try:
             self.updates = Updates(config, config.policy)
             self._losses = self._finite(self.updates.evaluate(), "before training")
             self.updates.rehearse()
         except BaseException as error:
-            self.discard(error)
+            self.discard()
+            if isinstance(error, KeyboardInterrupt):
+                print("training interrupted before it began; nothing was written", file=sys.stderr)
             raise
 
-    def discard(self, error: BaseException) -> None:
+    def discard(self) -> None:
         """Takes back the making of the folder: the run does not begin."""
-        if self._folder is not None:
-            self._folder.discard()
-        if isinstance(error, KeyboardInterrupt):
-            print("training interrupted before it began; nothing was written", file=sys.stderr)
+        if self._opened is not None:
+            self._opened.discard()
 
     def begin(self) -> None:
         """Begins the run in its folder, or goes on with the one that stands there."""
-        folder, stopped = self._folder, self._stopped
+        folder, stopped = self._opened, self._stopped
         try:
             if folder is not None and stopped is None:
                 folder.begin(self.config)
             elif folder is not None and stopped is not None:
                 self._restore(stopped)
                 folder.resume(stopped.rows)
-        except BaseException as error:
-            self.discard(error)
+        except BaseException:
+            self.discard()
             raise
+        self._folder = folder
         if self._writer is not None and folder is not None:
             self._board = self._writer(str(folder.path))
         if stopped is not None:
