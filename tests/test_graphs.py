@@ -41,13 +41,13 @@ def test_recorded_updates_are_the_updates(flow, monkeypatch):
     StandIn.made = 0
     updated = []
     with TrainingRun(config(flow)) as run:
-        update = run._update
+        update = run.updates.update
 
         def counted(x0, record):
             updated.append(x0)
             update(x0, record)
 
-        run._step = GraphedUpdate(counted)
+        run.updates.step = GraphedUpdate(counted)
         while not run.done:
             run.run_epoch()
     result = run.result()

@@ -1,6 +1,7 @@
 """The paper's experiments: the matrix of runs, stopping and going on, the report, the planar studies."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from warp_sims import toy
 from warp_sims.cli import main
 from warp_sims.published import SETTINGS, Job, Scale, make_jobs
 from warp_sims.report import collect, write_report
-from warp_sims.reproduce import is_finished, reproduce
+from warp_sims.reproduce import TOGETHER, is_finished, reproduce, take
 from warp_sims.reproduce_progress import Board, duration
 from warp_sims.reproduce_worker import run
 from warp_sims.runs import read_checkpoint, read_log
@@ -141,6 +142,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, flow, stop_after):
 
     whole = ws.train(config(), tmp_path / "whole", progress=False)
     stopped = ws.training.TrainingRun(config(), tmp_path / "parts")
+    stopped.begin()
     for _ in range(stop_after):
         stopped.run_epoch()
     # The process is gone: what was written stays as it is.
@@ -193,7 +195,7 @@ def test_a_run_killed_at_its_beginning_begins_anew(tmp_path, left):
     folder.mkdir(parents=True)
     for name in left:
         shutil.copy(tmp_path / "whole" / name.removesuffix(".partial"), folder / name)
-    run(FEW, TINY, tmp_path, lambda message: None)
+    run([FEW], TINY, tmp_path, lambda message: None)
     assert_same_log(read_log(folder), read_log(tmp_path / "whole"))
     assert is_finished(tmp_path, FEW)
 
@@ -203,10 +205,10 @@ def test_a_run_that_diverges_is_finished(tmp_path, monkeypatch):
         raise FloatingPointError("train: loss in epoch 0, update 3 of 4, is nan, expected a finite number; …")
 
     reproduce_module.open_folder(tmp_path, TINY)
-    run(FEW, TINY, tmp_path, lambda message: None)
+    run([FEW], TINY, tmp_path, lambda message: None)
     with monkeypatch.context() as patch:
         patch.setattr("warp_sims.training.TrainingRun.run_epoch", diverges)
-        run(Job("cartpole", "poles1", "modified", "none", 1), TINY, tmp_path, lambda message: None)
+        run([dataclasses.replace(FEW, seed=1)], TINY, tmp_path, lambda message: None)
     first, second = collect(tmp_path)
     assert (first.status, first.epochs) == ("finished", 2)
     assert (second.status, second.epochs) == ("diverged", 0)
@@ -215,34 +217,119 @@ def test_a_run_that_diverges_is_finished(tmp_path, monkeypatch):
     assert "1 diverged" in page
 
 
+def test_seeds_are_done_together_and_written_as_each_ends(tmp_path, monkeypatch):
+    """One is finished already but for its outcome, one diverges, two train together."""
+    jobs = [dataclasses.replace(FEW, seed=seed) for seed in range(4)]
+    ws.train(jobs[0].config(TINY), jobs[0].folder(tmp_path), progress=False)
+    text = (jobs[0].folder(tmp_path) / "log.csv").read_bytes()
+    original = Job.config
+
+    def config(job, scale):
+        made = original(job, scale)
+        if job.seed == 2:
+            with torch.no_grad():
+                made.policy[-1].bias.fill_(1e6)  # a force whose gradient overflows
+        return made
+
+    monkeypatch.setattr(Job, "config", config)
+    said = []
+
+    def report(message):
+        said.append(message)
+        if "finished" in message:
+            assert is_finished(tmp_path, jobs[message["run"]])
+            assert (jobs[message["run"]].folder(tmp_path) / "curves.png").is_file()
+
+    run(jobs, TINY, tmp_path, report)
+    assert [m["run"] for m in said if "finished" in m] == [0, 2, 1, 3]
+    outcomes = [json.loads((job.folder(tmp_path) / "outcome.json").read_text()) for job in jobs]
+    assert [o["epochs"] for o in outcomes] == [2, 2, 0, 2]
+    why = "gradient in epoch 0, update 0 of 2, is nan"
+    assert [o["diverged"] for o in outcomes] == [None, None, why, None]
+    assert (jobs[0].folder(tmp_path) / "log.csv").read_bytes() == text
+    for k in (1, 3):
+        alone = ws.train(jobs[k].config(TINY), progress=False)
+        assert_same_log(read_log(jobs[k].folder(tmp_path)), alone.log)
+
+
+def seeds_of(taken):
+    assert len({dataclasses.replace(job, seed=0) for job in taken}) == 1
+    return [job.seed for job in taken]
+
+
+def test_how_runs_are_shared_among_processes(tmp_path):
+    def board(jobs, workers):
+        return Board(jobs, jobs, tmp_path, Scale(epochs=100), workers, False)
+
+    def everything(waiting, shown, workers):
+        parts = [seeds_of(take(waiting, shown, idle)) for idle in range(workers, 0, -1)]
+        while waiting:
+            parts.append(seeds_of(take(waiting, shown)))
+        return parts
+
+    # many settings: as many seeds as pay, the first of each setting first, over the whole matrix
+    jobs = make_jobs(["cartpole"], seeds=6, flows="RC")
+    waiting = list(jobs)
+    first = [take(waiting, board(jobs, 2)) for _ in range(3)]
+    assert [seeds_of(taken) for taken in first] == [[0, 1, 2, 3]] * 3
+    assert [taken[0] for taken in first] == jobs[:3]
+    assert len(waiting) == len(jobs) - 3 * TOGETHER
+    # one setting: each process has its share
+    one = make_jobs(["cartpole"], seeds=4, flows="R", poles=[1])
+    assert everything(list(one), board(one, 1), 1) == [[0, 1, 2, 3]]
+    assert everything(list(one), board(one, 2), 2) == [[0, 1], [2, 3]]
+    assert everything(list(one), board(one, 3), 3) == [[0], [1], [2], [3]]
+    assert everything(list(one), board(one, 4), 4) == [[0], [1], [2], [3]]
+    # the last setting is shared by a process that is free and one that soon will be
+    three = make_jobs(["cartpole"], seeds=4, flows="R", poles=[1, 2, 3])
+    shown, waiting = board(three, 2), list(three)
+    begun = [take(waiting, shown, idle) for idle in (2, 1)]
+    assert [len(taken) for taken in begun] == [4, 4]
+    for job in begun[0]:
+        shown.finished(job)
+    for job in begun[1]:
+        shown.epoch(job, {"epochs": 90, "loss": 1.0, "seconds": 1.0})
+    assert seeds_of(take(waiting, shown)) == [0, 1]
+    for job in begun[1]:
+        shown.finished(job)
+    assert seeds_of(take(waiting, shown)) == [2, 3]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_matrix_goes_on_where_it_was(tmp_path, stop):
-    arguments = ["cartpole", "--poles", "1", "--flows", "S", "M", "--seeds", "1", "--epochs", "25"]
+    arguments = ["cartpole", "--poles", "1", "--flows", "S", "M", "--seeds", "2", "--epochs", "25"]
     arguments += ["--jobs", "1", "--out", str(tmp_path / "out")]
-    first, second = make_jobs(["cartpole"], seeds=1, poles=[1], flows=["S", "M"])
-    folders = [job.folder(tmp_path / "out") for job in (first, second)]
+    jobs = make_jobs(["cartpole"], seeds=2, poles=[1], flows=["S", "M"])
+    first, second = [j for j in jobs if j.flow == "modified"], [j for j in jobs if j.flow == "stopped"]
+    folders = [job.folder(tmp_path / "out") for job in second]
     process = program(*arguments)
-    # The first run is finished, the second past its checkpoint after ten epochs.
-    wait_for(lambda: rows(folders[1]) > 14, process)
+    # The seeds of the first flow are finished, those of the second past their checkpoints after ten epochs.
+    wait_for(lambda: all(rows(folder) > 14 for folder in folders), process)
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
-    assert is_finished(tmp_path / "out", first)
-    assert not is_finished(tmp_path / "out", second)
-    finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folders[0].iterdir()}
+    assert all(is_finished(tmp_path / "out", job) for job in first)
+    assert not any(is_finished(tmp_path / "out", job) for job in second)
+
+    def written():
+        files = [p for job in first for p in job.folder(tmp_path / "out").iterdir()]
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+    finished = written()
     if stop == signal.SIGINT:
         assert process.returncode == 130
         assert "goes on where it was" in errors
         assert "Traceback" not in errors
-        assert read_checkpoint(folders[1])["epoch"] >= 13
+        assert all(read_checkpoint(folder)["epoch"] >= 13 for folder in folders)
     process = program(*arguments)
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    assert "1 of 2 runs are finished" in output
-    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folders[0].iterdir()} == finished
+    assert "2 of 4 runs are finished" in output
+    assert written() == finished
     torch.set_num_threads(1)
-    assert_same_log(read_log(folders[1]), ws.train(second.config(Scale(25)), progress=False).log)
+    for job, folder in zip(second, folders):
+        assert_same_log(read_log(folder), ws.train(job.config(Scale(25)), progress=False).log)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file locks of POSIX")

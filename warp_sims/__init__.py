@@ -30,6 +30,7 @@ from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run
 from .systems import BlockFunctions, CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
 from .training import TrainConfig, TrainResult, train
+from .training_together import train_together
 
 __version__ = "0.1.0"
 
@@ -58,4 +59,5 @@ __all__ = [
     "step",
     "systems",
     "train",
+    "train_together",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import signal
@@ -27,6 +28,10 @@ MANIFEST = "reproduce.json"
 FORMAT = "warp-sims reproduce 1"
 LOCK = ".lock"
 STOP_SECONDS = 20.0  # an epoch and the writing of what is kept take less
+# Seeds of one setting that train in one batch of work. That is faster: 4 of them on one core, against 4 one
+# after the other, 1.1 to 1.3 times (cart-pole), 1.2 times (guidance), 1.1 times (quantum). 2 of them gain
+# somewhat less, 8 hardly more.
+TOGETHER = 4
 
 
 class RunFailed(RuntimeError):
@@ -44,7 +49,8 @@ def reproduce(
     """Does what is not yet done of a matrix of runs, each in its folder below `out`.
 
     A run counts as finished when its outcome is written; one that stopped in the middle goes on from its last
-    checkpoint. More runs of the same scale may be added to a folder at any time.
+    checkpoint. More runs of the same scale may be added to a folder at any time. Up to `TOGETHER` runs that
+    differ in the seed alone are done together, fewer where processes would have nothing to do otherwise.
 
     Args:
         jobs: The runs, in the order in which they are begun.
@@ -165,7 +171,7 @@ class _Worker:
         package = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.job: Job | None = None
+        self.jobs: list[Job] = []
         self._events = events
         self.process = subprocess.Popen(
             [sys.executable, "-m", "warp_sims.reproduce_worker"],
@@ -187,15 +193,22 @@ class _Worker:
             self._events.put((self, json.loads(line)))
         self._events.put((self, None))
 
-    def begin(self, job: Job, scale: Scale, out: Path) -> None:
-        """Hands over a run."""
-        self.job = job
-        order = {"job": dataclasses.asdict(job), "scale": dataclasses.asdict(scale), "out": str(out)}
+    def begin(self, jobs: list[Job], scale: Scale, out: Path) -> None:
+        """Hands over runs that differ in the seed alone."""
+        self.jobs = jobs
+        orders = [dataclasses.asdict(job) for job in jobs]
+        order = {"jobs": orders, "scale": dataclasses.asdict(scale), "out": str(out)}
         assert self.process.stdin is not None
         # A worker that has died is found out by the end of what it says.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
+
+    @property
+    def label(self) -> str:
+        """What errors call the runs that it does."""
+        more = len(self.jobs) - 1
+        return self.jobs[0].label + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
 
     def interrupt(self) -> None:
         """Lets it write what is to be kept and end."""
@@ -216,39 +229,56 @@ _Events = queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]
 
 def _run(left: list[Job], out: Path, scale: Scale, count: int, board: Board, lock: IO[str]) -> None:
     events: _Events = queue.SimpleQueue()
-    waiting = list(reversed(left))
+    waiting = list(left)
     workers: list[_Worker] = []
     try:
-        for _ in range(count):
+        for idle in range(count, 0, -1):
             worker = _Worker(lock, events)
             workers.append(worker)
-            worker.begin(waiting.pop(), scale, out)
+            worker.begin(take(waiting, board, idle), scale, out)
         busy = count
         while busy:
             worker, message = events.get()
-            job = worker.job
-            assert job is not None
             if message is None:
                 worker.process.wait()
                 raise RunFailed(
-                    f"the process of run {job.label} ended with code {worker.process.returncode} "
+                    f"the process of run {worker.label} ended with code {worker.process.returncode} "
                     f"({worker.why() or 'it said nothing'}); start again to go on"
                 )
             if "failed" in message:
-                raise RunFailed(f"run {job.label} failed: {message['failed']}")
-            if "finished" not in message:
-                board.epoch(job, message)
-                continue
-            board.finished(job)
-            if waiting:
-                worker.begin(waiting.pop(), scale, out)
-            else:
+                raise RunFailed(f"run {worker.label} failed: {message['failed']}")
+            if "free" in message and waiting:
+                worker.begin(take(waiting, board), scale, out)
+            elif "free" in message:
                 busy -= 1
+                board.workers = busy
+            elif "finished" in message:
+                board.finished(worker.jobs[message["run"]])
+            else:
+                board.epoch(worker.jobs[message["run"]], message)
     except KeyboardInterrupt:
         board.stopping()
         raise
     finally:
         _stop(workers)
+
+
+def take(waiting: list[Job], board: Board, idle: int = 1) -> list[Job]:
+    """Takes the next runs for a process out of those that wait: the first, and others that differ from it in
+    the seed alone, but not so many that the other processes would be done before this one.
+
+    Args:
+        waiting: The runs that no process does yet, at least one for each idle process.
+        board: Knows how long runs take.
+        idle: Processes that have nothing to do, this one among them.
+    """
+    first = waiting[0]
+    share = round(board.seconds_left() / board.seconds(first))
+    most = max(1, min(TOGETHER, share, math.ceil(len(waiting) / idle)))
+    taken = [job for job in waiting if dataclasses.replace(job, seed=first.seed) == first][:most]
+    for job in taken:
+        waiting.remove(job)
+    return taken
 
 
 def _stop(workers: list[_Worker]) -> None:

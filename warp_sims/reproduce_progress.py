@@ -28,14 +28,14 @@ class Board:
         left: Those that are still to be done.
         out: Where they are, for the closing words.
         scale: Epochs of a run.
-        workers: Runs that are under way at a time.
+        workers: Processes that are at work.
         show: Whether to show anything.
     """
 
     def __init__(
         self, jobs: Sequence[Job], left: Sequence[Job], out: Path, scale: Scale, workers: int, show: bool
     ) -> None:
-        self._epochs, self._workers, self._show = scale.epochs, workers, show
+        self._epochs, self.workers, self._show = scale.epochs, workers, show
         self._out = out
         self._total = len(jobs)
         self._ahead = dict.fromkeys(left, scale.epochs)  # epochs to go
@@ -69,7 +69,9 @@ class Board:
             self._progress.stop()
 
     def epoch(self, job: Job, message: dict[str, Any]) -> None:
-        """Takes in what a worker says about a run: epochs done, test loss, seconds of the last epoch."""
+        """Takes in what a worker says about a run: epochs done, test loss, seconds of the last epoch, of runs
+        that train together its share in them.
+        """
         self._ahead[job] = self._epochs - message["epochs"]
         if "seconds" in message:
             key = (job.problem, job.flow)
@@ -101,13 +103,18 @@ class Board:
 
     def seconds_left(self) -> float:
         """Returns the time that the rest will take, by the epochs measured so far."""
-        work = 0.0
-        for job, epochs in self._ahead.items():
-            seconds = self._seconds.get((job.problem, job.flow))
-            if seconds is None:
-                seconds = FIRST_GUESS[job.problem] * self._correction(job.problem)
-            work += epochs * seconds + START_SECONDS
-        return work / max(1, min(self._workers, len(self._ahead)))
+        work = sum(self._work(job, epochs) for job, epochs in self._ahead.items())
+        return work / max(1, min(self.workers, len(self._ahead)))
+
+    def seconds(self, job: Job) -> float:
+        """Returns the time that a whole run takes."""
+        return self._work(job, self._epochs)
+
+    def _work(self, job: Job, epochs: int) -> float:
+        seconds = self._seconds.get((job.problem, job.flow))
+        if seconds is None:
+            seconds = FIRST_GUESS[job.problem] * self._correction(job.problem)
+        return epochs * seconds + START_SECONDS
 
     def _correction(self, problem: str) -> float:
         """How much slower epochs are here than guessed: of this problem, else of all that were measured."""

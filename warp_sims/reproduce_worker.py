@@ -1,7 +1,8 @@
 """A process that does runs of the paper's matrix: `python -m warp_sims.reproduce_worker`.
 
-A run comes in as a line of JSON on the standard input, and every epoch goes out as one on the standard
-output; so a worker whose parent was killed ends at the next epoch, or at the end of its input.
+Runs that are done together come in as a line of JSON on the standard input, and every epoch of each goes out
+as one on the standard output; so a worker whose parent was killed ends at the next epoch, or at the end of
+its input.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,40 @@ from .published import Job, Scale
 from .run_config import versions
 from .runs import OUTCOME, write_json
 from .training import TrainingRun
+from .training_together import TrainingTogether
 
 Report = Callable[[dict[str, Any]], None]
 
 
-def run(job: Job, scale: Scale, out: Path, report: Report) -> None:
-    """Does one run from where it stopped, and writes how it ended: what makes it count as finished."""
-    folder = job.folder(out)
-    diverged = None
-    with TrainingRun(job.config(scale), folder, resume=True) as training:
-        report({"epochs": training.epoch + 1, "loss": training.test_loss})
-        try:
-            while not training.done:
-                started = time.perf_counter()
-                training.run_epoch()
-                seconds = time.perf_counter() - started
-                report({"epochs": training.epoch + 1, "loss": training.test_loss, "seconds": seconds})
-        except FloatingPointError as error:  # a result like any other
-            diverged = str(error).removeprefix("train: ").split(", expected")[0]
+def run(jobs: Sequence[Job], scale: Scale, out: Path, report: Report) -> None:
+    """Does runs that differ in their seed alone, together, each from where it stopped. What makes a run count
+    as finished, how it ended, is written as soon as it has.
+    """
+    configs, folders = [job.config(scale) for job in jobs], [job.folder(out) for job in jobs]
+    with TrainingTogether(configs, folders, resume=True) as training:
+        numbers = {run: k for k, run in enumerate(training.runs)}
+
+        def tell(run: TrainingRun, **more: float) -> None:
+            report({"run": numbers[run], "epochs": run.epoch + 1, "loss": run.test_loss, **more})
+            if run not in training.active:
+                _conclude(run, folders[numbers[run]])
+                report({"run": numbers[run], "finished": True})
+
+        for one in training.runs:
+            tell(one)
+        while training.active:
+            started = time.perf_counter()
+            runs = training.run_epoch()
+            seconds = (time.perf_counter() - started) / len(runs)
+            for one in runs:
+                tell(one, seconds=seconds)
+
+
+def _conclude(run: TrainingRun, folder: Path) -> None:
+    run.close()
+    diverged = run.diverged and str(run.diverged).removeprefix("train: ").split(", expected")[0]
     outcome = {
-        "epochs": training.epoch + 1,
+        "epochs": run.epoch + 1,
         "diverged": diverged,
         "versions": versions(),
         "machine": machine(),
@@ -79,13 +94,14 @@ def main() -> int:
         for line in sys.stdin:
             order = json.loads(line)
             try:
-                run(Job(**order["job"]), Scale(**order["scale"]), Path(order["out"]), report)
+                jobs = [Job(**job) for job in order["jobs"]]
+                run(jobs, Scale(**order["scale"]), Path(order["out"]), report)
             except BrokenPipeError:
                 raise
             except Exception as error:
                 report({"failed": f"{type(error).__name__}: {error}"})
             else:
-                report({"finished": True})
+                report({"free": True})
     except (KeyboardInterrupt, BrokenPipeError):
         # To close what cannot be written any more would raise again.
         os._exit(1)

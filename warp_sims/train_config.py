@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from .ensembles import Ensemble
 from .flows import Flow, check_decay, schedule
 from .optimizers import ON_HOST, OPTIMIZERS
 from .systems import System
@@ -89,6 +90,11 @@ class TrainConfig:
             raise TypeError(
                 f"TrainConfig: policy is a {type(self.policy).__name__}, expected a torch.nn.Module; give "
                 "for example ws.MLP(system.state_size, (100, 100), system.control_size)"
+            )
+        if isinstance(self.policy, Ensemble):
+            raise TypeError(
+                "TrainConfig: policy is an Ensemble, expected the policy of one run; give a TrainConfig for "
+                "each of its members() to ws.train_together"
             )
         for name in ("horizon", "samples", "batch", "epochs", "log_every", "checkpoint_every"):
             self._set(name, _whole(name, getattr(self, name), at_least=1))

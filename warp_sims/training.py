@@ -16,20 +16,15 @@ from typing import Any
 import torch
 
 from .flows import Flow
-from .gradients import gradient_pair
-from .graphed import GraphedUpdate
-from .optimizers import ON_HOST, make_optimizer
 from .progress import Bars
-from .rollouts import Rollout, rollout
 from .runs import Log, Row, RunFolder, Stopped, as_log, read_stopped
 from .train_config import TrainConfig
-
-RECORDED = ("loss", "norm", "cosine", "agreement")  # of every update
+from .updates import Updates
 
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    """What `ws.train` returns.
+    """What `ws.train` and `ws.train_together` return.
 
     Attributes:
         policy: The trained policy, the very module that was given.
@@ -38,11 +33,14 @@ class TrainResult:
             clipping), cosine and agreement of the two gradients that C compares (NaN for other flows),
             seconds since training began.
         path: The run folder; None where none was asked for.
+        diverged: Of `train_together`: what ended this run before its last epoch, where its loss became NaN or
+            infinite. `train` raises it instead.
     """
 
     policy: torch.nn.Module
     log: Log
     path: Path | None
+    diverged: FloatingPointError | None = None
 
 
 def train(
@@ -86,7 +84,8 @@ def train(
 class TrainingRun:
     """A training run, epoch by epoch. Used as a context manager; leaving it writes what is to be kept.
 
-    All that can be refused is refused while it is made, before anything that stands in the folder is touched.
+    All that can be refused is refused while it is made, before anything that stands in the folder is touched;
+    that is done on entering.
 
     Args:
         config: As for `train`.
@@ -108,30 +107,47 @@ class TrainingRun:
         self.config = config
         self.label = _flow_name(config)
         self.epoch = -1
+        self.diverged: FloatingPointError | None = None
         self._board: Any = None
         self._rows: list[Row] = []
+        self._records: list[torch.Tensor] = []
         self._folder: RunFolder | None = None
+        self._closed = False
         if config.tensorboard and out is None:
             raise ValueError("train: tensorboard=True writes into the run folder; give out='runs/name'")
-        writer = _summary_writer() if config.tensorboard else None
-        stopped = read_stopped(out, config) if resume and out is not None else None
-        folder = None if out is None else RunFolder(out, overwrite or resume)
+        self._writer = _summary_writer() if config.tensorboard else None
+        self._stopped = read_stopped(out, config) if resume and out is not None else None
+        self._opened = None if out is None else RunFolder(out, overwrite or resume)
         try:
-            losses = self._prepare()
-            if folder is not None and stopped is None:
-                folder.begin(config)
-            elif folder is not None and stopped is not None:
-                self._restore(stopped)
-                folder.resume(stopped.rows)
+            self.updates = Updates(config, config.policy)
+            self._losses = self._finite(self.updates.evaluate(), "before training")
+            self.updates.rehearse()
         except BaseException as error:
-            if folder is not None:
-                folder.discard()
+            self.discard()
             if isinstance(error, KeyboardInterrupt):
                 print("training interrupted before it began; nothing was written", file=sys.stderr)
             raise
+
+    def discard(self) -> None:
+        """Takes back the making of the folder: the run does not begin."""
+        if self._opened is not None:
+            self._opened.discard()
+
+    def begin(self) -> None:
+        """Begins the run in its folder, or goes on with the one that stands there."""
+        folder, stopped = self._opened, self._stopped
+        try:
+            if folder is not None and stopped is None:
+                folder.begin(self.config)
+            elif folder is not None and stopped is not None:
+                self._restore(stopped)
+                folder.resume(stopped.rows)
+        except BaseException:
+            self.discard()
+            raise
         self._folder = folder
-        if writer is not None and folder is not None:
-            self._board = writer(str(folder.path))
+        if self._writer is not None and folder is not None:
+            self._board = self._writer(str(folder.path))
         if stopped is not None:
             self._started = time.perf_counter() - self._rows[-1]["seconds"]
             return
@@ -139,25 +155,33 @@ class TrainingRun:
         self._snapshot = self._best = self._take_snapshot(-1)
         if folder is not None:
             folder.save_checkpoint("first", self._snapshot)
-        self._log_row(losses, {})
+        self._log_row(self._losses, {})
 
     def __enter__(self) -> TrainingRun:
+        self.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            where = f"; the run so far is in {self.path}" if self.path else ""
+            finished = self._snapshot["epoch"]
+            after = f"after epoch {finished}" if finished >= 0 else "in the first epoch"
+            print(f"training interrupted {after}{where}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Writes what is to be kept, once."""
+        if self._closed:
+            return
+        self._closed = True
         self._write_checkpoints()
         if self._folder is not None:
             self._folder.close()
             if self._board is not None:
                 self._board.close()
             self._draw_curves(self._folder.path)
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            where = f"; the run so far is in {self.path}" if self.path else ""
-            finished = self._snapshot["epoch"]
-            after = f"after epoch {finished}" if finished >= 0 else "in the first epoch"
-            print(f"training interrupted {after}{where}", file=sys.stderr)
 
     @property
     def done(self) -> bool:
@@ -176,127 +200,69 @@ class TrainingRun:
 
     def result(self) -> TrainResult:
         """Returns what `train` returns."""
-        return TrainResult(self.config.policy, as_log(self._rows), self.path)
+        return TrainResult(self.config.policy, as_log(self._rows), self.path, self.diverged)
 
     def run_epoch(self) -> None:
         """Runs one pass over the training set, then logs and checkpoints where they are due."""
-        epoch = self.epoch + 1
-        updates = self._train_states.split(self.config.batch)
-        # Filled on the device, read once an epoch: to read a number per update is to wait for the device.
-        record = torch.full((len(RECORDED), len(updates)), math.nan, dtype=torch.float64, device=self._device)
+        record = self.updates.new_record()
         try:
-            for i, x0 in enumerate(updates):
-                self._step(x0, record[:, i])
+            self.updates.run(record)
         except Exception as error:
             # What was raised may be the consequence of a loss that was not finite: that is then reported.
-            self._check_finite(epoch, record, error)
+            self.check_finite(record, error)
             raise
-        self._check_finite(epoch, record)
-        logs = (epoch + 1) % self.config.log_every == 0 or epoch + 1 == self.config.epochs
-        losses = self._evaluate(f"after epoch {epoch}") if logs else None
+        self.end_epoch(record)
+
+    def end_epoch(self, record: torch.Tensor, losses: list[float] | None = None) -> None:
+        """Takes in an epoch whose updates have been made, then logs and checkpoints where they are due.
+
+        Args:
+            record: (4, updates), what is `updates.RECORDED` of each.
+            losses: Train and test loss after it, where they are known already.
+        """
+        self.check_finite(record)
+        epoch = self.epoch + 1
+        found = None
+        if self.logs_next:
+            found = self._finite(losses or self.updates.evaluate(), f"after epoch {epoch}")
         self.epoch = epoch
         self._records.append(record)
         logged = torch.cat(self._records, dim=1)
-        if losses is not None:
+        if found is not None:
             self._records.clear()
         self._snapshot = self._take_snapshot(epoch)
-        if losses is not None:
+        if found is not None:
             loss, norm, cosine, agreement = logged
             means = {"loss_batch": loss.mean(), "grad_norm": norm.square().mean().sqrt()}
             means |= {"cosine": cosine.nanmean(), "agreement": agreement.nanmean()}
-            self._log_row(losses, {name: float(value) for name, value in means.items()})
+            self._log_row(found, {name: float(value) for name, value in means.items()})
         if (epoch + 1) % self.config.checkpoint_every == 0:
             self._write_checkpoints()
 
-    def _prepare(self) -> tuple[float, float]:
-        """Sets up all that training needs, and returns train and test loss before it."""
-        config = self.config
-        self._device = torch.device(str(config.device))
-        self._options: dict[str, Any] = {
-            "horizon": config.horizon,
-            "loss": config.loss,
-            "control_cost": config.control_cost,
-            "window": config.window,
-            "decay": config.decay,
-        }
-        self._train_states, self._test_states = (
-            config.system.initial_states(config.samples, seed=config.seed, split=split).to(
-                self._device, config.torch_dtype
-            )
-            for split in ("train", "test")
-        )
-        self._records: list[torch.Tensor] = []
-        self._parameters = [p for p in config.policy.parameters() if p.requires_grad]
-        # On a GPU always, so that a run takes the same steps with and without a graph.
-        capturable = self._device.type == "cuda" and config.optimizer not in ON_HOST
-        self._optimizer = make_optimizer(
-            config.optimizer,
-            self._parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            capturable=capturable,
-        )
-        self._step = GraphedUpdate(self._update) if config.graph else self._update
-        # Loss and gradient once, for nothing: what they refuse is refused before a folder is touched, and
-        # compiling is not counted as time of the first epoch.
-        losses = self._evaluate("before training")
-        self._gradient(self._train_states[: config.batch])
-        self._optimizer.zero_grad(set_to_none=True)
-        return losses
+    @property
+    def logs_next(self) -> bool:
+        """Whether the next epoch ends with a row of the log."""
+        count = self.epoch + 2
+        return count % self.config.log_every == 0 or count == self.config.epochs
+
+    def return_to_snapshot(self) -> None:
+        """Goes back to the end of the last finished epoch."""
+        self.config.policy.load_state_dict(self._snapshot["policy"])
+        self.updates.optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
 
     def _restore(self, stopped: Stopped) -> None:
         """Goes back to where a stopped run was."""
         self.epoch = stopped.last["epoch"]
         self.config.policy.load_state_dict(stopped.last["policy"])
-        self._optimizer.load_state_dict(stopped.last["optimizer"])
-        self._records = [record.to(self._device) for record in stopped.last.get("records", [])]
+        self.updates.optimizer.load_state_dict(stopped.last["optimizer"])
+        self._records = [record.to(self.updates.device) for record in stopped.last.get("records", [])]
         self._rows = stopped.rows
         self._snapshot, self._best = self._take_snapshot(self.epoch), stopped.best
 
-    def _gradient(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Fills the gradients of the parameters; returns loss, cosine and agreement."""
-        config = self.config
-        if config.flow is Flow.COMBINED:
-            pair = gradient_pair(config.system, config.policy, x0, **self._options)
-            pair.assign(config.policy)
-            return pair.loss.detach(), pair.cosine, pair.agreement
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = _loss(rollout(config.system, config.policy, x0, flow=config.flow, **self._options))
-        loss.backward()
-        return loss.detach(), None, None
-
-    def _update(self, x0: torch.Tensor, record: torch.Tensor) -> None:
-        config = self.config
-        loss, cosine, agreement = self._gradient(x0)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        record[0], record[1] = loss, norm
-        if cosine is not None and agreement is not None:
-            record[2], record[3] = cosine, agreement
-        if config.clip == "norm":
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, config.clip_at, norm)
-        elif config.clip == "value":
-            torch.nn.utils.clip_grad_value_(self._parameters, config.clip_at)
-        self._optimizer.step()
-
-    @torch.no_grad()
-    def _evaluate(self, when: str) -> tuple[float, float]:
-        """Returns train and test loss, both finite."""
-        # The loss is the same for every flow; a flow matters backwards only.
-        options = {name: self._options[name] for name in ("horizon", "loss", "control_cost")}
-        train_loss, test_loss = torch.stack(
-            [
-                _loss(rollout(self.config.system, self.config.policy, x0, flow=Flow.REGULAR, **options))
-                for x0 in (self._train_states, self._test_states)
-            ]
-        ).tolist()
-        for name, loss in (("train", train_loss), ("test", test_loss)):
-            if not math.isfinite(loss):
-                raise FloatingPointError(self._not_finite(f"{name} loss {when} is {loss}"))
-        return train_loss, test_loss
-
-    def _check_finite(self, epoch: int, record: torch.Tensor, error: Exception | None = None) -> None:
-        """Raises at the first update whose loss is not finite, or whose gradient holds a NaN."""
+    def check_finite(self, record: torch.Tensor, error: Exception | None = None) -> None:
+        """Raises at the first update of the next epoch whose loss is not finite, or whose gradient holds a
+        NaN.
+        """
         for i, (loss, norm) in enumerate(record[:2].T.tolist()):
             if error is not None and math.isnan(loss) and math.isnan(norm):
                 return  # not reached
@@ -304,9 +270,16 @@ class TrainingRun:
                 what = "gradient" if math.isfinite(loss) else "loss"
                 value = norm if math.isfinite(loss) else loss
                 text = self._not_finite(
-                    f"{what} in epoch {epoch}, update {i} of {record.shape[1]}, is {value}"
+                    f"{what} in epoch {self.epoch + 1}, update {i} of {record.shape[1]}, is {value}"
                 )
                 raise FloatingPointError(text) from error
+
+    def _finite(self, losses: list[float], when: str) -> tuple[float, float]:
+        """Returns train and test loss, both finite."""
+        for name, loss in zip(("train", "test"), losses, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(self._not_finite(f"{name} loss {when} is {loss}"))
+        return losses[0], losses[1]
 
     def _not_finite(self, what: str) -> str:
         where = f"; the run up to there is in {self.path}" if self.path else ""
@@ -343,7 +316,7 @@ class TrainingRun:
             "policy": {
                 name: value.detach().clone() for name, value in self.config.policy.state_dict().items()
             },
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizer": copy.deepcopy(self.updates.optimizer.state_dict()),
         }
         if self._records:  # of the epochs since the last row of the log, which the next row is a mean of
             snapshot["records"] = list(self._records)
@@ -362,11 +335,6 @@ class TrainingRun:
             plot_curves({self.label: as_log(self._rows)}, path / "curves.png")
         except (ImportError, OSError) as error:
             warnings.warn(f"no picture of the curves was drawn: {error}", stacklevel=2)
-
-
-def _loss(out: Rollout) -> torch.Tensor:
-    assert out.loss is not None, "TrainConfig refuses loss=None"
-    return out.loss
 
 
 def _flow_name(config: TrainConfig) -> str:
