@@ -2,7 +2,8 @@
 
 What an expert would do for speed is here, and what was tried beside it:
 
-* one graph for all batch sizes (`dynamic=True`), flows R and C, and processes that find inductor's cache;
+* one graph for all batch sizes, flows R and C, and processes that find inductor's cache; all other sizes are
+  constants of it;
 * the loop over time stays in Python. Compiled in pieces of ten steps an update of the cart-pole at batch 8
   took 0.8 of the time, and compiling 8 times as long, minutes; all 100 steps at once take longer than that.
 """
@@ -17,7 +18,8 @@ from torch import Tensor
 from .torch_eager import TorchEager
 from .torch_problems import PROBLEMS
 
-# Complex products go to torch's own kernels, as in the eager program.
+# Complex products go to torch's own kernels, as in the eager program; constants are computed while tracing.
+warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
 
 
@@ -50,7 +52,10 @@ class TorchCompiled(TorchEager):
 
     def _advance(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         # One tensor given twice would be another graph than two.
-        return self._compiled(x, x.view_as(x) if seen is x else seen, *self._params)
+        seen = x.view_as(x) if seen is x else seen
+        for tensor in (x, seen):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return self._compiled(x, seen, *self._params)
 
 
 @functools.cache
@@ -64,4 +69,4 @@ def _compiled(problem: str, numbers: tuple, dtype: torch.dtype, device: torch.de
 
     # All problems share this code: with the default of 8 the later ones would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(advance, dynamic=True, fullgraph=True)
+    return torch.compile(advance, fullgraph=True)
