@@ -205,7 +205,7 @@ def test_a_loss_that_raises_for_one_run(tmp_path):
         together.run_epoch()
         group = together._group
         assert group is not None
-        original, count = group._updates._update, [0]
+        original, count = group._updates.step, [0]
 
         def update(x0, record):
             original(x0, record)
@@ -214,7 +214,7 @@ def test_a_loss_that_raises_for_one_run(tmp_path):
                 record[1, 0] = math.nan
                 raise ArithmeticError("it shows one update later")
 
-        group._updates._update = update
+        group._updates.step = update
         together.run_epoch()
         assert [run.epoch for run in together.runs] == [0, 0, 0]
         assert [run.diverged is None for run in together.runs] == [True, False, True]
