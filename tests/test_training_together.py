@@ -12,6 +12,7 @@ from warp_sims.runs import read_checkpoint, read_log
 from warp_sims.train_config import CLIPS
 from warp_sims.training import TrainingRun
 from warp_sims.training_together import TrainingTogether
+from warp_sims.updates import Updates
 
 SYSTEM = ws.CartPole(poles=1)
 BOX = ws.QuantumControl(points=8)
@@ -148,6 +149,17 @@ def test_published_sizes_as_alone(threads):
             assert_same(result.policy.state_dict(), expected.policy.state_dict())
     finally:
         torch.set_num_threads(before)
+
+
+def test_losses_of_all_members_at_once():
+    """As devices other than the CPU evaluate them."""
+    configs = make_configs(flow="modified", system=HERD, loss="running")
+    found = Updates(configs[0], ws.Ensemble([config.policy for config in configs])).evaluate()
+    assert found == [Updates(config, config.policy).evaluate() for config in configs]
+    run = TrainingRun(configs[0])
+    with run:
+        run.end_epoch(torch.ones_like(run.updates.new_record()), [3.0, 2.0])
+    assert (run.result().log["loss_train"][-1], run.test_loss) == (3.0, 2.0)
 
 
 def test_one_run_needs_no_ensemble():

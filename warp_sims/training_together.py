@@ -174,8 +174,8 @@ class _Group:
                 run.return_to_snapshot()
             return False
         self._hand_back()
-        # 512 states fill the CPU: together their trajectories only leave its cache, and evaluating takes 1.0
-        # to 1.3 times as long (cart-pole, guidance), up to 2 times (quantum).
+        # On a CPU 256 states of one run fill a core, and the trajectories of several leave its cache: to
+        # evaluate four together takes 1.0 to 1.4 times as long (cart-pole, guidance), up to 1.7 times (quantum).
         together = self.runs[0].logs_next and self._updates.device.type != "cpu"
         losses = self._updates.evaluate() if together else [None] * len(self.runs)
         for run, own, pair in zip(self.runs, record, losses, strict=True):
