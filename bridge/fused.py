@@ -124,8 +124,8 @@ def rollout(
     """Fused forward sweep: states, controls, loss and hidden activations, see `segments.hidden_shape`.
 
     With x0 (members, nworld, state_size) and packed (members, packed), every member drives its own worlds and
-    has its own loss. With a `segment` the activations are scratch: on a CPU those of one step, on a GPU, where
-    the sweep then runs in segments of so many steps, those of one segment.
+    has its own loss. With a `segment` the activations are scratch: on a CPU those of one step; on a GPU those
+    of one segment, because the sweep then runs in segments of so many steps.
     """
     check_has_loss(p, weights)
     states = empty(x0, horizon + 1, *x0.shape)
@@ -138,16 +138,21 @@ def rollout(
     if not segment:
         _sweep(p, network, packed, x0, weights, states, controls, hidden, world_loss)
         return states, controls, total(world_loss), hidden
-    cut = [(0, horizon)] if p.device.is_cpu else pieces(horizon, segment)[::-1]
-    scratch = empty(x0, *hidden_shape(x0, 1 if p.device.is_cpu else min(segment, horizon), row, 0))
+    cut, kept = _cut(p, horizon, segment)
+    scratch = empty(x0, *hidden_shape(x0, kept, row, 0))
     whole = weights if len(cut) == 1 else LossWeights(0.0, 0.0, 0.0)
     for t0, t1 in cut:
         part = x0 if t0 == 0 else states[t0]
-        _sweep(
-            p, network, packed, part, whole, states[t0 : t1 + 1], controls[t0:t1], scratch, world_loss
-        )
+        _sweep(p, network, packed, part, whole, states[t0 : t1 + 1], controls[t0:t1], scratch, world_loss)
     value = total(world_loss) if len(cut) == 1 else loss(p, states, controls, weights)
     return states, controls, value, hidden
+
+
+def _cut(p: Prepared, horizon: int, segment: int) -> tuple[list[tuple[int, int]], int]:
+    """Pieces in which a sweep runs that keeps no activations, and of how many steps it has some."""
+    if p.device.is_cpu:
+        return [(0, horizon)], 1
+    return pieces(horizon, segment)[::-1], min(segment, horizon)
 
 
 def activations(p: Prepared, network: str, packed: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

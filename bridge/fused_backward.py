@@ -27,8 +27,8 @@ GROUP = 4
 in cache; more where a segment is short.
 """
 GROUP_BYTES = 1 << 22
-"""Activations of a block up to which all its steps go through at once; more are cut into segments, whether they
-are recomputed or not.
+"""Activations of a block up to which all its steps go through at once; more are cut into segments, whether
+they are recomputed or not.
 """
 SLOTS = 8
 """Partial sums of a member's weight gradients: fixed, so that results do not depend on the number of
@@ -217,7 +217,7 @@ class _Group:
             one.put(**values)
 
     def __call__(self, block: int, blocks: int, world: int, slot: int) -> None:
-        """Takes a group of blocks of a member, which begins with `world` of all, backwards through all steps."""
+        """Takes a group of blocks of a member, whose first world is `world`, back through all steps."""
         worlds = min(blocks * BLOCK, self._member_worlds - world % self._member_worlds)
         self._products.put(blocks=blocks, slot=slot)
         if self._recomputed:
@@ -286,9 +286,7 @@ class _Backward:
                         item,
                     )
 
-        self.groups = [
-            _Group(self, p, back, network, shape) for _ in shares(len(waves[0]) * slots, least)
-        ]
+        self.groups = [_Group(self, p, back, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.waves: list[tuple[range, list[Callable[[], None]]]] = []
         for wave in waves:
             parts = shares(len(wave) * slots, least)

@@ -291,8 +291,8 @@ def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0
     off = torch.where(off.isnan(), torch.inf, off)
     t, world, c = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     raise ValueError(
-        f"policy: for the state of step {t0 + t}, world {world} it gave control {float(controls[t, world, c])!r} "
-        f"in the forward pass and "
+        f"policy: for the state of step {t0 + t}, world {world} it gave control "
+        f"{float(controls[t, world, c])!r} in the forward pass and "
         f"{float(recomputed[t, world, c])!r} when recomputed with all steps in one batch; expected a policy "
         f"that acts row by row and "
         "deterministically (no batch normalisation in training mode, no dropout, no state of its own); call "

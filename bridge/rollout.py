@@ -21,8 +21,8 @@ from .segments import pieces
 from .sweeps import Cotangents
 
 JACOBIAN_ELEMENTS = 1 << 26
-"""Elements of the policy's Jacobians held at once on the torch road; worlds go through in blocks where those of
-a segment are more.
+"""Elements of the policy's Jacobians held at once on the torch road; worlds go through in blocks where those
+of a segment are more.
 """
 
 _NO_SECOND = (

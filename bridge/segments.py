@@ -1,10 +1,12 @@
 """Which activations of a rollout are kept for its backward pass, and in which pieces the others come again.
 
-The hidden activations of a policy depend on the states and the weights alone, and the states are outputs of the
-rollout: they are kept anyway. A rollout that does not keep its activations recomputes those of one segment of
-time steps after the other, from the last to the first, while the adjoint sweep carries the cotangent of the
-state from each to the one before it. Nothing is simulated again on a CPU, and every number that the sweep reads
-has the bits it had.
+The hidden activations of a policy depend on the states and the weights alone, and the states are outputs of
+the rollout: they are kept anyway. A rollout that does not keep its activations recomputes those of one
+segment of time steps after the other, from the last to the first, while the adjoint sweep carries the
+cotangent of the state from each to the one before it. On a CPU nothing is simulated again: the activations of
+the points of a segment do not depend on one another. On a GPU the forward sweep itself runs again over the
+segment, so that whatever form it has, what it finds has the bits it had: one forward and one adjoint launch a
+segment.
 
 All decisions here follow from shapes, so that a traced graph knows them.
 """
@@ -20,7 +22,7 @@ STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
 SEGMENT_BYTES = {"cpu": 1 << 20, "cuda": 1 << 30}
 """Activations that are recomputed at once: on a CPU by a thread, so that they stay in cache; on a GPU of all
 worlds. At least one step."""
-POINT_ELEMENTS = 1 << 26
+POINT_ELEMENTS = 1 << 25
 """Elements that a policy which torch evaluates holds at once, as far as they can be foreseen."""
 
 
@@ -30,8 +32,8 @@ def blocks_of(nworld: int) -> int:
 
 
 def hidden_shape(x0: torch.Tensor, horizon: int, row: int, segment: int) -> tuple[int, ...]:
-    """Shape of the stored activations, (blocks * horizon * BLOCK, row), of each member for an ensemble; without
-    rows where they are recomputed.
+    """Shape of the stored activations, (blocks * horizon * BLOCK, row), of each member for an ensemble;
+    without rows where they are recomputed.
     """
     blocks = 0 if segment else blocks_of(x0.shape[-2])
     return (*x0.shape[:-2], blocks * horizon * BLOCK, row)
@@ -64,8 +66,8 @@ def torch_segment(
 ) -> int:
     """Steps of a segment of a rollout whose policy torch evaluates.
 
-    What the policy keeps of a row is its own affair; foreseen are its inputs and outputs, a unit for every row
-    of a weight or entry of a bias, and the Jacobian.
+    What the policy keeps of a row is its own affair; foreseen are its inputs and outputs, a unit for every
+    row of a weight or entry of a bias, and the Jacobian.
     """
     state_size = x0.shape[-1]
     row = state_size + control_size + sum(q.shape[0] for q in parameters if q.ndim)

@@ -222,12 +222,8 @@ class AdjointArguments:
         self.controls = array(size, steps, nworld, m, components=1)
         self.jac = array(size, *((steps, nworld, m) if shape.jac else (0, 0, 0)), n, components=1)
         self.adj_loss = array(size, shape.members if shape.adj_loss else 0)
-        self.adj_states = array(
-            size, *((steps + 1, nworld) if shape.adj_states else (0, 0)), n, components=1
-        )
-        self.adj_controls = array(
-            size, *((steps, nworld) if shape.adj_controls else (0, 0)), m, components=1
-        )
+        self.adj_states = array(size, *((steps + 1, nworld) if shape.adj_states else (0, 0)), n, components=1)
+        self.adj_controls = array(size, *((steps, nworld) if shape.adj_controls else (0, 0)), m, components=1)
         self.mu = array(size, fields, steps, nworld, m, components=1)
         self.adj_x0 = array(size, fields, nworld, n, components=1)
         self.before = [self.states, self.controls, self.jac, p.params, edges, back.decay, steps, 0, 0]

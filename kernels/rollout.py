@@ -6,8 +6,8 @@ Factories that turn a system's device functions into kernels. All trajectories h
     simulate        x_{t+1} = S(x_t, u_t) for given controls
     fused_rollout     u_t = N(x_t), x_{t+1} = S(x_t, u_t), N fused into the sweep (see dense.py)
     loss            per-world loss of a trajectory
-    adjoint         the recursion of flow.py backwards, for one or two gradient fields at once; over all steps, or
-                    over some, where it takes the cotangents of their last state from the steps behind them
+    adjoint         the recursion of flow.py backwards, for one or two gradient fields at once; over all
+                    steps, or over some: the cotangent of their last state comes from the steps behind
 
 The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t
 |u_t|^2 ]   with c the system's cost of a state; means and the like are in the weights.

@@ -39,7 +39,8 @@ def record_rollout(
         tape: The tape that records.
         x0: Initial states (nworld, state_size), a Warp array or a tensor, float32 or float64. A Warp array
             with `requires_grad=True` gets its cotangent in `.grad`.
-        system, policy, horizon, flow, window, decay, checkpoint_every: As in `rollout`, but not flow "combined".
+        system, policy, horizon, flow, window, decay, checkpoint_every: As in `rollout`, but not flow
+            "combined".
 
     Returns:
         States (horizon + 1, nworld, state_size) and controls (horizon, nworld, control_size) as Warp arrays

@@ -91,10 +91,12 @@ def rollout(
         window: Truncation: closes both edges at t = window, 2 window, ...
         decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
         checkpoint_every: Steps whose hidden activations the backward pass computes again at once, from the
-            states, which are kept anyway: memory for activations then grows neither with the horizon nor, on a
-            CPU, with the number of worlds. Cotangents of states and controls stay the same to the last bit;
-            weight gradients are summed in another order. None keeps the activations of a small rollout and
-            chooses segments for a large one, see `bridge/segments.py`.
+            states, which are kept anyway; at least 1. Memory for activations then grows neither with the
+            horizon nor, on a CPU, with the number of worlds. Of a fused policy, trajectories and the
+            cotangent of x0 stay the same to the last bit; weight gradients are summed in another order. By
+            default activations are kept up to 1 GiB (4 GiB on a GPU) and recomputed beyond, in segments whose
+            length follows from the size; a policy that torch evaluates keeps none between the passes, and
+            its backward pass takes segments where all steps at once would be large.
 
     Returns:
         `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
@@ -329,8 +331,8 @@ def _check_checkpoint(every: Any, call: str) -> int | None:
     remedy = "leave it out, and the rollout's size decides"
     if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
         raise TypeError(
-            f"{call}: checkpoint_every is {every!r} of type {type(every).__name__}, expected a number of steps, "
-            f"an int of at least 1, or None; {remedy}"
+            f"{call}: checkpoint_every is {every!r} of type {type(every).__name__}, expected a number of "
+            f"steps, an int of at least 1, or None; {remedy}"
         )
     if every is not None and every < 1:
         raise ValueError(f"{call}: checkpoint_every is {every}, expected at least 1 step; {remedy}")
