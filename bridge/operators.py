@@ -18,6 +18,7 @@ from ..kernels.agreement import NSTATS
 from ..kernels.layout import layout
 from . import fused, sweeps
 from .arrays import capturing
+from .fused_backward import backward
 from .registry import prepare
 from .sweeps import Backward, Cotangents, LossWeights
 from .tracing import span
@@ -120,17 +121,19 @@ def fused_rollout(
     final: float,
     running: float,
     control: float,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
 
-    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis.
+    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. With a
+    `segment` the activations are not kept: they have no rows, and `fused_backward` needs the same segment.
     """
     _check_finite(x0)
     p = prepare(system, x0.dtype, x0.device)
     with span("pack_parameters"):
         packed = fused.pack(network, parameters, x0.shape[:-2])
     weights = LossWeights(final, running, control)
-    return *fused.rollout(p, network, packed, _dense(x0), horizon, weights), packed
+    return *fused.rollout(p, network, packed, _dense(x0), horizon, weights, segment), packed
 
 
 @fused_rollout.register_fake
@@ -143,13 +146,14 @@ def _(
     final: float,
     running: float,
     control: float,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lay = layout(network, x0.element_size())
     return (
         x0.new_empty((horizon + 1, *x0.shape)),
         x0.new_empty((horizon, *x0.shape[:-1], lay.control_size)),
         x0.new_empty(x0.shape[:-2]),
-        x0.new_empty(fused.hidden_shape(x0, horizon, lay.row)),
+        x0.new_empty(fused.hidden_shape(x0, horizon, lay.row, segment)),
         x0.new_empty((*x0.shape[:-2], lay.packed)),
     )
 
@@ -171,11 +175,12 @@ def fused_backward(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
-    state_size), with a member axis behind the fields for an ensemble.
+    state_size), with a member axis behind the fields for an ensemble. `segment`: see fused_backward.py.
     """
-    return fused.backward(
+    return backward(
         prepare(system, states.dtype, states.device),
         Backward(base, check, decay, LossWeights(final, running, control)),
         network,
@@ -184,6 +189,7 @@ def fused_backward(
         states,
         controls,
         Cotangents(adj_loss, adj_states, adj_controls),
+        segment,
     )
 
 
@@ -204,6 +210,7 @@ def _(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
     fields = 2 if check else 1
     parameters = layout(network, states.element_size()).unpack.size
@@ -228,14 +235,17 @@ def adjoint(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
+    t0: int = 0,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adjoint sweep: cotangents of the controls (fields, horizon, nworld, control_size) and of x0.
 
     `recomputed` are the controls as the policy gives them for all stored states at once; they must be the
-    stored ones.
+    stored ones. Over a segment of a rollout everything begins with its step `t0`, schedules excepted, and
+    `carried` is what the sweep over the steps behind it gave for the state between them.
     """
     if recomputed is not None:
-        _check_recomputed(recomputed, controls, tolerance)
+        _check_recomputed(recomputed, controls, tolerance, t0)
     return sweeps.adjoint(
         prepare(system, states.dtype, states.device),
         Backward(base, check, decay, LossWeights(final, running, control)),
@@ -243,6 +253,8 @@ def adjoint(
         _dense(controls),
         None if jac is None else jac.contiguous(),
         Cotangents(adj_loss, adj_states, adj_controls),
+        t0,
+        carried,
     )
 
 
@@ -263,12 +275,14 @@ def _(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
+    t0: int = 0,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     fields = 2 if check else 1
     return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
 
 
-def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float) -> None:
+def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
     if controls.numel() == 0 or capturing(controls.device):
         return
     if torch.allclose(
@@ -279,8 +293,8 @@ def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float) ->
     off = torch.where(off.isnan(), torch.inf, off)
     t, world, c = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     raise ValueError(
-        f"policy: for the state of step {t}, world {world} it gave control {float(controls[t, world, c])!r} "
-        f"in the forward pass and "
+        f"policy: for the state of step {t0 + t}, world {world} it gave control "
+        f"{float(controls[t, world, c])!r} in the forward pass and "
         f"{float(recomputed[t, world, c])!r} when recomputed with all steps in one batch; expected a policy "
         f"that acts row by row and "
         "deterministically (no batch normalisation in training mode, no dropout, no state of its own); call "

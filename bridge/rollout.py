@@ -17,10 +17,14 @@ from torch.func import functional_call, vjp
 
 from ..kernels.flow import NETWORK, Flow
 from . import operators
+from .segments import pieces
+from .sweeps import Cotangents
 from .tracing import span
 
 JACOBIAN_ELEMENTS = 1 << 26
-"""Elements of the policy's Jacobians held at once on the torch road; more worlds go through in blocks."""
+"""Elements of the policy's Jacobians held at once on the torch road; worlds go through in blocks where those
+of a segment are more.
+"""
 
 _NO_SECOND = (
     "second derivatives through a rollout are not implemented: the adjoint kernels have no adjoint of their "
@@ -49,6 +53,10 @@ class Spec(NamedTuple):
     running: float
     control: float
     """Loss weights, see sweeps.LossWeights."""
+    segment: int = 0
+    """Steps whose activations are recomputed at once in the backward pass; 0 where they are kept, or, of a
+    policy that torch evaluates, where all steps go at once. See segments.py.
+    """
 
     @property
     def network_open(self) -> bool:
@@ -151,6 +159,7 @@ class FusedBackward(_BackwardPass):
             adj_loss,
             adj_states,
             adj_controls,
+            spec.segment,
         )
         two = spec.check != ""
         return _combined(grads, two), _combined(adj_x0, two, wants_x0)
@@ -167,7 +176,15 @@ class FusedRollout(torch.autograd.Function):
     @staticmethod
     def forward(x0: Tensor, spec: Spec, network: str, *parameters: Tensor) -> tuple[Tensor, ...]:
         return operators.fused_rollout(
-            spec.system, network, list(parameters), x0, spec.horizon, spec.final, spec.running, spec.control
+            spec.system,
+            network,
+            list(parameters),
+            x0,
+            spec.horizon,
+            spec.final,
+            spec.running,
+            spec.control,
+            spec.segment,
         )
 
     @staticmethod
@@ -254,7 +271,7 @@ def torch_backward(
     """
     horizon, nworld, m = controls.shape
     n = states.shape[2]
-    per_world = max(1, horizon * m * n)
+    per_world = max(1, (spec.segment or horizon) * m * n)
     block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else nworld
     share = list(range(0, nworld, max(block, 1))) or [0]
     grads, adj_x0 = [], []
@@ -293,8 +310,39 @@ def _torch_backward_block(
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    horizon, nworld, m = controls.shape
-    points = states[:-1].reshape(horizon * nworld, states.shape[2])
+    """Those of some worlds, over one segment of steps after the other."""
+    horizon = controls.shape[0]
+    pairs = Cotangents(None, adj_states, adj_controls)
+    grads = adj_x0 = None
+    for t0, t1 in pieces(horizon, spec.segment or horizon):
+        own, adj_x0 = _torch_backward_segment(
+            policy,
+            spec,
+            states[t0 : t1 + 1],
+            controls[t0:t1],
+            parameters,
+            pairs.steps(t0, t1)._replace(loss=adj_loss),
+            t0,
+            adj_x0,
+        )
+        grads = own if grads is None else grads + own
+    assert grads is not None and adj_x0 is not None
+    return grads, adj_x0
+
+
+def _torch_backward_segment(
+    policy: Policy,
+    spec: Spec,
+    states: Tensor,
+    controls: Tensor,
+    parameters: Sequence[Tensor],
+    g: Cotangents,
+    t0: int,
+    carried: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state t0."""
+    steps, nworld, m = controls.shape
+    points = states[:-1].reshape(steps * nworld, states.shape[2])
     with span("policy_again"):
         recomputed, pull, *_ = vjp(lambda q: policy(q, points), tuple(parameters))
     jac = None
@@ -307,7 +355,7 @@ def _torch_backward_block(
                 unit = torch.zeros_like(recomputed)
                 unit[:, c] = 1.0
                 columns.append(pull_x(unit)[0])
-            jac = torch.stack(columns, dim=1).view(horizon, nworld, m, states.shape[2])
+            jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
     tolerance = policy.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
     mu, adj_x0 = operators.adjoint(
         spec.system,
@@ -319,17 +367,17 @@ def _torch_backward_block(
         spec.control,
         states,
         controls,
-        recomputed.view(horizon, nworld, m),
+        recomputed.view(steps, nworld, m),
         tolerance,
         jac,
-        adj_loss,
-        adj_states,
-        adj_controls,
+        *g,
+        t0,
+        carried,
     )
     fields = []
     for f in range(mu.shape[0]):
         with span("policy_weight_grad"):
-            (field,) = pull(mu[f].reshape(horizon * nworld, m))
+            (field,) = pull(mu[f].reshape(steps * nworld, m))
         fields.append(
             torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
         )

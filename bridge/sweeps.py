@@ -67,6 +67,18 @@ class Cotangents(NamedTuple):
     states: torch.Tensor | None
     controls: torch.Tensor | None
 
+    def dense(self) -> Cotangents:
+        """The same in memory that holds the values as they are."""
+        return Cotangents(*(None if t is None else t.resolve_neg().contiguous() for t in self))
+
+    def steps(self, t0: int, t1: int) -> Cotangents:
+        """Those of the steps t0 ... t1 - 1 and of the state behind them."""
+        return Cotangents(
+            self.loss,
+            None if self.states is None else self.states[t0 : t1 + 1],
+            None if self.controls is None else self.controls[t0:t1],
+        )
+
 
 def _edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
     schedules, closed_physics = key
@@ -146,11 +158,20 @@ def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Ten
 class _Loss:
     """Prepared loss of a trajectory."""
 
-    def __init__(self, p: Prepared, horizon: int, nworld: int, weights: LossWeights, threads: int) -> None:
+    def __init__(
+        self,
+        p: Prepared,
+        horizon: int,
+        members: int,
+        member_worlds: int,
+        weights: LossWeights,
+        threads: int,
+    ) -> None:
+        nworld = members * member_worlds
         self.states = array(p.itemsize, horizon + 1, nworld, p.state_size, components=1)
         self.controls = array(p.itemsize, horizon, nworld, p.control_size, components=1)
         self.world_loss = array(p.itemsize, nworld)
-        factors = weights.per_world(nworld, horizon, p.control_size)
+        factors = weights.per_world(member_worlds, horizon, p.control_size)
         before = [self.states, self.controls, p.params, horizon, *factors]
         self.launches = _launches(p, p.kernels.loss, nworld, before, [self.world_loss])
 
@@ -159,13 +180,14 @@ _loss = Pool(_Loss)
 
 
 def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: LossWeights) -> torch.Tensor:
-    """The built-in loss, a scalar; 0 without worlds."""
-    horizon, nworld = controls.shape[0], controls.shape[1]
+    """The built-in loss, a scalar, one of each member for an ensemble; 0 without worlds."""
+    horizon, (members, nworld) = controls.shape[0], members_of(controls.shape[1:])
     check_has_loss(p, weights)
     if nworld == 0 or not any(weights):
-        return states.new_zeros(())
-    world_loss = states.new_empty(nworld)
-    with _loss.borrow(p, horizon, nworld, weights, torch.get_num_threads()) as sweep, stream(states.device):
+        return states.new_zeros(states.shape[1:-2])
+    world_loss = states.new_empty(states.shape[1:-1])
+    key = (p, horizon, members, nworld, weights, torch.get_num_threads())
+    with _loss.borrow(*key) as sweep, stream(states.device):
         sweep.states.data, sweep.controls.data = states.data_ptr(), controls.data_ptr()
         sweep.world_loss.data = world_loss.data_ptr()
         in_parallel(sweep.launches)
@@ -175,7 +197,8 @@ def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: Los
 class Shape(NamedTuple):
     """What the arguments of an adjoint sweep depend on besides addresses."""
 
-    horizon: int
+    steps: int
+    """Of the sweep: of the whole rollout or of a segment."""
     members: int
     nworld: int
     """Of all members."""
@@ -189,25 +212,21 @@ class AdjointArguments:
     """Arguments of the adjoint kernel around the first world of a launch."""
 
     def __init__(self, p: Prepared, back: Backward, shape: Shape) -> None:
-        horizon, nworld, n, m, size = shape.horizon, shape.nworld, p.state_size, p.control_size, p.itemsize
-        fields = len(back.schedules)
+        steps, nworld, n, m, size = shape.steps, shape.nworld, p.state_size, p.control_size, p.itemsize
+        fields, horizon = len(back.schedules), len(back.base)
         self.kernel = p.kernels.adjoint[fields - 1]
         self.edges = constant((back.schedules, back.decay == 0.0), _edge_masks, p.torch_device)
         edges = array(4, fields, horizon)
         edges.data = self.edges.data_ptr()
-        self.states = array(size, horizon + 1, nworld, n, components=1)
-        self.controls = array(size, horizon, nworld, m, components=1)
-        self.jac = array(size, *((horizon, nworld, m) if shape.jac else (0, 0, 0)), n, components=1)
+        self.states = array(size, steps + 1, nworld, n, components=1)
+        self.controls = array(size, steps, nworld, m, components=1)
+        self.jac = array(size, *((steps, nworld, m) if shape.jac else (0, 0, 0)), n, components=1)
         self.adj_loss = array(size, shape.members if shape.adj_loss else 0)
-        self.adj_states = array(
-            size, *((horizon + 1, nworld) if shape.adj_states else (0, 0)), n, components=1
-        )
-        self.adj_controls = array(
-            size, *((horizon, nworld) if shape.adj_controls else (0, 0)), m, components=1
-        )
-        self.mu = array(size, fields, horizon, nworld, m, components=1)
+        self.adj_states = array(size, *((steps + 1, nworld) if shape.adj_states else (0, 0)), n, components=1)
+        self.adj_controls = array(size, *((steps, nworld) if shape.adj_controls else (0, 0)), m, components=1)
+        self.mu = array(size, fields, steps, nworld, m, components=1)
         self.adj_x0 = array(size, fields, nworld, n, components=1)
-        self.before = [self.states, self.controls, self.jac, p.params, edges, back.decay, horizon]
+        self.before = [self.states, self.controls, self.jac, p.params, edges, back.decay, steps, 0, 0]
         self.before += [
             *back.weights.per_world(nworld // shape.members, horizon, m),
             self.adj_loss,
@@ -216,19 +235,26 @@ class AdjointArguments:
             nworld // shape.members,
         ]
         self.after = [self.mu, self.adj_x0]
+        self._trajectories: list[tuple[Any, int, int]] = []
 
-    def point(self, states: torch.Tensor, controls: torch.Tensor, g: Cotangents) -> list[torch.Tensor]:
-        """Sets the addresses of the inputs; the returned tensors must live until the launch has been made."""
-        alive = [t.resolve_neg().contiguous() for t in g if t is not None]
-        rest = iter(alive)
-        for target, t in (
-            (self.adj_loss, g.loss),
+    def point(self, states: torch.Tensor, controls: torch.Tensor, g: Cotangents) -> None:
+        """Sets the addresses of the inputs, all dense; they must live until the launch has been made."""
+        self.adj_loss.data = 0 if g.loss is None else g.loss.data_ptr()
+        pairs = (
+            (self.states, states),
+            (self.controls, controls),
             (self.adj_states, g.states),
             (self.adj_controls, g.controls),
-        ):
-            target.data = 0 if t is None else next(rest).data_ptr()
-        self.states.data, self.controls.data = states.data_ptr(), controls.data_ptr()
-        return alive
+        )
+        self._trajectories = [
+            (target, t.data_ptr(), t.stride(0) * t.element_size()) for target, t in pairs if t is not None
+        ]
+        self.seek(0)
+
+    def seek(self, t0: int) -> None:
+        """Lets the trajectories begin with this step of those that `point` was given."""
+        for target, first, step in self._trajectories:
+            target.data = first + t0 * step
 
 
 def shape_of(controls: torch.Tensor, jac: bool, g: Cotangents) -> Shape:
@@ -250,6 +276,16 @@ class _Adjoint:
         self.launches = _launches(
             p, a.kernel, _threads(p, shape.members, shape.nworld), a.before, a.after, p.kernels.worlds
         )
+        self._place = (0, 0)
+
+    def place(self, t0: int, carried: bool) -> None:
+        """Sets the step of the rollout with which the sweep begins, and whether it goes on from another."""
+        if self._place != (t0, int(carried)):
+            self._place = (t0, int(carried))
+            names = [a.label for a in self.arguments.kernel.adj.args]
+            for launch in self.launches:
+                for name, value in zip(("t0", "carried"), self._place):
+                    launch.put(names.index(name), value)
 
 
 _adjoint = Pool(_Adjoint)
@@ -262,15 +298,19 @@ def adjoint(
     controls: torch.Tensor,
     jac: torch.Tensor | None,
     g: Cotangents,
+    t0: int = 0,
+    carried: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adjoint sweep: cotangents of the controls (fields, horizon, nworld, control_size) and of x0 (fields,
-    nworld, state_size), with two axes of worlds for an ensemble.
+    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of the first state
+    (fields, nworld, state_size), with two axes of worlds for an ensemble.
 
-    `jac` is dN/dx (horizon, nworld, control_size, state_size), None where no network edge is open.
+    `jac` is dN/dx (steps, nworld, control_size, state_size), None where no network edge is open. Over a
+    segment of a rollout the trajectories begin with its step `t0`, and `carried` is what the sweep over the
+    steps behind the segment has found for the state between them.
     """
     fields = len(back.schedules)
     mu = empty(states, fields, *controls.shape)
-    adj_x0 = states.new_empty((fields, *states.shape[1:]))
+    adj_x0 = states.new_empty((fields, *states.shape[1:])) if carried is None else carried.clone()
     shape = shape_of(controls, jac is not None, g)
     if shape.nworld:
         with (
@@ -278,11 +318,12 @@ def adjoint(
             stream(states.device),
         ):
             a = sweep.arguments
-            alive = a.point(states, controls, g)
+            g = g.dense()
+            a.point(states, controls, g)
+            sweep.place(t0, carried is not None)
             a.jac.data = 0 if jac is None else jac.data_ptr()
             a.mu.data, a.adj_x0.data = mu.data_ptr(), adj_x0.data_ptr()
             in_parallel(sweep.launches)
-            del alive
     return mu, adj_x0
 
 

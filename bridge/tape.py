@@ -6,8 +6,9 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from . import fused, operators
+from . import operators
 from .arrays import array_of, grad_of
+from .fused_backward import backward as fused_backward
 from .registry import prepare
 from .rollout import Policy, Spec, split, torch_backward, torch_forward
 from .sweeps import Backward, Cotangents, LossWeights
@@ -36,7 +37,7 @@ def record(
             states, controls, _ = torch_forward(policy, spec, x0, values)
         else:
             states, controls, _, hidden, packed = operators.fused_rollout(
-                spec.system, network, values, x0, spec.horizon, 0.0, 0.0, 0.0
+                spec.system, network, values, x0, spec.horizon, 0.0, 0.0, 0.0, spec.segment
             )
     states_array, controls_array = array_of(states), array_of(controls)
 
@@ -48,7 +49,9 @@ def record(
             else:
                 p = prepare(spec.system, states.dtype, states.device)
                 back = Backward(spec.base, "", spec.decay, _NO_LOSS)
-                grads, adj_x0 = fused.backward(p, back, network, packed, hidden, states, controls, g)
+                grads, adj_x0 = fused_backward(
+                    p, back, network, packed, hidden, states, controls, g, spec.segment
+                )
             if x0_array is not None:
                 grad_of(x0_array).view(adj_x0[0].shape).add_(adj_x0[0])
             for parameter, grad in zip(parameters, split(grads[0], parameters)):

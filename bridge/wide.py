@@ -24,6 +24,13 @@ class Rows(NamedTuple):
     nworld: int
     """Worlds of a member."""
 
+    def steps(self, t0: int, t1: int) -> "Rows":
+        """The rows of the steps t0 ... t1 - 1, copied where these are not all."""
+        if (t0, t1) == (0, self.horizon):
+            return self
+        by_step = self.hidden.unflatten(-2, (-1, self.horizon, BLOCK))[..., t0:t1, :, :]
+        return self._replace(hidden=by_step.flatten(-4, -2), horizon=t1 - t0)
+
     def section(self, layer: int) -> torch.Tensor:
         """Input section of a layer at all rows, (rows, section)."""
         first = self.layout.column(layer, Column.INPUT)
@@ -61,6 +68,13 @@ class Rows(NamedTuple):
         blocks = self.hidden.shape[-2] // (self.horizon * BLOCK)
         padded = torch.nn.functional.pad(points, (0, 0, 0, blocks * BLOCK - self.nworld))
         return padded.unflatten(-2, (blocks, BLOCK)).movedim(0, -3).flatten(-4, -2)
+
+
+def bounded_steps(rows: Rows, want_jac: bool, nbytes: int) -> int:
+    """Steps, at least one, whose linearisation and products hold about `nbytes`."""
+    lay, points = rows.layout, rows.hidden[..., 0].numel() // rows.horizon
+    point = lay.control_size * (lay.row_adj + (lay.state_size if want_jac else 0)) + lay.row_adj
+    return max(1, min(rows.horizon, nbytes // (points * point * rows.hidden.element_size())))
 
 
 def _pull(rows: Rows, layer: int, d: torch.Tensor) -> torch.Tensor:

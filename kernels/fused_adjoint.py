@@ -31,31 +31,35 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
 
     def fused_adjoint(
         # In:
-        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
-        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        states: wp.array2d(dtype=State),  # (steps + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (steps, nworld)
         p: Params,
         edges: wp.array2d(dtype=wp.int32),  # (fields, horizon), see rollout.py
         decay: dtype,
-        horizon: int,
+        steps: int,
+        t0: int,  # step of the rollout with which the arrays begin
+        carried: int,  # adj_x0 holds the cotangent of the last state, see rollout.py
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
         adj_loss: wp.array(dtype=dtype),  # (members,), or empty
-        adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
-        adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        adj_states: wp.array2d(dtype=State),  # (steps + 1, nworld), or empty
+        adj_controls: wp.array2d(dtype=Control),  # (steps, nworld), or empty
         member_worlds: int,  # worlds of one policy, see blocks.py
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
         table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
         layers: int,
         row: int,
         row_adj: int,
-        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+        hidden: wp.array2d(dtype=dtype),  # (blocks * hidden_steps * BLOCK, row)
+        hidden_first: int,  # block with which hidden begins
+        hidden_steps: int,  # steps that hidden has of a block
         first: int,  # block of the first thread
         # Out:
-        mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
+        mu: wp.array3d(dtype=Control),  # (fields, steps, nworld) cotangents of the controls
         flat_mu: wp.array(dtype=dtype),  # the same memory as mu
         adj_x0: wp.array2d(dtype=State),  # (fields, nworld); holds the cotangents of x_t on the way
-        d: wp.array(dtype=dtype),  # per block (fields, horizon, BLOCK, row_adj) hidden cotangents
+        d: wp.array(dtype=dtype),  # per block (fields, steps, BLOCK, row_adj) hidden cotangents
         pulled: wp.array2d(dtype=State),  # (fields, BLOCK) scratch of this launch
         flat_pulled: wp.array(dtype=dtype),  # the same memory as pulled
     ):
@@ -68,15 +72,16 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
         if adj_loss.shape[0] > 0:
             gl = adj_loss[member]
 
-        for r in range(worlds):
-            lam = direct_state(states, p, gl * (w_final + w_running), adj_states, horizon, world0 + r)
-            for f in range(wp.static(fields)):
-                adj_x0[f, world0 + r] = lam
+        if carried == 0:
+            for r in range(worlds):
+                lam = direct_state(states, p, gl * (w_final + w_running), adj_states, steps, world0 + r)
+                for f in range(wp.static(fields)):
+                    adj_x0[f, world0 + r] = lam
 
-        for s in range(horizon):
-            t = horizon - 1 - s
+        for s in range(steps):
+            t = steps - 1 - s
             w_state = gl * w_running
-            if t == 0:
+            if t0 + t == 0:
                 w_state = dtype(0.0)
             if wp.static(blocked):
                 step_vjp_block(states, controls, p, t, nworld, world0, worlds, adj_x0, mu)
@@ -93,10 +98,10 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                 for f in range(wp.static(fields)):
                     mu[f, t, world0 + r] = direct_u + mu[f, t, world0 + r]
 
-            first_row = wp.int64((block * horizon + t) * wp.static(BLOCK))
+            first_row = wp.int64(((block - hidden_first) * hidden_steps + t) * wp.static(BLOCK))
             for f in range(wp.static(fields)):
-                at = wp.int64(((index * wp.static(fields) + f) * horizon + t) * wp.static(BLOCK))
-                point = wp.int64(f * horizon + t) * wp.int64(nworld) + wp.int64(world0)
+                at = wp.int64(((index * wp.static(fields) + f) * steps + t) * wp.static(BLOCK))
+                point = wp.int64(f * mu.shape[1] + t) * wp.int64(nworld) + wp.int64(world0)
                 pull(
                     own_params,
                     table,
@@ -107,7 +112,7 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                     first_row * wp.int64(row),
                     wp.static(state_size),
                     worlds,
-                    edges[f, t] & wp.static(NETWORK),
+                    edges[f, t0 + t] & wp.static(NETWORK),
                     flat_mu,
                     point * wp.int64(wp.static(control_size)),
                     d,
@@ -121,9 +126,9 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                 for f in range(wp.static(fields)):
                     # a closed gate selects, it never multiplies (0 inf is NaN)
                     lam = direct_x
-                    if edges[f, t] & wp.static(PHYSICS):
+                    if edges[f, t0 + t] & wp.static(PHYSICS):
                         lam += decay * adj_x0[f, world0 + r]
-                    if edges[f, t] & wp.static(NETWORK):
+                    if edges[f, t0 + t] & wp.static(NETWORK):
                         lam += pulled[f, r]
                     adj_x0[f, world0 + r] = lam
 

@@ -1,8 +1,10 @@
 """Wide kernels of a fused policy: everything of its backward pass that need not run in time order.
 
-`linearize` runs before the adjoint sweep, `weight_grad` behind it, both over all points of a group of world
-blocks that stays in cache. No kernel here
-knows a system. They run on CPUs; on a GPU the same products go through torch (see bridge/wide.py).
+`linearize` runs before the adjoint sweep, `weight_grad` behind it, both over the points of a group of world
+blocks that stays in cache: those of all time steps, or of a segment of them. `activate` gives the activations
+of a segment again, from its states, where the forward sweep did not keep them: the same function on the same
+numbers, hence the same bits. No kernel here knows a system. They run on CPUs; on a GPU the same products go
+through torch (see bridge/wide.py).
 """
 
 import functools
@@ -28,6 +30,7 @@ def chunk_rows(widest: int, itemsize: int) -> int:
 class NetworkKernels(NamedTuple):
     """Wide kernels of a fused policy for one dtype."""
 
+    activate: wp.Kernel
     linearize: wp.Kernel
     weight_grad: wp.Kernel
 
@@ -36,7 +39,50 @@ class NetworkKernels(NamedTuple):
 def make_network_kernels(dtype: Any) -> NetworkKernels:
     """Returns the wide kernels for `dtype` (wp.float32 or wp.float64)."""
     functions = make_network_functions(dtype)
+    native_forward = functions.forward
     native_linearize, native_weight_grad = functions.linearize, functions.weight_grad
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def network_activate(
+        # In:
+        params: wp.array2d(dtype=dtype),  # (members, layout.packed)
+        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        layers: int,
+        row: int,
+        section: int,  # elements of the x section of a row
+        states: wp.array3d(dtype=dtype),  # (steps + 1, nworld, state_size)
+        steps: int,
+        member_worlds: int,  # worlds of one policy, see blocks.py
+        first: int,  # block of the first thread
+        # Out:
+        controls: wp.array(dtype=dtype),  # (BLOCK * control_size,) scratch of this launch
+        hidden: wp.array2d(dtype=dtype),  # per block (steps * BLOCK, row), as the forward sweep has it
+    ):
+        index = wp.tid()
+        member, world0, worlds = block_worlds(first + index, member_worlds)
+        own_params = params[member]
+        state_size = states.shape[2]
+        for t in range(steps):
+            first_row = (index * steps + t) * wp.static(BLOCK)
+            for r in range(wp.static(BLOCK)):
+                world = world0 + wp.min(r, worlds - 1)
+                for i in range(state_size):
+                    hidden[first_row + r, i] = states[t, world, i]
+                for i in range(state_size, section):
+                    hidden[first_row + r, i] = dtype(0.0)
+            native_forward(
+                own_params,
+                table,
+                layers,
+                row,
+                hidden,
+                wp.int64(first_row) * wp.int64(row),
+                controls,
+                wp.int64(0),
+                worlds,
+                0,
+                1,
+            )
 
     @wp.kernel(module="unique", enable_backward=False)
     def network_linearize(
@@ -46,8 +92,10 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         layers: int,
         row: int,
         row_adj: int,
-        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
-        horizon: int,
+        hidden: wp.array2d(dtype=dtype),  # (blocks * hidden_steps * BLOCK, row)
+        hidden_first: int,  # block with which hidden begins
+        hidden_steps: int,  # steps that hidden has of a block
+        steps: int,
         nworld: int,
         member_worlds: int,  # worlds of one policy, see blocks.py
         state_size: int,
@@ -56,17 +104,17 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         first: int,  # block of the first thread
         d_first: wp.int64,  # first element of the group's hidden cotangents
         # Out:
-        d: wp.array(dtype=dtype),  # per block (control_size, horizon, BLOCK, row_adj), for unit cotangents
-        jac: wp.array(dtype=dtype),  # (horizon, nworld, control_size, state_size), or empty
+        d: wp.array(dtype=dtype),  # per block (control_size, steps, BLOCK, row_adj), for unit cotangents
+        jac: wp.array(dtype=dtype),  # (steps, nworld, control_size, state_size), or empty
     ):
         index = wp.tid()
         block = first + index
         member, world0, worlds = block_worlds(block, member_worlds)
         own_params = params[member]
-        for t in range(horizon):
-            first_row = wp.int64((block * horizon + t) * wp.static(BLOCK))
+        for t in range(steps):
+            first_row = wp.int64(((block - hidden_first) * hidden_steps + t) * wp.static(BLOCK))
             for c in range(control_size):
-                at = wp.int64(((index * control_size + c) * horizon + t) * wp.static(BLOCK))
+                at = wp.int64(((index * control_size + c) * steps + t) * wp.static(BLOCK))
                 point = wp.int64(t) * wp.int64(nworld) + wp.int64(world0)
                 native_linearize(
                     own_params,
@@ -94,12 +142,14 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         layers: int,
         row: int,
         row_adj: int,
-        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+        hidden: wp.array2d(dtype=dtype),  # (blocks * hidden_steps * BLOCK, row)
+        hidden_first: int,  # block with which hidden begins
+        hidden_steps: int,  # steps that hidden has of a block
         d: wp.array(dtype=dtype),  # as network_linearize leaves it
-        mu: wp.array4d(dtype=dtype),  # (fields, horizon, nworld, control_size)
+        mu: wp.array4d(dtype=dtype),  # (fields, steps, nworld, control_size)
         fields: int,
-        scaled: int,  # d is per block (fields, horizon, BLOCK, row_adj), as fused_adjoint leaves it
-        horizon: int,
+        scaled: int,  # d is per block (fields, steps, BLOCK, row_adj), as fused_adjoint leaves it
+        steps: int,
         member_worlds: int,
         control_size: int,
         chunk: int,  # rows of a chunk
@@ -112,7 +162,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         scratch: wp.array(dtype=dtype),  # (chunk * widest section,) scratch of this launch
         grads: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads), accumulated
     ):
-        rows = horizon * wp.static(BLOCK)
+        rows = steps * wp.static(BLOCK)
         mu_field = chunk * control_size
         components = control_size
         if scaled != 0:
@@ -138,7 +188,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     row,
                     row_adj,
                     hidden,
-                    wp.int64(block * rows + row0) * wp.int64(row),
+                    wp.int64((block - hidden_first) * hidden_steps * wp.static(BLOCK) + row0) * wp.int64(row),
                     count,
                     d,
                     d_first + at * wp.int64(row_adj),
@@ -153,4 +203,4 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     grads.shape[2],
                 )
 
-    return NetworkKernels(network_linearize, network_weight_grad)
+    return NetworkKernels(network_activate, network_linearize, network_weight_grad)

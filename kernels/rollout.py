@@ -6,7 +6,8 @@ Factories that turn a system's device functions into kernels. All trajectories h
     simulate        x_{t+1} = S(x_t, u_t) for given controls
     fused_rollout     u_t = N(x_t), x_{t+1} = S(x_t, u_t), N fused into the sweep (see dense.py)
     loss            per-world loss of a trajectory
-    adjoint         the recursion of flow.py backwards, for one or two gradient fields at once
+    adjoint         the recursion of flow.py backwards, for one or two gradient fields at once; over all
+                    steps, or over some: the cotangent of their last state comes from the steps behind
 
 The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t
 |u_t|^2 ]   with c the system's cost of a state; means and the like are in the weights.
@@ -238,43 +239,52 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
 
     def adjoint(
         # In:
-        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
-        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        states: wp.array2d(dtype=State),  # (steps + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (steps, nworld)
         jac: wp.array3d(
             dtype=State
-        ),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
+        ),  # (steps, nworld, control_size) dN/dx; empty where no network edge is open
         p: Params,
         edges: wp.array2d(
             dtype=wp.int32
         ),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
-        horizon: int,
+        steps: int,  # steps of this sweep, the first of which is
+        t0: int,  # this step of the rollout; trajectories, jac and mu begin there, edges at the first of all
+        carried: int,  # adj_x0 holds the cotangent of the last state, from a sweep over the steps behind it
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
         adj_loss: wp.array(dtype=dtype),  # (members,), or empty
-        adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
-        adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        adj_states: wp.array2d(dtype=State),  # (steps + 1, nworld), or empty
+        adj_controls: wp.array2d(dtype=Control),  # (steps, nworld), or empty
         member_worlds: int,  # worlds that share a loss, see blocks.py
         first: int,
         # Out:
-        mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
-        adj_x0: wp.array2d(dtype=State),  # (fields, nworld)
+        mu: wp.array3d(dtype=Control),  # (fields, steps, nworld) cotangents of the controls
+        adj_x0: wp.array2d(dtype=State),  # (fields, nworld) of the state of step t0
     ):
         world = first + wp.tid()
         gl = dtype(0.0)
         if adj_loss.shape[0] > 0:
             gl = adj_loss[world / member_worlds]
 
-        lam = direct_state(states, p, gl * (w_final + w_running), adj_states, horizon, world)
-        lam_check = lam
+        lam = State()
+        lam_check = State()
+        if carried != 0:
+            lam = adj_x0[0, world]
+            if wp.static(fields == 2):
+                lam_check = adj_x0[1, world]
+        else:
+            lam = direct_state(states, p, gl * (w_final + w_running), adj_states, steps, world)
+            lam_check = lam
 
-        for s in range(horizon):
-            t = horizon - 1 - s
+        for s in range(steps):
+            t = steps - 1 - s
             x = states[t, world]
             u = controls[t, world]
             w_state = gl * w_running
-            if t == 0:
+            if t0 + t == 0:
                 w_state = dtype(0.0)
             direct_x = direct_state(states, p, w_state, adj_states, t, world)
             direct_u = direct_control(controls, gl * w_control * dtype(2.0), adj_controls, t, world)
@@ -282,12 +292,12 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
             through_x, through_u = step_vjp(x, u, p, lam)
             mu_t = direct_u + through_u
             mu[0, t, world] = mu_t
-            lam = leave(edges[0, t], decay, direct_x, through_x, jac, t, world, mu_t)
+            lam = leave(edges[0, t0 + t], decay, direct_x, through_x, jac, t, world, mu_t)
             if wp.static(fields == 2):
                 check_x, check_u = step_vjp(x, u, p, lam_check)
                 mu_check = direct_u + check_u
                 mu[1, t, world] = mu_check
-                lam_check = leave(edges[1, t], decay, direct_x, check_x, jac, t, world, mu_check)
+                lam_check = leave(edges[1, t0 + t], decay, direct_x, check_x, jac, t, world, mu_check)
 
         adj_x0[0, world] = lam
         if wp.static(fields == 2):
@@ -305,28 +315,30 @@ def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> 
 
     def adjoint(
         # In:
-        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
-        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        states: wp.array2d(dtype=State),  # (steps + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (steps, nworld)
         jac: wp.array3d(
             dtype=State
-        ),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
+        ),  # (steps, nworld, control_size) dN/dx; empty where no network edge is open
         p: Params,
         edges: wp.array2d(
             dtype=wp.int32
         ),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
-        horizon: int,
+        steps: int,  # steps of this sweep, the first of which is
+        t0: int,  # this step of the rollout; trajectories, jac and mu begin there, edges at the first of all
+        carried: int,  # adj_x0 holds the cotangent of the last state, from a sweep over the steps behind it
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
         adj_loss: wp.array(dtype=dtype),  # (members,), or empty
-        adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
-        adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        adj_states: wp.array2d(dtype=State),  # (steps + 1, nworld), or empty
+        adj_controls: wp.array2d(dtype=Control),  # (steps, nworld), or empty
         member_worlds: int,  # worlds that share a loss, see blocks.py
         first: int,  # block of the first thread
         # Out:
-        mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
-        adj_x0: wp.array2d(dtype=State),  # (fields, nworld)
+        mu: wp.array3d(dtype=Control),  # (fields, steps, nworld) cotangents of the controls
+        adj_x0: wp.array2d(dtype=State),  # (fields, nworld) of the state of step t0
     ):
         nworld = states.shape[1]
         member, world0, worlds = block_worlds(first + wp.tid(), member_worlds)
@@ -334,15 +346,16 @@ def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> 
         if adj_loss.shape[0] > 0:
             gl = adj_loss[member]
 
-        for r in range(worlds):
-            lam = direct_state(states, p, gl * (w_final + w_running), adj_states, horizon, world0 + r)
-            for f in range(wp.static(fields)):
-                adj_x0[f, world0 + r] = lam
+        if carried == 0:
+            for r in range(worlds):
+                lam = direct_state(states, p, gl * (w_final + w_running), adj_states, steps, world0 + r)
+                for f in range(wp.static(fields)):
+                    adj_x0[f, world0 + r] = lam
 
-        for s in range(horizon):
-            t = horizon - 1 - s
+        for s in range(steps):
+            t = steps - 1 - s
             w_state = gl * w_running
-            if t == 0:
+            if t0 + t == 0:
                 w_state = dtype(0.0)
             step_vjp(states, controls, p, t, nworld, world0, worlds, adj_x0, mu)
             for r in range(worlds):
@@ -353,7 +366,7 @@ def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> 
                     mu_t = direct_u + mu[f, t, world]
                     mu[f, t, world] = mu_t
                     adj_x0[f, world] = leave(
-                        edges[f, t], decay, direct_x, adj_x0[f, world], jac, t, world, mu_t
+                        edges[f, t0 + t], decay, direct_x, adj_x0[f, world], jac, t, world, mu_t
                     )
 
     return _kernel(adjoint)
@@ -390,6 +403,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         row: int,
         section: int,  # elements of the x section of a row
         horizon: int,
+        kept: int,  # steps whose activations stay in hidden: horizon, or 1 where they will be recomputed
         nworld: int,
         member_worlds: int,  # worlds of one policy, see blocks.py
         w_final: dtype,
@@ -401,7 +415,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
         controls: wp.array2d(dtype=Control),  # (horizon, nworld)
         flat_controls: wp.array(dtype=dtype),  # the same memory as controls
-        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row)
+        hidden: wp.array2d(dtype=dtype),  # (blocks * kept * BLOCK, row)
         world_loss: wp.array(dtype=dtype),  # (nworld,)
     ):
         block, lane = wp.tid()
@@ -411,7 +425,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         for r in range(lane, worlds, lanes):
             states[0, world0 + r] = x0[world0 + r]
         for t in range(horizon):
-            first_row = (block * horizon + t) * wp.static(BLOCK)
+            first_row = (block * kept + t % kept) * wp.static(BLOCK)
             for r in range(lane, wp.static(BLOCK), lanes):
                 # rows without a world repeat the last one: finite, and ignored by everything that reads them
                 x = states[t, world0 + wp.min(r, worlds - 1)]

@@ -73,28 +73,30 @@ def make_streamed_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -
 
     def adjoint(
         # In:
-        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
-        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        states: wp.array2d(dtype=State),  # (steps + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (steps, nworld)
         jac: wp.array3d(
             dtype=State
-        ),  # (horizon, nworld, control_size) dN/dx; empty where no network edge is open
+        ),  # (steps, nworld, control_size) dN/dx; empty where no network edge is open
         p: Params,
         edges: wp.array2d(
             dtype=wp.int32
         ),  # (fields, horizon) edge masks, entry t for the edges that leave x_t
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
-        horizon: int,
+        steps: int,  # steps of this sweep, the first of which is
+        t0: int,  # this step of the rollout; see rollout.py
+        carried: int,  # adj_x0 holds the cotangent of the last state, from a sweep over the steps behind it
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
         adj_loss: wp.array(dtype=dtype),  # (members,), or empty
-        adj_states: wp.array2d(dtype=State),  # (horizon + 1, nworld), or empty
-        adj_controls: wp.array2d(dtype=Control),  # (horizon, nworld), or empty
+        adj_states: wp.array2d(dtype=State),  # (steps + 1, nworld), or empty
+        adj_controls: wp.array2d(dtype=Control),  # (steps, nworld), or empty
         member_worlds: int,  # worlds that share a loss, see blocks.py
         first: int,
         # Out:
-        mu: wp.array3d(dtype=Control),  # (fields, horizon, nworld) cotangents of the controls
-        adj_x0: wp.array2d(dtype=State),  # (fields, nworld)
+        mu: wp.array3d(dtype=Control),  # (fields, steps, nworld) cotangents of the controls
+        adj_x0: wp.array2d(dtype=State),  # (fields, nworld) of the state of step t0
     ):
         world = first + wp.tid()
         has_loss = adj_loss.shape[0] > 0
@@ -109,16 +111,18 @@ def make_streamed_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -
         cost_x = State()
         if wp.static(has_cost):
             if has_loss and w_final + w_running != dtype(0.0):
-                cost_x = cost_vjp(states[horizon, world], p, gl * (w_final + w_running))
+                cost_x = cost_vjp(states[steps, world], p, gl * (w_final + w_running))
         for i in range(size()):
             value = cost_x[i]
             if has_states:
-                value += get(adj_states, horizon, world, i)
+                value += get(adj_states, steps, world, i)
             for f in range(wp.static(fields)):
+                if carried != 0:
+                    value = get(adj_x0, f, world, i)
                 lam[f * wp.static(state_size) + i] = value
 
-        for s in range(horizon):
-            t = horizon - 1 - s
+        for s in range(steps):
+            t = steps - 1 - s
             u = controls[t, world]
 
             direct_u = Control()
@@ -131,7 +135,7 @@ def make_streamed_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -
                 for i in range(size()):
                     direct_x[i] = get(adj_states, t, world, i)
             if wp.static(has_cost):
-                if has_loss and t > 0 and w_running != dtype(0.0):
+                if has_loss and t0 + t > 0 and w_running != dtype(0.0):
                     cost_x = cost_vjp(states[t, world], p, gl * w_running)
                     for i in range(size()):
                         direct_x[i] += cost_x[i]
@@ -145,7 +149,7 @@ def make_streamed_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -
                 mu[f, t, world] = mu_t
                 for i in range(size()):
                     lam[f * wp.static(state_size) + i] = leave(
-                        edges[f, t], decay, direct_x[i], through_x[i], jac, t, world, mu_t, i
+                        edges[f, t0 + t], decay, direct_x[i], through_x[i], jac, t, world, mu_t, i
                     )
 
         for f in range(wp.static(fields)):

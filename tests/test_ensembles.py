@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from cases import FLOWS, Evaluated, assert_close, gradients, make_net, make_states
-from warp_sims.bridge import fused, operators, wide
+from warp_sims.bridge import fused_backward, operators, wide
 from warp_sims.bridge.launches import Pool
 from warp_sims.bridge.registry import prepare
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights, adjoint
@@ -161,8 +161,8 @@ def threads():
 @pytest.mark.parametrize("partial_bytes", [1, 1 << 22], ids=["waves", "one-wave"])
 @pytest.mark.parametrize("nworld", [3, 17, 70])
 def test_threads_and_waves_change_no_bit(nworld, partial_bytes, threads, monkeypatch):
-    monkeypatch.setattr(fused, "PARTIAL_BYTES", partial_bytes)
-    monkeypatch.setattr(fused, "_backward", Pool(fused._Backward))
+    monkeypatch.setattr(fused_backward, "PARTIAL_BYTES", partial_bytes)
+    monkeypatch.setattr(fused_backward, "_backward", Pool(fused_backward._Backward))
     system, nets, x0 = make(members=5, nworld=nworld, dtype=torch.float32)
     found = []
     for count in (1, 2, 7):
@@ -176,7 +176,7 @@ def test_waves():
     for members in range(1, 12):
         for slots in (1, 3, 8):
             for threads in (1, 2, 16):
-                waves = fused._waves(members, slots, fused.PARTIAL_BYTES // 3 + 1, threads)
+                waves = fused_backward._waves(members, slots, fused_backward.PARTIAL_BYTES // 3 + 1, threads)
                 assert sorted(k for wave in waves for k in wave) == list(range(members))
                 assert len(waves[0]) == max(len(wave) for wave in waves) <= max(2, 2 * threads // slots)
 
@@ -186,12 +186,12 @@ def test_work_is_shared_by_threads(threads):
     threads(2)
     system, nets, x0 = make(members=4, nworld=8)
     made = []
-    pool = Pool(lambda *key: made.append(fused._Backward(*key)) or made[-1])
+    pool = Pool(lambda *key: made.append(fused_backward._Backward(*key)) or made[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_backward", pool)
+        patch.setattr(fused_backward, "_backward", pool)
         assert_as_alone(system, nets, x0)
     ((wave, tasks),) = made[0].waves
-    assert len(wave) == 4 and [len(task.args[1]) for task in tasks] == [4, 4]
+    assert len(wave) == 4 and [len(task.args[-1]) for task in tasks] == [4, 4]
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -241,7 +241,7 @@ def test_the_road_of_gpus(case, flow, dtype):
     back = Backward(base * HORIZON, check * HORIZON, 0.9, weights)
     draw = torch.Generator().manual_seed(0)
     g = Cotangents(*(torch.randn(y.shape, generator=draw, dtype=dtype) for y in (loss, states, controls)))
-    expected = fused.backward(p, back, network, packed, hidden, states, controls, g)
+    expected = fused_backward.backward(p, back, network, packed, hidden, states, controls, g)
 
     lay = layout(network, p.itemsize)
     rows = wide.Rows(lay, packed, hidden, HORIZON, x0.shape[1])

@@ -26,7 +26,7 @@ from cases import (
 )
 from reference import quantum
 from reference import rollout as oracle
-from warp_sims.bridge import fused, operators, wide
+from warp_sims.bridge import fused_backward, operators, wide
 from warp_sims.bridge.registry import prepare
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights, adjoint
 from warp_sims.kernels.layout import layout
@@ -282,7 +282,7 @@ def two_roads(system, net, nworld, flows, dtype):
     )
     back = Backward(base, check, 1.0, weights)
     g = Cotangents(c.loss, c.states, c.controls)
-    kernels = fused.backward(p, back, description, packed, hidden, states, controls, g)
+    kernels = fused_backward.backward(p, back, description, packed, hidden, states, controls, g)
 
     lay = layout(description, p.itemsize)
     rows = wide.Rows(lay, packed, hidden, horizon, nworld)

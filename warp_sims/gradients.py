@@ -176,13 +176,14 @@ def gradient_pair(
     control_cost: float = 0.0,
     window: int | None = None,
     decay: float = 1.0,
+    checkpoint_every: int | None = None,
 ) -> GradientPair:
     """Two gradients of one rollout, not yet compared: one forward sweep, one adjoint sweep that carries both.
 
     Args:
         base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
-        system, policy, x0, horizon, loss, control_cost, window, decay: As in `rollout`. A callable loss
-            should be a mean over worlds, or pairs do not add up to the pair of all worlds.
+        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every: As in `rollout`. A
+            callable loss should be a mean over worlds, or pairs do not add up to the pair of all worlds.
 
     Returns:
         `GradientPair` over the trainable parameters of the policy.
@@ -208,6 +209,7 @@ def gradient_pair(
         decay,
         loss,
         control_cost,
+        checkpoint_every,
     )
     named = dict(policy.named_parameters())
     trainable = [named[name].requires_grad for name in plan.policy.names]
@@ -250,6 +252,7 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
             spec.final,
             spec.running,
             spec.control,
+            spec.segment,
         )
     else:
         states, controls, value = torch_forward(plan.policy, spec, plan.x0, parameters)
@@ -282,6 +285,7 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
             adj_loss,
             adj_states,
             adj_controls,
+            spec.segment,
         )
     else:
         grads, _ = torch_backward(

@@ -26,6 +26,7 @@ def record_rollout(
     flow: str | Flow | Sequence[str | Flow] = "regular",
     window: int | None = None,
     decay: float = 1.0,
+    checkpoint_every: int | None = None,
 ) -> tuple[wp.array, wp.array]:
     """Runs a rollout and records its hand-written backward pass on a tape.
 
@@ -38,7 +39,8 @@ def record_rollout(
         tape: The tape that records.
         x0: Initial states (nworld, state_size), a Warp array or a tensor, float32 or float64. A Warp array
             with `requires_grad=True` gets its cotangent in `.grad`.
-        system, policy, horizon, flow, window, decay: As in `rollout`, but not flow "combined".
+        system, policy, horizon, flow, window, decay, checkpoint_every: As in `rollout`, but not flow
+            "combined".
 
     Returns:
         States (horizon + 1, nworld, state_size) and controls (horizon, nworld, control_size) as Warp arrays
@@ -73,5 +75,5 @@ def record_rollout(
         array = x0 if x0.requires_grad else None
         x0 = tensor_of(x0)
     with torch.no_grad():
-        plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0)
+        plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0, checkpoint_every)
     return record(tape, plan.spec, plan.network, plan.policy, plan.parameters, plan.x0.detach(), array)

@@ -12,6 +12,7 @@ from .bridge import operators
 from .bridge import rollout as _bridge
 from .bridge.arrays import capturing
 from .bridge.rollout import Policy, Spec
+from .bridge.segments import fused_segment, torch_segment
 from .ensembles import Ensemble, fused_ensemble
 from .flows import Flow, check_decay, schedule
 from .policies import fused_network
@@ -67,6 +68,7 @@ def rollout(
     control_cost: float = 0.0,
     window: int | None = None,
     decay: float = 1.0,
+    checkpoint_every: int | None = None,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -89,6 +91,13 @@ def rollout(
         control_cost: Weight of the mean squared control added to the loss.
         window: Truncation: closes both edges at t = window, 2 window, ...
         decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
+        checkpoint_every: Steps whose hidden activations the backward pass computes again at once, from the
+            states, which are kept anyway; at least 1. Memory for activations then grows neither with the
+            horizon nor, on a CPU, with the number of worlds. Of a fused policy, trajectories and the
+            cotangent of x0 stay the same to the last bit; weight gradients are summed in another order. By
+            default activations are kept up to 1 GiB (4 GiB on a GPU) and recomputed beyond, in segments whose
+            length follows from the size; a policy that torch evaluates keeps none between the passes, and
+            its backward pass takes segments where all steps at once would be large.
 
     Returns:
         `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
@@ -108,7 +117,20 @@ def rollout(
             expected.
     """
     base, check = schedule(flow, _check_horizon(horizon, "rollout"), window)
-    plan = make_plan("rollout", system, policy, x0, horizon, base, check, decay, loss, control_cost)
+    plan = make_plan(
+        "rollout",
+        system,
+        policy,
+        x0,
+        horizon,
+        base,
+        check,
+        decay,
+        loss,
+        control_cost,
+        checkpoint_every,
+        keep=_differentiated(),
+    )
     if plan.network is not None:
         states, controls, value, _, _ = _bridge.fused_rollout(
             plan.x0, plan.spec, plan.network, *plan.parameters
@@ -190,8 +212,13 @@ def make_plan(
     decay: float,
     loss: Loss,
     control_cost: float,
+    checkpoint_every: int | None,
+    keep: bool = True,
 ) -> Plan:
-    """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises."""
+    """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
+
+    Without `keep` there will be no backward pass, for which activations might be kept.
+    """
     _check_system(system, call)
     if not isinstance(policy, nn.Module):
         raise TypeError(
@@ -203,6 +230,7 @@ def make_plan(
     x0 = _check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
     decay = check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
+    segment = _check_checkpoint(checkpoint_every, call)
     spec = Spec(system.number, horizon, base, check, decay, *weights)
     fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
     network = None if fused is None else fused.description
@@ -240,6 +268,13 @@ def make_plan(
         _probe(call, system, evaluated, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
+    if segment is not None:
+        segment = min(segment, horizon)
+    elif network is not None:
+        segment = fused_segment(network, x0, horizon, keep)
+    else:
+        segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
+    spec = spec._replace(segment=segment)
     return Plan(
         spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
     )
@@ -291,6 +326,24 @@ def _check_horizon(horizon: Any, call: str) -> int:
     if horizon < 1:
         raise ValueError(f"{call}: horizon is {horizon}, expected at least 1 step")
     return horizon
+
+
+def _check_checkpoint(every: Any, call: str) -> int | None:
+    remedy = "leave it out, and the rollout's size decides"
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+        raise TypeError(
+            f"{call}: checkpoint_every is {every!r} of type {type(every).__name__}, expected a number of "
+            f"steps, an int of at least 1, or None; {remedy}"
+        )
+    if every is not None and every < 1:
+        raise ValueError(f"{call}: checkpoint_every is {every}, expected at least 1 step; {remedy}")
+    return every
+
+
+def _differentiated() -> bool:
+    """Whether a backward pass can follow; tracing or transforming, that is not known."""
+    known = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return torch.is_grad_enabled() if known else True
 
 
 def _check_states(system: System, x: Any, call: str, name: str, members: int | None = None) -> Tensor:

@@ -175,7 +175,7 @@ class _Group:
             return False
         self._hand_back()
         # On a CPU 256 states of one run fill a core, and the trajectories of several leave its cache: to
-        # evaluate four together takes 1.0 to 1.4 times as long (cart-pole, guidance), up to 1.7 times (quantum).
+        # evaluate four together takes 1.0 to 1.4 times as long (cart-pole, guidance), up to 1.7 (quantum).
         together = self.runs[0].logs_next and self._updates.device.type != "cpu"
         losses = self._updates.evaluate() if together else [None] * len(self.runs)
         for run, own, pair in zip(self.runs, record, losses, strict=True):
