@@ -99,7 +99,7 @@ def _log_axis(axes: Any) -> None:
         return
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(LogFormatterMathtext(minor_thresholds=(1.2, 0.5)))
-    if shown.max() < 3 * shown.min():
+    if shown.max() < 10 * shown.min():
         # Powers of ten do not tell such values apart.
         for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
