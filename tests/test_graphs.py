@@ -120,3 +120,13 @@ def test_adam_on_the_device_takes_no_closure():
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(lambda: 0.0)
     optimizer.step()  # no gradient, no step
+
+
+def test_a_loaded_optimizer_has_no_graph_of_the_old_one():
+    """Runs that train together hand the state of their optimizers over at every epoch."""
+    with TrainingRun(config()) as run:
+        run.run_epoch()
+        updates = run.updates
+        updates.step = GraphedUpdate(updates.update)
+        updates.load_optimizer(updates.optimizer.state_dict())
+        assert updates.step == updates.update

@@ -164,8 +164,9 @@ class TrainingRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt) and not self._closed
         self.close()
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        if interrupted:
             where = f"; the run so far is in {self.path}" if self.path else ""
             finished = self._snapshot["epoch"]
             after = f"after epoch {finished}" if finished >= 0 else "in the first epoch"
@@ -175,13 +176,13 @@ class TrainingRun:
         """Writes what is to be kept, once."""
         if self._closed:
             return
-        self._closed = True
         self._write_checkpoints()
         if self._folder is not None:
             self._folder.close()
             if self._board is not None:
                 self._board.close()
             self._draw_curves(self._folder.path)
+        self._closed = True
 
     @property
     def done(self) -> bool:
@@ -248,13 +249,13 @@ class TrainingRun:
     def return_to_snapshot(self) -> None:
         """Goes back to the end of the last finished epoch."""
         self.config.policy.load_state_dict(self._snapshot["policy"])
-        self.updates.optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
+        self.updates.load_optimizer(copy.deepcopy(self._snapshot["optimizer"]))
 
     def _restore(self, stopped: Stopped) -> None:
         """Goes back to where a stopped run was."""
         self.epoch = stopped.last["epoch"]
         self.config.policy.load_state_dict(stopped.last["policy"])
-        self.updates.optimizer.load_state_dict(stopped.last["optimizer"])
+        self.updates.load_optimizer(stopped.last["optimizer"])
         self._records = [record.to(self.updates.device) for record in stopped.last.get("records", [])]
         self._rows = stopped.rows
         self._snapshot, self._best = self._take_snapshot(self.epoch), stopped.best

@@ -155,7 +155,7 @@ class _Group:
         self._ensemble = Ensemble([run.config.policy for run in runs])
         self._updates = Updates(runs[0].config, self._ensemble)
         states = [run.updates.optimizer.state_dict() for run in runs]
-        self._updates.optimizer.load_state_dict(_stacked(states))
+        self._updates.load_optimizer(_stacked(states))
 
     def run_epoch(self) -> bool:
         """Runs an epoch, in which members may diverge; returns whether the group can go on as it is."""
@@ -180,7 +180,7 @@ class _Group:
         losses = self._updates.evaluate() if together else [None] * len(self.runs)
         for run, own, pair in zip(self.runs, record, losses, strict=True):
             with _may_diverge(run):
-                run.end_epoch(own, pair)
+                run.end_epoch(own.clone(), pair)  # a checkpoint may hold it: without the others
         return all(run.diverged is None for run in self.runs)
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class _Group:
         for k, run in enumerate(self.runs):
             for parameter, values in zip(run.config.policy.parameters(), stacked, strict=True):
                 parameter.copy_(values[k])
-            run.updates.optimizer.load_state_dict(_member(state, k))
+            run.updates.load_optimizer(_member(state, k))
 
 
 @contextlib.contextmanager

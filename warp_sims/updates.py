@@ -54,7 +54,15 @@ class Updates:
             momentum=config.momentum,
             capturable=capturable,
         )
-        self.step = GraphedUpdate(self.update) if config.graph else self.update
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        self.step = GraphedUpdate(self.update) if self.config.graph else self.update
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Puts the optimizer into a state. Its tensors are others then, and graphs hold the old ones."""
+        self.optimizer.load_state_dict(state)
+        self._forget_graphs()
 
     def rehearse(self) -> None:
         """Computes a gradient for nothing: what it refuses is refused before a folder is touched, and
