@@ -48,12 +48,18 @@ def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = Tru
     """Steps of a segment of a fused rollout; 0 where all activations are kept, never without `keep`."""
     size, device = x0.element_size(), x0.device.type
     blocks = x0.shape[:-2].numel() * blocks_of(x0.shape[-2])
-    step = BLOCK * layout(network, size).row * size
+    step = BLOCK * _row(network, size) * size
     if keep and blocks * step * horizon <= STORED_BYTES[device]:
         return 0
     if device == "cpu":
         return cpu_steps(step, horizon)
     return _even(horizon, SEGMENT_BYTES[device] // (max(blocks, 1) * step))
+
+
+@torch.compiler.assume_constant_result
+def _row(network: str, itemsize: int) -> int:
+    # a layout is made with numpy, which a tracer would take for a part of the graph
+    return layout(network, itemsize).row
 
 
 def cpu_steps(step: int, horizon: int, whole: int = 0) -> int:

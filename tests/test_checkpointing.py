@@ -372,11 +372,13 @@ def test_memory_of_a_policy_that_torch_evaluates():
 # Transforms, tapes, bad input
 
 
-def test_compiled():
+@pytest.mark.parametrize("every", [None, 4])
+def test_compiled(every):
+    """The default follows from the shapes, which a tracer knows."""
     policy, x0 = make_policy(CART, torch.float32), make_states(CART, 5, torch.float32)
 
     def loss(x0):
-        return ws.rollout(CART, policy, x0, horizon=HORIZON, flow="R", checkpoint_every=4).loss
+        return ws.rollout(CART, policy, x0, horizon=HORIZON, flow="R", checkpoint_every=every).loss
 
     eager = torch.autograd.grad(loss(x0), list(policy.parameters()))
     graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
