@@ -77,7 +77,7 @@ class WarpTape:
         self._states[0].assign(x0.astype(dtype))
         self._controls = self._array(horizon, n, m)
         self._hidden = [self._array(*shape) for shape in self._hidden_shapes(n, widths)]
-        self._total = self._array(1)
+        self._total = self._array(n)  # of each world: one number for all loses digits in float32
         self._graph: Any = None
 
     @classmethod
@@ -101,7 +101,7 @@ class WarpTape:
             wp.synchronize_device(self._device)
         wp.capture_launch(self._graph, stream=stream)
         self._optimizer.step()
-        return float(wp.to_torch(self._total).item())
+        return float(wp.to_torch(self._total).double().sum())
 
     def gradients(self) -> list[np.ndarray]:
         """Gradients of the latest update, in the layout of the weights given."""
@@ -256,12 +256,12 @@ def _make_kernels(functions: Any, dtype: Any) -> _Kernels:
         state = State()
         for k in range(wp.static(state_size)):
             state[k] = states[first + t, i, k]
-        wp.atomic_add(total, 0, weight * cost(state, p))
+        wp.atomic_add(total, i, weight * cost(state, p))
 
     @wp.kernel(**options)
     def effort(controls: wp.array3d(dtype=dtype), weight: dtype, total: wp.array1d(dtype=dtype)):
         t, i, k = wp.tid()
-        wp.atomic_add(total, 0, weight * controls[t, i, k] * controls[t, i, k])
+        wp.atomic_add(total, i, weight * controls[t, i, k] * controls[t, i, k])
 
     return _Kernels(step, windows, loss, effort)
 
