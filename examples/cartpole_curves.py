@@ -1,5 +1,5 @@
-"""The README's picture: four poles, the published settings and initial weights, flows R, M and C, several
-runs each.
+"""The picture docs/cartpole_curves.png: four poles, the published settings and initial weights, flows R, M
+and C, single runs of each.
 
     python examples/cartpole_curves.py --out runs/curves --runs 3
 
