@@ -8,10 +8,8 @@ taken for all of them at once, and backwards both gradient fields share everythi
 import functools
 from typing import Any
 
-import warp as wp
-
 from .lanes import sincos
-from .layout import BLOCK
+from .native_block import native_block
 from .system import BlockFunctions
 
 _PRELUDE = """
@@ -145,34 +143,5 @@ _STEP_VJP = """
 @functools.cache
 def make_block_functions(poles: int, dtype: Any, Params: Any, State: Any, Control: Any) -> BlockFunctions:
     """Returns the block form of the step and its adjoint for `poles` poles and `dtype`."""
-
-    def native(body: str) -> str:
-        text = (_PRELUDE + body).replace("SINCOS", sincos(dtype))
-        text = text.replace("REAL", "float" if dtype == wp.float32 else "double")
-        return text.replace("BLOCK", str(BLOCK)).replace("POLES", str(poles))
-
-    @wp.func_native(native(_STEP))
-    def cartpole_step_block(
-        states: wp.array2d(dtype=State),
-        controls: wp.array2d(dtype=Control),
-        p: Params,
-        t: int,
-        nworld: int,
-        world0: int,
-        worlds: int,
-    ): ...
-
-    @wp.func_native(native(_STEP_VJP))
-    def cartpole_step_vjp_block(
-        states: wp.array2d(dtype=State),
-        controls: wp.array2d(dtype=Control),
-        p: Params,
-        t: int,
-        nworld: int,
-        world0: int,
-        worlds: int,
-        adj: wp.array2d(dtype=State),
-        adj_u: wp.array3d(dtype=Control),
-    ): ...
-
-    return BlockFunctions(cartpole_step_block, cartpole_step_vjp_block)
+    words = {"SINCOS": sincos(dtype), "POLES": poles}
+    return native_block(_PRELUDE + _STEP, _PRELUDE + _STEP_VJP, words, dtype, Params, State, Control)

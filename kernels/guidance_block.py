@@ -11,9 +11,7 @@ The two factors depend on the state alone: both gradient fields share them, and 
 import functools
 from typing import Any
 
-import warp as wp
-
-from .layout import BLOCK
+from .native_block import native_block
 from .system import BlockFunctions
 
 _PRELUDE = """
@@ -182,37 +180,5 @@ def make_block_functions(
     drivers: int, evaders: int, dtype: Any, Params: Any, State: Any, Control: Any
 ) -> BlockFunctions:
     """Returns the block form of the step and its adjoint for these numbers of agents and `dtype`."""
-
-    def native(body: str) -> str:
-        text = (_PRELUDE + body).replace("REAL", "float" if dtype == wp.float32 else "double")
-        return (
-            text.replace("BLOCK", str(BLOCK))
-            .replace("DRIVERS", str(drivers))
-            .replace("EVADERS", str(evaders))
-        )
-
-    @wp.func_native(native(_STEP))
-    def guidance_step_block(
-        states: wp.array2d(dtype=State),
-        controls: wp.array2d(dtype=Control),
-        p: Params,
-        t: int,
-        nworld: int,
-        world0: int,
-        worlds: int,
-    ): ...
-
-    @wp.func_native(native(_STEP_VJP))
-    def guidance_step_vjp_block(
-        states: wp.array2d(dtype=State),
-        controls: wp.array2d(dtype=Control),
-        p: Params,
-        t: int,
-        nworld: int,
-        world0: int,
-        worlds: int,
-        adj: wp.array2d(dtype=State),
-        adj_u: wp.array3d(dtype=Control),
-    ): ...
-
-    return BlockFunctions(guidance_step_block, guidance_step_vjp_block)
+    words = {"DRIVERS": drivers, "EVADERS": evaders}
+    return native_block(_PRELUDE + _STEP, _PRELUDE + _STEP_VJP, words, dtype, Params, State, Control)

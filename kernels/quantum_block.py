@@ -25,9 +25,7 @@ stored states:
 import functools
 from typing import Any
 
-import warp as wp
-
-from .layout import BLOCK
+from .native_block import native_block
 from .system import BlockFunctions
 
 # Lane l is world l % W, from the left wall for l < W, from the right wall beyond. Row k is grid point
@@ -190,33 +188,5 @@ _STEP_VJP = """
 @functools.cache
 def make_block_functions(points: int, dtype: Any, Params: Any, State: Any, Control: Any) -> BlockFunctions:
     """Returns the block form of the step and its adjoint for `points` grid points and `dtype`."""
-
-    def native(body: str) -> str:
-        text = (_PRELUDE + body).replace("REAL", "float" if dtype == wp.float32 else "double")
-        return text.replace("BLOCK", str(BLOCK)).replace("POINTS", str(points))
-
-    @wp.func_native(native(_STEP))
-    def quantum_step_block(
-        states: wp.array2d(dtype=State),
-        controls: wp.array2d(dtype=Control),
-        p: Params,
-        t: int,
-        nworld: int,
-        world0: int,
-        worlds: int,
-    ): ...
-
-    @wp.func_native(native(_STEP_VJP))
-    def quantum_step_vjp_block(
-        states: wp.array2d(dtype=State),
-        controls: wp.array2d(dtype=Control),
-        p: Params,
-        t: int,
-        nworld: int,
-        world0: int,
-        worlds: int,
-        adj: wp.array2d(dtype=State),
-        adj_u: wp.array3d(dtype=Control),
-    ): ...
-
-    return BlockFunctions(quantum_step_block, quantum_step_vjp_block)
+    words = {"POINTS": points}
+    return native_block(_PRELUDE + _STEP, _PRELUDE + _STEP_VJP, words, dtype, Params, State, Control)

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from . import work
 from .gradients import GradientPair, gradient_pair
-from .policies import MLP, WaveCNN
+from .kernels.layout import layout
+from .policies import MLP, WaveCNN, fused_network
 from .published import SETTINGS, Setting
 from .systems import QuantumControl, System
+from .work import Problem
 
 FLOWS = {"R": "regular", "M": "modified", "C": "combined"}
 BENCHED = {"cartpole": "poles4", "guidance": "cost0.1", "quantum": "target3"}
@@ -222,11 +225,20 @@ def needed_operations(case: Case) -> int:
     in the controls' ones: no more are pulled than there are controls. The simulator, activation functions and
     Adam are left out, so that a share of the ceiling is never flattered.
     """
-    each = _layer_operations(case)
-    fields = 2 if case.flow == "C" else 1
-    pulled = min(fields, case.system.control_size) * sum(each[1:-1])
-    to_states = 0 if case.flow == "M" else each[0]
-    return case.batch * case.horizon * (sum(each) * (1 + fields) + pulled + to_states)
+    policy, system = case.policy(), case.system
+    network = fused_network(policy)
+    assert network is not None  # every published policy is fused
+    problem = Problem(
+        case.batch,
+        case.horizon,
+        system.state_size,
+        system.control_size,
+        4,
+        layout(network.description, 4),
+        sum(p.numel() for p in policy.parameters()),
+    )
+    base, check = ("M", "R") if case.flow == "C" else (case.flow, "")
+    return sum(work.needed_operations(problem, base, check) or ())
 
 
 def needed_bytes(case: Case) -> int:
@@ -238,16 +250,6 @@ def needed_bytes(case: Case) -> int:
     else:
         hidden = sum(case.widths)
     return 2 * 4 * case.batch * case.horizon * (system.state_size + system.control_size + hidden)
-
-
-def _layer_operations(case: Case) -> list[int]:
-    """Operations of every layer for one state."""
-    weights = [p.numel() for p in case.policy().parameters() if p.ndim > 1]
-    if case.problem == "quantum":
-        return [
-            2 * n * p for n, p in zip(weights, (*_positions(case.system.state_size // 2), 1), strict=True)
-        ]
-    return [2 * n for n in weights]
 
 
 def _positions(points: int) -> tuple[int, int]:
