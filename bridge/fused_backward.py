@@ -324,10 +324,11 @@ class _Backward:
         """Sums the partial sums of every member of a wave."""
         # one by one: torch orders a sum by its shape, and a member's is to be the one it has alone
         for partial, own in zip(self.partials, own_grads):
+            summed = partial.sum(0) if len(partial) > 1 else partial[0]
             if own.is_contiguous():
-                torch.index_select(partial.sum(0), 1, self.unpack, out=own)
+                torch.index_select(summed, 1, self.unpack, out=own)
             else:  # index_select itself takes thirty times as long to write a strided output
-                own.copy_(torch.index_select(partial.sum(0), 1, self.unpack))
+                own.copy_(torch.index_select(summed, 1, self.unpack))
 
 
 def _waves(members: int, slots: int, member_bytes: int, threads: int) -> list[range]:

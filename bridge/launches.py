@@ -30,6 +30,9 @@ KEPT_BYTES = 1 << 24
 work.
 """
 
+DIRECT_CALLS = "1.19."
+"""Versions of Warp whose CPU launches are made past Warp's Python, see `_DirectCall`; others through it."""
+
 PREPARING = threading.RLock()
 """Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
 
@@ -53,6 +56,43 @@ def array(itemsize: int, *shape: int, components: int = 0) -> Any:
     return _descriptor()(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
 
 
+class _DirectCall:
+    """A recorded launch on a CPU, called as Warp calls it, less what Warp makes anew each time: a structure
+    of all arguments, and its type looked up by theirs. That takes longer than a short kernel.
+    """
+
+    def __init__(self, command: Any) -> None:
+        labels = [a.label for a in command.kernel.adj.args]
+        values = command.params[1 : 1 + len(labels)]
+        structure = type("Arguments", (ctypes.Structure,), {"_fields_": [*zip(labels, map(type, values))]})
+        self._arguments = structure(*values)
+        self._arrays = [(n, v) for n, v in zip(labels, values) if isinstance(v, _descriptor())]
+        self._labels, self._bounds, self._kernel = labels, command.bounds, command.hooks.forward
+        self._command = command
+        self._references = ctypes.byref(command.bounds), ctypes.byref(self._arguments)
+
+    def __call__(self) -> None:
+        if self._command.device.is_capturing:
+            self._command.launch()  # which says that addresses of torch's cannot be recorded
+        arguments = self._arguments
+        for name, descriptor in self._arrays:
+            setattr(arguments, name, descriptor)
+        self._kernel(*self._references)
+
+    def resize(self, dim: int) -> None:
+        self._bounds.shape[0] = self._bounds.size = dim
+
+    def put(self, index: int, value: int) -> None:
+        setattr(self._arguments, self._labels[index], value)
+
+    @staticmethod
+    def possible(command: Any) -> bool:
+        """Whether a launch can be made in this way, which Warp does not promise to keep."""
+        if not wp.__version__.startswith(DIRECT_CALLS) or not command.device.is_cpu or command.adjoint:
+            return False
+        return command.block_dim == 1 and command.bounds.coord_mult == 1
+
+
 class Launch:
     """A kernel with its arguments, recorded; array arguments are descriptors from `array`."""
 
@@ -70,22 +110,20 @@ class Launch:
             record_tape=False,
             block_dim=block_dim,
         )
+        direct = _DirectCall(self._command) if _DirectCall.possible(self._command) else None
+        self._run: Callable[[], None] = direct or self._command.launch
+        self.resize: Callable[[int], None] = direct.resize if direct else self._command.set_dim
+        """Sets the number of threads of a launch with one axis."""
+        self.put: Callable[[int, int], None] = direct.put if direct else self._command.set_param_at_index
+        """Replaces the integer argument of this index."""
 
     def __call__(self) -> None:
         tracer = tracing.active
         if tracer is None:
-            self._command.launch()
+            self._run()
             return
         with tracer.span(self._kernel.func.__name__.strip("_"), self._kernel, self._command.bounds.size):
-            self._command.launch()
-
-    def resize(self, dim: int) -> None:
-        """Sets the number of threads."""
-        self._command.set_dim(dim)
-
-    def put(self, index: int, value: int) -> None:
-        """Replaces an integer argument."""
-        self._command.set_param_at_index(index, value)
+            self._run()
 
 
 class Pool(Generic[T]):

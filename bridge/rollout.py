@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch._utils import _unflatten_dense_tensors
 from torch.func import functional_call, vjp
 
 from ..kernels.flow import NETWORK, Flow
@@ -122,6 +123,8 @@ def _combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cuts a flat gradient, (members, parameters) of an ensemble, into tensors shaped like the parameters."""
+    if flat.ndim == 1 and not torch.compiler.is_compiling():
+        return list(_unflatten_dense_tensors(flat, like))  # the same, by one call
     members = flat.shape[:-1].numel()
     sizes = [q.numel() // members for q in like]
     return [part.view(q.shape) for part, q in zip(flat.split(sizes, dim=-1), like)]

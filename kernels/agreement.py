@@ -30,8 +30,36 @@ def chunks(size: int) -> int:
 
 
 @functools.cache
-def make_combine(dtype: Any) -> wp.Kernel:
-    """Returns the comparison kernel for `dtype`; launch with `dim=members * chunks(size)`."""
+def make_combine(dtype: Any, in_lanes: bool = False) -> wp.Kernel:
+    """Returns the comparison kernel for `dtype`, for `members * chunks(size)` threads in all.
+
+    With `in_lanes` in the form that a CPU takes: the same results, the sums up to their order.
+    """
+    compare = _make_compare_lanes(dtype) if in_lanes else _make_compare(dtype)
+
+    def _combine(
+        # In:
+        base: wp.array2d(dtype=dtype),  # (members, size)
+        check: wp.array2d(dtype=dtype),  # (members, size)
+        size: int,
+        keep_check: int,  # 0: the base survives where the signs agree, 1: the check
+        first: int,  # chunk of the first thread
+        # Out:
+        combined: wp.array2d(dtype=dtype),  # (members, size)
+        stats: wp.array2d(dtype=wp.float64),  # (members * chunks, NSTATS)
+    ):
+        chunk = first + wp.tid()
+        member_chunks = (size + wp.static(CHUNK - 1)) / wp.static(CHUNK)
+        member = chunk / member_chunks
+        begin = (chunk - member * member_chunks) * wp.static(CHUNK)
+        count = wp.min(wp.static(CHUNK), size - begin)
+        compare(base, check, member, begin, count, keep_check, combined, stats, chunk)
+
+    return wp.kernel(_combine, module="unique", enable_backward=False)
+
+
+def _make_compare(dtype: Any) -> Any:
+    """Component by component, each thread of a GPU by itself."""
 
     @wp.func
     def sign(x: dtype) -> wp.int32:
@@ -42,47 +70,43 @@ def make_combine(dtype: Any) -> wp.Kernel:
             s = -1
         return s
 
-    def _combine(
-        # In:
-        base: wp.array2d(dtype=dtype),  # (members, size)
-        check: wp.array2d(dtype=dtype),  # (members, size)
-        size: int,
-        keep_check: int,  # 0: the base survives where the signs agree, 1: the check
-        # Out:
-        combined: wp.array2d(dtype=dtype),  # (members, size)
-        stats: wp.array2d(dtype=wp.float64),  # (members * chunks, NSTATS)
+    @wp.func
+    def compare(
+        base: wp.array2d(dtype=dtype),
+        check: wp.array2d(dtype=dtype),
+        member: int,
+        begin: int,
+        count: int,
+        keep_check: int,
+        combined: wp.array2d(dtype=dtype),
+        stats: wp.array2d(dtype=wp.float64),
+        chunk: int,
     ):
-        chunk = wp.tid()
-        member_chunks = (size + wp.static(CHUNK - 1)) / wp.static(CHUNK)
-        member = chunk / member_chunks
-        first = (chunk - member * member_chunks) * wp.static(CHUNK)
         dot = wp.float64(0.0)
         base_sq = wp.float64(0.0)
         check_sq = wp.float64(0.0)
         equal = wp.int32(0)
         nonzero = wp.int32(0)
         nonfinite = wp.int32(0)
-        for k in range(wp.static(CHUNK)):
-            i = first + k
-            if i < size:
-                b = base[member, i]
-                c = check[member, i]
-                kept = b
-                other = c
-                if keep_check != 0:
-                    kept = c
-                    other = b
-                agree = sign(b) == sign(c) and not wp.isnan(other)
-                combined[member, i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
-                if not wp.isfinite(b) or not wp.isfinite(c):
-                    nonfinite += 1
-                if b != dtype(0.0) or c != dtype(0.0):
-                    nonzero += 1
-                    if agree and not wp.isnan(kept):
-                        equal += 1
-                dot += wp.float64(b) * wp.float64(c)
-                base_sq += wp.float64(b) * wp.float64(b)
-                check_sq += wp.float64(c) * wp.float64(c)
+        for i in range(begin, begin + count):
+            b = base[member, i]
+            c = check[member, i]
+            kept = b
+            other = c
+            if keep_check != 0:
+                kept = c
+                other = b
+            agree = sign(b) == sign(c) and not wp.isnan(other)
+            combined[member, i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
+            if not wp.isfinite(b) or not wp.isfinite(c):
+                nonfinite += 1
+            if b != dtype(0.0) or c != dtype(0.0):
+                nonzero += 1
+                if agree and not wp.isnan(kept):
+                    equal += 1
+            dot += wp.float64(b) * wp.float64(c)
+            base_sq += wp.float64(b) * wp.float64(b)
+            check_sq += wp.float64(c) * wp.float64(c)
         stats[chunk, 0] = dot
         stats[chunk, 1] = base_sq
         stats[chunk, 2] = check_sq
@@ -90,4 +114,71 @@ def make_combine(dtype: Any) -> wp.Kernel:
         stats[chunk, 4] = wp.float64(nonzero)
         stats[chunk, 5] = wp.float64(nonfinite)
 
-    return wp.kernel(_combine, module="unique", enable_backward=False)
+    return compare
+
+
+_LANES = """
+#if !defined(__CUDA_ARCH__)
+  typedef REAL real;
+  enum { L = 8 };
+  typedef real vec __attribute__((ext_vector_type(L)));
+  typedef double dvec __attribute__((ext_vector_type(L)));
+  typedef decltype(vec() < vec()) mask;  // integers, -1 where the comparison holds
+  const real* const bs = wp::address(base, member, begin);
+  const real* const cs = wp::address(check, member, begin);
+  real* const out = wp::address(combined, member, begin);
+  const auto at = [](const real* from, int i) {
+    vec v;
+    __builtin_memcpy(&v, from + i, sizeof(vec));
+    return v;
+  };
+  dvec dot = (dvec)(0.0), base_sq = dot, check_sq = dot;
+  mask equal = (mask)(0), nonzero = equal, nonfinite = equal;
+  for (int i = 0; i < count; i += L) {
+    // behind the end zeros, which count as nothing
+    const int rest = count - i;
+    vec b = (vec)(real(0)), c = b;
+    if (rest >= L) { b = at(bs, i); c = at(cs, i); }
+    else for (int l = 0; l < rest; ++l) { b[l] = bs[i + l]; c[l] = cs[i + l]; }
+    const vec kept = keep_check ? c : b, other = keep_check ? b : c, zero = (vec)(real(0));
+    const mask agree = ((b > zero) == (c > zero)) & ((b < zero) == (c < zero)) & (other == other);
+    const vec result = (agree | (kept != kept)) ? kept : zero;
+    if (rest >= L) __builtin_memcpy(out + i, &result, sizeof(vec));
+    else for (int l = 0; l < rest; ++l) out[i + l] = result[l];
+    const mask any = (b != zero) | (c != zero);
+    nonzero -= any;
+    equal -= any & agree & (kept == kept);
+    const vec largest = (vec)(real(LARGEST));
+    nonfinite += 1 + ((__builtin_elementwise_abs(b) <= largest) & (__builtin_elementwise_abs(c) <= largest));
+    const dvec b2 = __builtin_convertvector(b, dvec), c2 = __builtin_convertvector(c, dvec);
+    dot += b2 * c2;
+    base_sq += b2 * b2;
+    check_sq += c2 * c2;
+  }
+  const auto sum = [](auto v) { double s = 0.0; for (int l = 0; l < L; ++l) s += (double)v[l]; return s; };
+  double* const row = wp::address(stats, chunk, 0);
+  row[0] = sum(dot); row[1] = sum(base_sq); row[2] = sum(check_sq);
+  row[3] = sum(equal); row[4] = sum(nonzero); row[5] = sum(nonfinite);
+#endif
+"""
+
+
+def _make_compare_lanes(dtype: Any) -> Any:
+    """In vector lanes and without branches, which gradients leave as hard to foresee as coins."""
+    real, largest = ("float", "FLT_MAX") if dtype == wp.float32 else ("double", "DBL_MAX")
+    text = _LANES.replace("REAL", real).replace("LARGEST", largest)
+
+    @wp.func_native(text)
+    def compare(
+        base: wp.array2d(dtype=dtype),
+        check: wp.array2d(dtype=dtype),
+        member: int,
+        begin: int,
+        count: int,
+        keep_check: int,
+        combined: wp.array2d(dtype=dtype),
+        stats: wp.array2d(dtype=wp.float64),
+        chunk: int,
+    ): ...
+
+    return compare

@@ -10,8 +10,11 @@ from pathlib import Path
 import all_reduce
 import pytest
 import torch
+import warp as wp
 from cases import ROADS, Evaluated, assert_close, error_of, make_net, make_states, on_road
 from reference import rollout as oracle
+from warp_sims.bridge.arrays import WARP_DTYPE
+from warp_sims.kernels.agreement import CHUNK, NSTATS, chunks, make_combine
 
 import warp_sims as ws
 
@@ -121,6 +124,34 @@ def test_sums(dtype, size):
         assert pair.agreement.isnan() and pair.cosine.isnan()
     for norm, expected in zip(pair.norms, (b.norm(), c.norm()), strict=True):
         assert_close(norm, expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 8, 513, 3000])
+def test_forms(dtype, size):
+    """A CPU's form in vector lanes beside that of GPU threads: the same bits, sums in another order."""
+    draw = torch.Generator().manual_seed(size)
+    members, special = 3, torch.tensor(TABLE, dtype=dtype)[:, :2].reshape(-1)
+    pair = torch.randn(2, members, size, generator=draw, dtype=torch.float64).to(dtype)
+    finite = pair.clone()
+    odd = torch.rand(pair.shape, generator=draw) < 0.3
+    pair[odd] = special[torch.randint(len(special), (int(odd.sum()),), generator=draw)]
+    for base, check in pair, finite:
+        for keep_check in 0, 1:
+            found = []
+            for in_lanes in False, True:
+                combined = torch.full_like(base, -7.0)
+                stats = torch.full((members * chunks(size), NSTATS), -7.0, dtype=torch.float64)
+                before = [wp.from_torch(base), wp.from_torch(check), size, keep_check, 1]
+                kernel = make_combine(WARP_DTYPE[dtype], in_lanes)
+                after = [wp.from_torch(combined), wp.from_torch(stats)]
+                wp.launch(kernel, len(stats) - 1, inputs=before, outputs=after, device="cpu")
+                found.append((combined, stats))
+            (one, sums), (other, sums_other) = found
+            assert same_bits(one, other)
+            assert bool((sums[0] == -7.0).all()) and bool((one.reshape(-1)[: min(size, CHUNK)] == -7.0).all())
+            assert torch.equal(sums[:, 3:], sums_other[:, 3:])
+            torch.testing.assert_close(sums, sums_other, rtol=1e-13, atol=1e-12, equal_nan=True)
 
 
 def test_cosine_is_taken_in_double_precision():

@@ -10,6 +10,7 @@ import warp as wp
 from cases import Evaluated, make_net, make_states
 from own_systems import Unicycle
 from torch import nn
+from warp_sims.bridge.launches import _DirectCall
 
 import warp_sims as ws
 
@@ -26,6 +27,7 @@ def no_launch(monkeypatch):
 
     monkeypatch.setattr(wp, "launch", fail)
     monkeypatch.setattr(wp.Launch, "launch", fail)
+    monkeypatch.setattr(_DirectCall, "__call__", fail)
 
 
 class Returning(nn.Module):

@@ -1,6 +1,6 @@
 """How many kernels run, and which policies are refused before any does."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from cases import (
     make_states,
 )
 from torch import nn
+from warp_sims.bridge import fused, fused_backward, sweeps
+from warp_sims.bridge import launches as bridge_launches
+from warp_sims.bridge.launches import DIRECT_CALLS, _DirectCall
 
 import warp_sims as ws
 
@@ -37,7 +40,7 @@ def run(policy, x0, flow="C", **options):
 def launches(monkeypatch):
     """Counts the kernels that run, by the name of their function."""
     counts = Counter()
-    launch, replay = wp.launch, wp.Launch.launch
+    launch, replay, call = wp.launch, wp.Launch.launch, _DirectCall.__call__
 
     def name(kernel):
         return kernel.func.__name__.strip("_")
@@ -51,8 +54,13 @@ def launches(monkeypatch):
         counts[name(self.kernel)] += 1
         return replay(self, *args, **kwargs)
 
+    def counted_call(self):
+        counts[name(self._command.kernel)] += 1
+        call(self)
+
     monkeypatch.setattr(wp, "launch", counted_launch)
     monkeypatch.setattr(wp.Launch, "launch", counted_replay)
+    monkeypatch.setattr(_DirectCall, "__call__", counted_call)
     return counts
 
 
@@ -89,6 +97,36 @@ def test_launches_of_a_policy_that_torch_evaluates(launches, flow, horizon):
     assert launches["simulate"] == horizon and launches["adjoint"] == 1
     # no second rollout: backwards, all points at once, once by the parameters and once by the states
     assert set(calls[forwards:]) == {horizon * 3} and len(calls) - forwards <= 2
+
+
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_launches_through_warp_and_past_it(monkeypatch, launches, flow):
+    """The same launches give the same bits; a version of Warp that was not tried takes the first road."""
+    found = []
+    policy = make_net(CART)
+    for versions in "none", DIRECT_CALLS:
+        monkeypatch.setattr(bridge_launches, "DIRECT_CALLS", versions)
+        for pool in fused._rollout, fused_backward._backward, sweeps._combine:
+            monkeypatch.setattr(pool, "_idle", OrderedDict())
+        launches.clear()
+        grads = gradients(CART, policy, make_states(CART, WORLDS), HORIZON, flow)
+        found.append(({name: g.clone() for name, g in grads.items()}, dict(launches)))
+    (through, counted), (past, counted_past) = found
+    assert counted == counted_past and sum(counted.values()) >= 4
+    assert all(torch.equal(through[name], past[name]) for name in through)
+
+
+def test_a_recording_of_warps_is_refused(x0):
+    """A graph of Warp's on a CPU would hold addresses of torch's."""
+    controls = x0.new_zeros(3, WORLDS, CART.control_size)
+    ws.simulate(CART, x0, controls)
+    wp.capture_begin(device="cpu")
+    try:
+        with pytest.raises(NotImplementedError, match="raw array"):
+            ws.simulate(CART, x0, controls)
+    finally:
+        wp.capture_end(device="cpu")
+    ws.simulate(CART, x0, controls)
 
 
 def test_launches_of_a_pair(launches):
