@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..kernels.layout import BLOCK, Column, layout
-from ..kernels.network import chunk_rows, make_network_kernels
+from ..kernels.network import SUM_CHUNK, chunk_rows, make_network_kernels
 from . import wide
 from .arrays import constant, empty
 from .fused import activations, blocks_per_thread, fixed, table
@@ -41,8 +41,20 @@ would lack work.
 """
 
 
+SUM_CHUNKS_PER_THREAD = 16
+"""Chunks of `kernels.network.SUM_CHUNK` elements below which a second thread costs the sum more than it
+brings.
+"""
+
+
 def _unpack_index(key: tuple[str, int]) -> np.ndarray:
     return layout(*key).unpack
+
+
+def _parameter_index(key: tuple[str, int]) -> np.ndarray:
+    # pack counts from 1, 0 stands for padding; the gradients are laid out as its first part
+    lay = layout(*key)
+    return (lay.pack[: lay.grads] - 1).astype(np.int32)
 
 
 def backward(
@@ -275,10 +287,11 @@ class _Backward:
         self.sums = array(size, len(waves[0]) * slots, fields, lay.grads)
         self.sums.data = self.partial.data_ptr()
         self.table = constant((network, size), table, p.torch_device)
-        self.unpack = constant((network, size), _unpack_index, p.torch_device)
+        own = self.partial.view(-1, fields, lay.grads).unbind(0)
 
         def work(go: _Group, first_member: int, part: range) -> None:
             for item in part:
+                own[item].zero_()
                 member, slot = first_member + item // slots, item % slots
                 for first in range(slot * group, blocks, slots * group):
                     count = min(group, blocks - first)
@@ -290,12 +303,21 @@ class _Backward:
                     )
 
         self.groups = [_Group(self, p, back, network, shape) for _ in shares(len(waves[0]) * slots, least)]
-        self.waves: list[tuple[range, list[Callable[[], None]]]] = []
+        self.parameter = constant((network, size), _parameter_index, p.torch_device)
+        self.grads = array(size, fields, shape.members, lay.unpack.size)
+        sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)
+        partial = array(size, *self.partial.shape)
+        partial.data = self.partial.data_ptr()
+        self.waves: list[tuple[Sequence[Callable[[], None]], Sequence[Callable[[], None]]]] = []
         for wave in waves:
             parts = shares(len(wave) * slots, least)
             tasks = [functools.partial(work, go, wave.start, part) for go, part in zip(self.groups, parts)]
-            self.waves.append((wave, tasks))
-        self.partials = self.partial.unbind(0)
+            args = [partial, fixed(self.parameter), wave.start]
+            sums = [
+                Launch(sum_partial, len(part), [*args, part.start, self.grads], p.device)
+                for part in shares(len(wave) * fields * chunks, SUM_CHUNKS_PER_THREAD)
+            ]
+            self.waves.append((tasks, sums))
         scratch = [self.mu, self.jac, self.partial, *(t for go in self.groups for t in go.scratch)]
         self.nbytes = sum(t.numel() * t.element_size() for t in scratch)
 
@@ -313,22 +335,10 @@ class _Backward:
         g = g.dense()
         for go in self.groups:
             go.point(packed, hidden, states, controls, g, adj_x0)
-        own_grads = [grads] if grads.ndim == 2 else grads.unbind(1)
-        for wave, tasks in self.waves:
-            self.partial.zero_()
+        self.grads.data = grads.data_ptr()
+        for tasks, sums in self.waves:
             in_parallel(tasks)
-            with span("sum_gradients"):
-                self._sum(own_grads[wave.start : wave.stop])
-
-    def _sum(self, own_grads: Sequence[torch.Tensor]) -> None:
-        """Sums the partial sums of every member of a wave."""
-        # one by one: torch orders a sum by its shape, and a member's is to be the one it has alone
-        for partial, own in zip(self.partials, own_grads):
-            summed = partial.sum(0) if len(partial) > 1 else partial[0]
-            if own.is_contiguous():
-                torch.index_select(summed, 1, self.unpack, out=own)
-            else:  # index_select itself takes thirty times as long to write a strided output
-                own.copy_(torch.index_select(summed, 1, self.unpack))
+            in_parallel(sums)
 
 
 def _waves(members: int, slots: int, member_bytes: int, threads: int) -> list[range]:

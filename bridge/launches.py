@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -154,24 +155,75 @@ class Pool(Generic[T]):
                     self._idle.popitem(last=False)
 
 
+class Backoff:
+    """Decides whether a team of threads is worth calling, from what calling it has brought.
+
+    A team waits for its last thread. Where other programs keep the cores busy, that one may not be scheduled
+    for milliseconds, in every parallel part again, while one thread alone would go on: an update of 1 ms took
+    30. So when a call took longer than all of its work would have taken one thread, the next ones do without
+    a team, twice as many after every further disappointment; sooner or later one tries again.
+    """
+
+    TOLERANCE = 200_000
+    """ns that a call may lose before it counts as bad."""
+    FIRST, MOST = 8, 512
+    """Calls without a team after the first bad one, and at most."""
+
+    def __init__(self) -> None:
+        self._penalty = self._left = 0
+
+    def alone(self) -> bool:
+        """Whether this call is to do without a team."""
+        if self._left == 0:
+            return False
+        self._left -= 1
+        return True
+
+    def report(self, elapsed: int, work: int) -> None:
+        """Learns how long a call with a team took, and the CPU time of its work, of all threads [ns]."""
+        if elapsed > work + self.TOLERANCE:
+            self._penalty = self._left = min(max(2 * self._penalty, self.FIRST), self.MOST)
+        else:
+            self._penalty //= 2
+
+
+class _Work:
+    """Tasks that a team shares."""
+
+    def __init__(self, tasks: Sequence[Callable[[], None]]) -> None:
+        self._tasks = list(tasks)
+        self.times: list[int] = []
+        """CPU time of each thread that came [ns]."""
+        self.error: BaseException | None = None
+
+    def take(self) -> None:
+        """What each thread of a team does: take tasks until none is left, however many threads there came."""
+        start = time.thread_time_ns()
+        while self._tasks:
+            try:
+                task = self._tasks.pop()
+            except IndexError:
+                break
+            try:
+                task()
+            except BaseException as error:  # raised again by the caller of in_parallel
+                self.error = error
+        self.times.append(time.thread_time_ns() - start)
+
+    def finish(self) -> None:
+        """Raises what a task has raised."""
+        if self.error is not None:
+            raise self.error
+
+
 _HOME = os.getpid()
-_pending: dict[int, list[Callable[[], None]]] = {}
-_failed: dict[int, BaseException] = {}
+_pending: dict[int, _Work] = {}
+_backoff = Backoff()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _take_tasks(call: int | None) -> None:
-    """What each thread of a team does: take tasks until none is left, however many threads there came."""
-    tasks = _pending[call or 0]
-    while tasks:
-        try:
-            task = tasks.pop()
-        except IndexError:
-            return
-        try:
-            task()
-        except BaseException as error:  # raised again by the caller of in_parallel
-            _failed[call or 0] = error
+    _pending[call or 0].take()
 
 
 @functools.cache
@@ -204,6 +256,11 @@ def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
     if len(tasks) == 1:
         tasks[0]()
         return
+    work = _Work(tasks)
+    if _backoff.alone():
+        work.take()
+        work.finish()
+        return
     team = _team()
     # the runtime's threads do not survive a fork either, and it would wait for them for ever
     if team is None or os.getpid() != _HOME:
@@ -214,15 +271,14 @@ def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
             for future in futures:
                 future.result()
         return
-    work = list(tasks)
-    call = id(work)
+    call, start = id(work), time.perf_counter_ns()
     _pending[call] = work
     try:
         team(_take_tasks, call, len(tasks), 0)
     finally:
         del _pending[call]
-    if call in _failed:
-        raise _failed.pop(call)
+    work.finish()
+    _backoff.report(time.perf_counter_ns() - start, sum(work.times))
 
 
 def shares(count: int, least: int = 1) -> list[range]:

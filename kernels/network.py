@@ -1,7 +1,8 @@
 """Wide kernels of a fused policy: everything of its backward pass that need not run in time order.
 
 `linearize` runs before the adjoint sweep, `weight_grad` behind it, both over the points of a group of world
-blocks that stays in cache: those of all time steps, or of a segment of them. `activate` gives the activations
+blocks that stays in cache: those of all time steps, or of a segment of them. `sum_partial` adds up what the
+groups have found. `activate` gives the activations
 of a segment again, from its states, where the forward sweep did not keep them: the same function on the same
 numbers, hence the same bits. No kernel here knows a system. They run on CPUs; on a GPU the same products go
 through torch (see bridge/wide.py).
@@ -27,12 +28,17 @@ def chunk_rows(widest: int, itemsize: int) -> int:
     return max(4, min(32, CHUNK_BYTES // (widest * itemsize * BLOCK))) * BLOCK
 
 
+SUM_CHUNK = 1024
+"""Elements of a gradient, as laid out for the products, that one thread of `sum_partial` adds up."""
+
+
 class NetworkKernels(NamedTuple):
     """Wide kernels of a fused policy for one dtype."""
 
     activate: wp.Kernel
     linearize: wp.Kernel
     weight_grad: wp.Kernel
+    sum_partial: wp.Kernel
 
 
 @functools.cache
@@ -203,4 +209,51 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     grads.shape[2],
                 )
 
-    return NetworkKernels(network_activate, network_linearize, network_weight_grad)
+    @wp.func_native(_SUM_PARTIAL.replace("REAL", "float" if dtype == wp.float32 else "double"))
+    def native_sum(
+        partial: wp.array4d(dtype=dtype),
+        member: int,
+        field: int,
+        begin: int,
+        count: int,
+        parameter: wp.array(dtype=wp.int32),
+        grads: wp.array3d(dtype=dtype),
+        grads_member: int,
+    ): ...
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def network_sum_partial(
+        # In:
+        partial: wp.array4d(dtype=dtype),  # (members of a wave, slots, fields, layout.grads)
+        parameter: wp.array(dtype=wp.int32),  # (layout.grads,) which one an element belongs to, -1 for none
+        first_member: int,  # of the wave
+        first: int,  # chunk of the first thread
+        # Out:
+        grads: wp.array3d(dtype=dtype),  # (fields, members, parameters)
+    ):
+        size = partial.shape[3]
+        chunks = (size + wp.static(SUM_CHUNK - 1)) / wp.static(SUM_CHUNK)
+        item = (first + wp.tid()) / chunks
+        begin = (first + wp.tid() - item * chunks) * wp.static(SUM_CHUNK)
+        count = wp.min(wp.static(SUM_CHUNK), size - begin)
+        member = item / partial.shape[2]
+        field = item - member * partial.shape[2]
+        native_sum(partial, member, field, begin, count, parameter, grads, first_member + member)
+
+    return NetworkKernels(network_activate, network_linearize, network_weight_grad, network_sum_partial)
+
+
+# slot after slot: the order of a sum depends on no shape and no number of threads
+_SUM_PARTIAL = f"""
+  REAL sum[{SUM_CHUNK}];
+  for (int slot = 0; slot < partial.shape[1]; ++slot) {{
+    const REAL* const part = wp::address(partial, member, slot, field, begin);
+    if (slot == 0) for (int i = 0; i < count; ++i) sum[i] = part[i];
+    else for (int i = 0; i < count; ++i) sum[i] += part[i];
+  }}
+  REAL* const out = wp::address(grads, field, grads_member, 0);
+  for (int i = 0; i < count; ++i) {{
+    const int k = parameter.data[begin + i];
+    if (k >= 0) out[k] = sum[i];
+  }}
+"""

@@ -1,5 +1,8 @@
 """How many kernels run, and which policies are refused before any does."""
 
+import functools
+import threading
+import time
 from collections import Counter, OrderedDict
 
 import pytest
@@ -15,7 +18,7 @@ from cases import (
 from torch import nn
 from warp_sims.bridge import fused, fused_backward, sweeps
 from warp_sims.bridge import launches as bridge_launches
-from warp_sims.bridge.launches import DIRECT_CALLS, _DirectCall
+from warp_sims.bridge.launches import DIRECT_CALLS, Backoff, _DirectCall, in_parallel
 
 import warp_sims as ws
 
@@ -75,7 +78,7 @@ def test_launches_of_a_fused_rollout(launches, flow, horizon):
     assert launches["adjoint"] == 1
     # one field of parameters and one of x0 are compared
     assert launches["combine"] == (2 if flow == "C" else 0)
-    wide = {"network_linearize": 1, "network_weight_grad": 1}
+    wide = {"network_linearize": 1, "network_weight_grad": 1, "network_sum_partial": 1}
     assert all(launches[name] == count for name, count in wide.items())
     assert launches.total() == 2 + launches["combine"] + sum(wide.values()), launches
 
@@ -114,6 +117,52 @@ def test_launches_through_warp_and_past_it(monkeypatch, launches, flow):
     (through, counted), (past, counted_past) = found
     assert counted == counted_past and sum(counted.values()) >= 4
     assert all(torch.equal(through[name], past[name]) for name in through)
+
+
+def test_backoff():
+    """Twice as many calls alone after every bad one, up to a bound; good ones make up for them."""
+    backoff = Backoff()
+
+    def calls_alone():
+        return next(i for i in range(10_000) if not backoff.alone())
+
+    backoff.report(elapsed=1_000_000, work=1_900_000)
+    assert calls_alone() == 0
+    backoff.report(elapsed=100_000 + Backoff.TOLERANCE, work=100_000)
+    assert calls_alone() == 0
+    found = []
+    for _ in range(10):
+        backoff.report(elapsed=8_000_000, work=2_000_000)
+        found.append(calls_alone())
+    assert found == [8, 16, 32, 64, 128, 256, 512, 512, 512, 512]
+    for _ in range(5):
+        backoff.report(elapsed=1_000_000, work=1_900_000)
+        assert calls_alone() == 0
+    backoff.report(elapsed=8_000_000, work=2_000_000)
+    assert calls_alone() == 32
+
+
+def test_parallel_tasks(monkeypatch):
+    """All of them run, on several threads or on one; what one raises arrives, the others still run."""
+    threads, done = set(), []
+
+    def task(i):
+        threads.add(threading.get_ident())
+        time.sleep(0.05)
+        done.append(i)
+        if i == 1:
+            raise ArithmeticError("of task 1")
+
+    for alone in False, True:
+        backoff = Backoff()
+        monkeypatch.setattr(bridge_launches, "_backoff", backoff)
+        if alone:
+            backoff.report(elapsed=10_000_000, work=0)
+        threads.clear(), done.clear()
+        with pytest.raises(ArithmeticError, match="of task 1"):
+            in_parallel([functools.partial(task, i) for i in range(3)])
+        assert sorted(done) == [0, 1, 2]
+        assert len(threads) == 1 if alone else len(threads) > 1
 
 
 def test_a_recording_of_warps_is_refused(x0):
