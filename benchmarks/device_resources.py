@@ -30,9 +30,8 @@ BATCHES = {"a world a block": 8, "worlds share a block": 4096}
 DTYPES = {"float32": wp.float32, "float64": wp.float64}
 
 
-def kernels_of(name: str, dtype: str) -> dict[str, wp.Kernel]:
-    """The kernels that a system launches on a GPU, by what they are."""
-    system, network = SYSTEMS[name]
+def kernels_of(system: ws.System, network: str, dtype: str) -> dict[str, wp.Kernel]:
+    """The kernels that a system with this policy launches on a GPU, by what they are."""
     scalar, itemsize = DTYPES[dtype], 4 if dtype == "float32" else 8
     functions = system.device_functions(scalar)
     kernels = make_cuda_system_kernels(functions, scalar)
@@ -52,7 +51,9 @@ def kernels_of(name: str, dtype: str) -> dict[str, wp.Kernel]:
 
 def rows(archs: list[int]) -> list[dict[str, Any]]:
     """One row for each kernel and architecture."""
-    kernels = [(s, d, what, k) for s in SYSTEMS for d in DTYPES for what, k in kernels_of(s, d).items()]
+    kernels = [
+        (s, d, what, k) for s in SYSTEMS for d in DTYPES for what, k in kernels_of(*SYSTEMS[s], d).items()
+    ]
     kernels += [("all", d, "comparison", make_combine(DTYPES[d])) for d in DTYPES]
     found = []
     for system, dtype, what, kernel in kernels:

@@ -20,11 +20,16 @@ REGISTER_BYTES = 128
 1020 bytes of registers."""
 
 
+def is_large(State: Any) -> bool:
+    """Whether a GPU keeps vectors of this type in memory."""
+    itemsize = 8 if State._wp_scalar_type_ == wp.float64 else 4
+    return State._length_ * itemsize > REGISTER_BYTES
+
+
 @functools.cache
 def rolled(bound: int, State: Any) -> Any:
     """Returns a device function without arguments that returns `bound`, for loops over parts of a `State`."""
-    itemsize = 8 if State._wp_scalar_type_ == wp.float64 else 4
-    hide = 'asm volatile("" : "+r"(bound));' if State._length_ * itemsize > REGISTER_BYTES else ""
+    hide = 'asm volatile("" : "+r"(bound));' if is_large(State) else ""
 
     @wp.func_native(f"""
         int bound = {bound};
@@ -47,6 +52,8 @@ class Elements(NamedTuple):
     """get(states, t, world, i): component i of states[t, world]."""
     put: Any
     """put(states, t, world, i, value) sets it."""
+    begin: Any
+    """begin(states, x0, world) copies x0[world] to states[0, world]."""
 
 
 @functools.cache
@@ -60,4 +67,13 @@ def make_elements(State: Any) -> Elements:
     @wp.func_native("wp::address(states, t, world)->c[i] = value;")
     def put(states: wp.array2d(dtype=State), t: int, world: int, i: int, value: dtype): ...
 
-    return Elements(rolled(State._length_, State), get, put)
+    unroll = '_Pragma("unroll 4")' if is_large(State) else ""
+
+    @wp.func_native(f"""
+        const auto* from = wp::address(x0, world)->c;
+        auto* to = wp::address(states, 0, world)->c;
+        {unroll} for (int i = 0; i < {State._length_}; ++i) to[i] = from[i];
+    """)
+    def begin(states: wp.array2d(dtype=State), x0: wp.array(dtype=State), world: int): ...
+
+    return Elements(rolled(State._length_, State), get, put, begin)

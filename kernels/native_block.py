@@ -1,4 +1,4 @@
-"""Block forms of a step (`system.BlockFunctions`) from native texts: what those of all systems share."""
+"""Forms of a step from native texts: what the block forms (`system.BlockFunctions`) of all systems share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,22 +9,25 @@ from .layout import BLOCK
 from .system import BlockFunctions
 
 
+def fill(text: str, words: Mapping[str, Any], dtype: Any) -> str:
+    """Returns a text with REAL replaced by the scalar type, and every key of `words` by its value."""
+    real = "float" if dtype == wp.float32 else "double"
+    for word, value in {**words, "REAL": real}.items():
+        text = text.replace(word, str(value))
+    return text
+
+
 def native_block(
     step: str, step_vjp: str, words: Mapping[str, Any], dtype: Any, Params: Any, State: Any, Control: Any
 ) -> BlockFunctions:
     """Returns the block form whose bodies are these texts, for CPUs.
 
-    In both texts REAL is replaced by the scalar type, BLOCK by the worlds of a block, and every key of
-    `words` by its value. Cache what is made: kernels are compiled per object.
+    Both are filled (see `fill`), with BLOCK for the worlds of a block. Cache what is made: kernels are
+    compiled per object.
     """
+    words = {**words, "BLOCK": BLOCK}
 
-    def fill(text: str) -> str:
-        real = "float" if dtype == wp.float32 else "double"
-        for word, value in {**words, "REAL": real, "BLOCK": BLOCK}.items():
-            text = text.replace(word, str(value))
-        return text
-
-    @wp.func_native(fill(step))
+    @wp.func_native(fill(step, words, dtype))
     def step_block(
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
         controls: wp.array2d(dtype=Control),  # (horizon, nworld)
@@ -35,7 +38,7 @@ def native_block(
         worlds: int,
     ): ...
 
-    @wp.func_native(fill(step_vjp))
+    @wp.func_native(fill(step_vjp, words, dtype))
     def step_vjp_block(
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
         controls: wp.array2d(dtype=Control),  # (horizon, nworld)

@@ -12,6 +12,9 @@ M = 1 + i A and conj(M) = 1 - i A = 2 - M the step needs one solve and no produc
 
     psi' = 2 M^-1 psi - psi
 
+The elimination is that of quantum_block.py, from one end. quantum_memory.py is the same for large states on
+GPUs.
+
 Both M and conj(M) are normal with |M z| >= |z|, so that the elimination needs no pivoting, and the step is
 unitary. Backwards, with g = adj_psi' as a complex vector (adj_re + i adj_im) and y = conj(M)^-1 g:
 
@@ -33,6 +36,7 @@ import warp as wp
 
 from .elements import rolled
 from .quantum_block import make_block_functions
+from .quantum_memory import make_memory_functions
 from .system import DeviceFunctions
 
 
@@ -66,11 +70,6 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         return Complex(a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0])
 
     @wp.func
-    def times_i(s: dtype, a: Complex) -> Complex:
-        """i s a for a real s."""
-        return Complex(-s * a[1], s * a[0])
-
-    @wp.func
     def reciprocal(a: Complex) -> Complex:
         s = dtype(1.0) / (a[0] * a[0] + a[1] * a[1])
         return Complex(a[0] * s, -a[1] * s)
@@ -80,13 +79,14 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         return Complex(x[2 * j], x[2 * j + 1])
 
     @wp.func
-    def next_pivot(before: Complex, j: int, c: dtype, p: Params) -> Complex:
-        """Reciprocal pivot of row j of M from that of row j - 1: 1 / (M_jj - M_j,j-1 pivot_{j-1} M_j-1,j)."""
-        inv_dx2 = dtype(1.0) / (p.dx * p.dx)
-        off = dtype(-0.5) * p.dt * inv_dx2
-        alpha = dtype(0.5) * p.dt * (dtype(2.0) * inv_dx2 + c * dtype(j + 1) * p.dx)
-        # (i off)^2 = -off^2
-        return reciprocal(Complex(dtype(1.0) + off * off * before[0], alpha + off * off * before[1]))
+    def excess(j: int, c: dtype, before: Complex, p: Params) -> Complex:
+        """e_j of the elimination in quantum_block.py, from e_{j-1} w_{j-1} (1 at the wall)."""
+        return Complex(c * dtype(j + 1) * p.field + before[0], before[1] - p.kappa)
+
+    @wp.func
+    def with_right_side(v: Complex, right: Complex, p: Params) -> Complex:
+        """v - i kappa right."""
+        return Complex(v[0] + p.kappa * right[1], v[1] - p.kappa * right[0])
 
     # The state vectors below are read and written element by element and never handed on: a GPU thread keeps
     # them in memory, and a function of a vector would copy it through registers.
@@ -94,14 +94,15 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
     @wp.func
     def quantum_step(x: State, u: Control, p: Params) -> State:
         """Wave function after one time step."""
-        off = dtype(-0.5) * p.dt / (p.dx * p.dx)
-        pivots = State()
-        x_next = State()  # first the right-hand sides after elimination
-        pivot = Complex()
+        pivots = State()  # w_j
+        x_next = State()  # first v_j, the right-hand sides after elimination
+        before = Complex(dtype(1.0), dtype(0.0))
         z = Complex()
         for j in range(count()):
-            pivot = next_pivot(pivot, j, u[0], p)
-            z = times(pivot, Complex(x[2 * j], x[2 * j + 1]) - times_i(off, z))
+            e = excess(j, u[0], before, p)
+            pivot = reciprocal(Complex(dtype(1.0) + e[0], e[1]))
+            before = times(e, pivot)
+            z = times(pivot, with_right_side(z, Complex(x[2 * j], x[2 * j + 1]), p))
             pivots[2 * j] = pivot[0]
             pivots[2 * j + 1] = pivot[1]
             x_next[2 * j] = z[0]
@@ -109,8 +110,9 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         z = Complex()
         for k in range(count()):
             j = points - 1 - k
-            pivot = Complex(pivots[2 * j], pivots[2 * j + 1])
-            z = Complex(x_next[2 * j], x_next[2 * j + 1]) - times_i(off, times(pivot, z))
+            z = Complex(x_next[2 * j], x_next[2 * j + 1]) + times(
+                Complex(pivots[2 * j], pivots[2 * j + 1]), z
+            )
             x_next[2 * j] = dtype(2.0) * z[0] - x[2 * j]
             x_next[2 * j + 1] = dtype(2.0) * z[1] - x[2 * j + 1]
         return x_next
@@ -118,17 +120,18 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
     @wp.func
     def quantum_step_vjp(x: State, u: Control, p: Params, adj_x_next: State):
         """Cotangents (adj_x, adj_u) of `quantum_step`: both solves in one elimination."""
-        off = dtype(-0.5) * p.dt / (p.dx * p.dx)
         pivots = State()
         halves = State()  # for M^-1 x = (psi + psi') / 2
         adj_x = State()  # for M^-1 conj(adj_x_next) = y, the conjugate of conj(M)^-1 adj_x_next
-        pivot = Complex()
+        before = Complex(dtype(1.0), dtype(0.0))
         half = Complex()
         y = Complex()
         for j in range(count()):
-            pivot = next_pivot(pivot, j, u[0], p)
-            half = times(pivot, Complex(x[2 * j], x[2 * j + 1]) - times_i(off, half))
-            y = times(pivot, Complex(adj_x_next[2 * j], -adj_x_next[2 * j + 1]) - times_i(off, y))
+            e = excess(j, u[0], before, p)
+            pivot = reciprocal(Complex(dtype(1.0) + e[0], e[1]))
+            before = times(e, pivot)
+            half = times(pivot, with_right_side(half, Complex(x[2 * j], x[2 * j + 1]), p))
+            y = times(pivot, with_right_side(y, Complex(adj_x_next[2 * j], -adj_x_next[2 * j + 1]), p))
             pivots[2 * j] = pivot[0]
             pivots[2 * j + 1] = pivot[1]
             halves[2 * j] = half[0]
@@ -141,8 +144,8 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         for k in range(count()):
             j = points - 1 - k
             pivot = Complex(pivots[2 * j], pivots[2 * j + 1])
-            half = Complex(halves[2 * j], halves[2 * j + 1]) - times_i(off, times(pivot, half))
-            y = Complex(adj_x[2 * j], adj_x[2 * j + 1]) - times_i(off, times(pivot, y))
+            half = Complex(halves[2 * j], halves[2 * j + 1]) + times(pivot, half)
+            y = Complex(adj_x[2 * j], adj_x[2 * j + 1]) + times(pivot, y)
             adj_c += dtype(j + 1) * times(y, half)[1]
             adj_x[2 * j] = dtype(2.0) * y[0] - adj_x_next[2 * j]
             adj_x[2 * j + 1] = dtype(-2.0) * y[1] - adj_x_next[2 * j + 1]
@@ -181,4 +184,5 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         quantum_loss,
         quantum_loss_vjp,
         make_block_functions(points, dtype, Params, State, Control),
+        make_memory_functions(points, dtype, Params, State, Control),
     )

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from .blocks import block_worlds
-from .elements import REGISTER_BYTES, make_elements
+from .elements import REGISTER_BYTES, is_large, make_elements
 from .layout import BLOCK, Column, Layout, layout
+from .rollout import make_cost
 from .system import DeviceFunctions
 
 BANK = 16
@@ -293,11 +294,14 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
     block must be whole.
     """
     Params, State, Control = functions.Params, functions.State, functions.Control
-    step, cost = functions.step, functions.loss
-    has_cost = cost is not None
-    size, _, put = make_elements(State)
+    step = functions.step
+    size, _, put, begin = make_elements(State)
     # a small state stays in registers, a large one is read back from where it has been written
-    kept = State._length_ * plan.itemsize <= REGISTER_BYTES
+    kept = not is_large(State)
+    in_memory = not kept and functions.memory is not None
+    step_in_memory = functions.memory.step if functions.memory else None
+    cost = make_cost(functions, dtype, in_memory)
+    has_cost = cost is not None
     read_state = "x.c[i]" if kept else "wp::address(states, t, world)->c[i]"
     Weights = wp.types.vector(length=plan.weights, dtype=dtype)
     worlds_of_block = plan.worlds
@@ -360,7 +364,7 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
         w = load_weights(own_params, lane)
         x = State()
         if owner:
-            states[0, world] = x0[world]
+            begin(states, x0, world)
             if wp.static(kept):
                 x = x0[world]
         total = dtype(0.0)
@@ -373,6 +377,8 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
                 if wp.static(kept):
                     x = step(x, u, p)
                     states[t + 1, world] = x
+                elif wp.static(in_memory):
+                    step_in_memory(states, controls, p, t, world)
                 else:
                     x_next = step(states[t, world], u, p)
                     for i in range(size()):
@@ -380,11 +386,11 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
                 effort += wp.dot(u, u)
                 if wp.static(has_cost):
                     if w_running != dtype(0.0):
-                        total += w_running * cost(states[t + 1, world], p)
+                        total += w_running * cost(states, p, t + 1, world)
         if owner:
             if wp.static(has_cost):
                 if w_final != dtype(0.0):
-                    total += w_final * cost(states[horizon, world], p)
+                    total += w_final * cost(states, p, horizon, world)
             if w_control != dtype(0.0):
                 total += w_control * effort
             world_loss[world] = total

@@ -20,6 +20,7 @@ import warp as wp
 
 from .blocks import block_worlds
 from .dense import make_network_functions
+from .elements import is_large, make_elements
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
 from .system import DeviceFunctions
@@ -52,9 +53,9 @@ def make_system_kernels(functions: DeviceFunctions, dtype: Any, block: bool = Fa
     """
     if block and functions.block is not None:
         adjoint = (_make_block_adjoint(functions, dtype, 1), _make_block_adjoint(functions, dtype, 2))
-        return SystemKernels(_make_block_simulate(functions), _make_loss(functions, dtype), adjoint, BLOCK)
+        return SystemKernels(_make_block_simulate(functions), make_loss(functions, dtype), adjoint, BLOCK)
     adjoint = (_make_adjoint(functions, dtype, 1), _make_adjoint(functions, dtype, 2))
-    return SystemKernels(_make_simulate(functions), _make_loss(functions, dtype), adjoint, 1)
+    return SystemKernels(_make_simulate(functions), make_loss(functions, dtype), adjoint, 1)
 
 
 def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
@@ -108,10 +109,26 @@ def _make_block_simulate(functions: DeviceFunctions) -> wp.Kernel:
 
 
 @functools.cache
-def _make_world_loss(functions: DeviceFunctions, dtype: Any) -> Any:
+def make_cost(functions: DeviceFunctions, dtype: Any, in_memory: bool) -> Any:
+    """Returns cost(states, p, t, world), None without loss; `in_memory`: by the system's form in memory."""
+    if in_memory and functions.memory is not None and functions.memory.loss is not None:
+        return functions.memory.loss
+    if functions.loss is None:
+        return None
+    Params, State, loss = functions.Params, functions.State, functions.loss
+
+    @wp.func
+    def cost(states: wp.array2d(dtype=State), p: Params, t: int, world: int) -> dtype:
+        return loss(states[t, world], p)
+
+    return cost
+
+
+@functools.cache
+def _make_world_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool) -> Any:
     """Returns the device function that gives one world's share of the loss."""
     Params, State, Control = functions.Params, functions.State, functions.Control
-    cost = functions.loss
+    cost = make_cost(functions, dtype, in_memory)
     has_cost = cost is not None
 
     @wp.func
@@ -129,9 +146,9 @@ def _make_world_loss(functions: DeviceFunctions, dtype: Any) -> Any:
         if wp.static(has_cost):
             if w_running != dtype(0.0):
                 for t in range(horizon):
-                    total += w_running * cost(states[t + 1, world], p)
+                    total += w_running * cost(states, p, t + 1, world)
             if w_final != dtype(0.0):
-                total += w_final * cost(states[horizon, world], p)
+                total += w_final * cost(states, p, horizon, world)
         if w_control != dtype(0.0):
             effort = dtype(0.0)
             for t in range(horizon):
@@ -142,9 +159,11 @@ def _make_world_loss(functions: DeviceFunctions, dtype: Any) -> Any:
     return world_loss
 
 
-def _make_loss(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+@functools.cache
+def make_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool = False) -> wp.Kernel:
+    """Returns the kernel of the loss of a trajectory; `in_memory`: by the system's form in memory."""
     Params, State, Control = functions.Params, functions.State, functions.Control
-    world_loss_of = _make_world_loss(functions, dtype)
+    world_loss_of = _make_world_loss(functions, dtype, in_memory)
 
     def loss(
         # In:
@@ -385,10 +404,13 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
     step = functions.step
     blocked = block and functions.block is not None
     step_block = functions.block.step if functions.block else None
+    in_memory = not block and functions.memory is not None and is_large(State)
+    step_in_memory = functions.memory.step if functions.memory else None
     state_size = State._length_
     control_size = Control._length_
+    size, get, _, begin = make_elements(State)
     forward = make_network_functions(dtype).forward
-    world_loss_of = _make_world_loss(functions, dtype)
+    world_loss_of = _make_world_loss(functions, dtype, in_memory)
 
     @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
     def barrier(): ...
@@ -423,14 +445,14 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         member, world0, worlds = block_worlds(block, member_worlds)
         own_params = params[member]
         for r in range(lane, worlds, lanes):
-            states[0, world0 + r] = x0[world0 + r]
+            begin(states, x0, world0 + r)
         for t in range(horizon):
             first_row = (block * kept + t % kept) * wp.static(BLOCK)
             for r in range(lane, wp.static(BLOCK), lanes):
                 # rows without a world repeat the last one: finite, and ignored by everything that reads them
-                x = states[t, world0 + wp.min(r, worlds - 1)]
-                for i in range(wp.static(state_size)):
-                    hidden[first_row + r, i] = x[i]
+                world = world0 + wp.min(r, worlds - 1)
+                for i in range(size()):
+                    hidden[first_row + r, i] = get(states, t, world, i)
                 for i in range(wp.static(state_size), section):
                     hidden[first_row + r, i] = dtype(0.0)
             barrier()
@@ -451,6 +473,9 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
             barrier()
             if wp.static(blocked):
                 step_block(states, controls, p, t, nworld, world0, worlds)
+            elif wp.static(in_memory):
+                for r in range(lane, worlds, lanes):
+                    step_in_memory(states, controls, p, t, world0 + r)
             else:
                 for r in range(lane, worlds, lanes):
                     world = world0 + r

@@ -26,6 +26,35 @@ class BlockFunctions(NamedTuple):
     step_vjp: Any
 
 
+class MemoryFunctions(NamedTuple):
+    """Step and adjoint of one world in memory, for GPUs and states beyond the registers of a thread.
+
+    Warp hands vectors on by value, and a thread takes them through its registers: what does not fit is
+    spilled. These work on memory, a component at a time. A system need not have them; the results are those
+    of `step` and `step_vjp` up to rounding.
+
+        step(states, controls, p, t, world)
+            reads states[t, world] and controls[t, world], writes states[t + 1, world]
+        step_vjp(states, controls, p, t, world, adj, adj_u)
+            reads states[t, world], states[t + 1, world] = step(states[t, world]), controls[t, world];
+            adj[f] holds the cotangent of states[t + 1, world] and becomes that of states[t, world];
+            writes adj_u[f]
+        loss(states, p, t, world) -> dtype
+            cost of states[t, world]
+        loss_vjp(states, p, t, world, adj_loss, adj)
+            reads states[t, world], adds the cotangent of its cost to every adj[f]
+
+    with states (horizon + 1, nworld) and adj (fields,) of `State`, controls (horizon, nworld) and adj_u
+    (fields,) of `Control`, and one or two gradient fields f. Without `loss` or
+    `loss_vjp` here, those of `DeviceFunctions` are taken.
+    """
+
+    step: Any
+    step_vjp: Any
+    loss: Any = None
+    loss_vjp: Any = None
+
+
 class DeviceFunctions(NamedTuple):
     """Device functions of a system for one dtype, made once (cache the factory: the kernels are compiled per
     object).
@@ -38,8 +67,8 @@ class DeviceFunctions(NamedTuple):
         one state loss_vjp(x: State, p: Params, adj_loss: dtype) -> State
         cotangent of x
 
-    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` is
-    an optional second form of the step for CPUs.
+    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` and
+    `memory` are optional further forms of the step, for CPUs and for large states on GPUs.
     """
 
     Params: Any
@@ -50,3 +79,4 @@ class DeviceFunctions(NamedTuple):
     loss: Any = None
     loss_vjp: Any = None
     block: BlockFunctions | None = None
+    memory: MemoryFunctions | None = None

@@ -1,4 +1,5 @@
-"""The block form of a step, which CPUs run, against the form for one world, which GPUs run.
+"""The block form of a step, which CPUs run, against the form by value for one world, which GPUs run for
+small states; test_memory.py has that for large ones.
 
 The other tests hold the block form against the torch references.
 """
@@ -30,7 +31,7 @@ SYSTEMS = [
     ws.QuantumControl(points=32),
 ]
 HORIZON = 7
-# Other orders of sums and another elimination, over 7 steps; measured 1e-14 and 6e-6.
+# Other orders of sums and of the elimination, over 7 steps; measured 1e-14 and 6e-6.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
 

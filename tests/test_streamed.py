@@ -1,4 +1,4 @@
-"""The adjoint sweep of large states, which only GPUs take, beside that of rollout.py, both on a CPU."""
+"""The sweeps of large states, which only GPUs take, beside those of rollout.py, both on a CPU."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ from cases import assert_close, make_cotangents, make_states
 from warp_sims.bridge import sweeps
 from warp_sims.bridge.arrays import WARP_DTYPE
 from warp_sims.bridge.registry import prepare
-from warp_sims.kernels.streamed import is_streamed, make_streamed_adjoint
+from warp_sims.kernels.elements import is_large
+from warp_sims.kernels.streamed import make_streamed_kernels
 
 import warp_sims as ws
 
@@ -16,21 +17,27 @@ SYSTEMS = {
     "cartpole": ws.CartPole(poles=3),
     "guidance": ws.GuidanceByRepulsion(drivers=2, evaders=3),
     "quantum": ws.QuantumControl(points=7),
+    "quantum by value": ws.QuantumControl(points=7),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 """The same sums, added in another order where compilers contract them: over 9 steps, some units in the last
 place."""
 
 
+def streamed(name, dtype):
+    """A system on a CPU with its own kernels, and with those of large states."""
+    p = prepare(SYSTEMS[name].number, dtype, torch.device("cpu"))
+    functions = p.functions._replace(memory=None) if name.endswith("by value") else p.functions
+    return p, dataclasses.replace(p, kernels=make_streamed_kernels(functions, WARP_DTYPE[dtype]))
+
+
 @pytest.mark.parametrize("check", ["", "RRMMNNSSR"], ids=["one field", "two fields"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
+@pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("outside", [True, False], ids=["all cotangents", "loss alone"])
-def test_streamed_adjoint_is_the_adjoint(system, dtype, check, outside):
+def test_streamed_adjoint_is_the_adjoint(name, dtype, check, outside):
     horizon, nworld = 9, 5
-    p = prepare(system.number, dtype, torch.device("cpu"))
-    streamed = tuple(make_streamed_adjoint(p.functions, WARP_DTYPE[dtype], fields) for fields in (1, 2))
-    q = dataclasses.replace(p, kernels=p.kernels._replace(adjoint=streamed, worlds=1))
+    system, (p, q) = SYSTEMS[name], streamed(name, dtype)
     draw = torch.Generator().manual_seed(5)
     controls = torch.randn(horizon, nworld, system.control_size, generator=draw, dtype=dtype)
     jac = torch.randn(*controls.shape, system.state_size, generator=draw, dtype=dtype)
@@ -49,9 +56,7 @@ def test_streamed_adjoint_is_the_adjoint(system, dtype, check, outside):
 @pytest.mark.parametrize("flow", "MN")
 def test_a_closed_gate_selects(flow):
     system = SYSTEMS["quantum"]
-    p = prepare(system.number, torch.float64, torch.device("cpu"))
-    streamed = tuple(make_streamed_adjoint(p.functions, WARP_DTYPE[torch.float64], n) for n in (1, 2))
-    q = dataclasses.replace(p, kernels=p.kernels._replace(adjoint=streamed, worlds=1))
+    p, q = streamed("quantum", torch.float64)
     controls = torch.zeros(3, 2, 1, dtype=torch.float64)
     states = sweeps.simulate(p, make_states(system, 2), controls)
     jac = torch.full((3, 2, 1, system.state_size), torch.inf, dtype=torch.float64)
@@ -66,5 +71,5 @@ def test_a_closed_gate_selects(flow):
 
 
 def test_small_states_stay_in_registers():
-    assert not is_streamed(SYSTEMS["cartpole"].device_functions(WARP_DTYPE[torch.float64]), 8)
-    assert is_streamed(ws.QuantumControl(points=32).device_functions(WARP_DTYPE[torch.float32]), 4)
+    assert not is_large(SYSTEMS["cartpole"].device_functions(WARP_DTYPE[torch.float64]).State)
+    assert is_large(ws.QuantumControl(points=32).device_functions(WARP_DTYPE[torch.float32]).State)

@@ -28,7 +28,15 @@ from .profiling import profile
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run
-from .systems import BlockFunctions, CartPole, DeviceFunctions, GuidanceByRepulsion, QuantumControl, System
+from .systems import (
+    BlockFunctions,
+    CartPole,
+    DeviceFunctions,
+    GuidanceByRepulsion,
+    MemoryFunctions,
+    QuantumControl,
+    System,
+)
 from .training import TrainConfig, TrainResult, train
 from .training_together import train_together
 
@@ -43,6 +51,7 @@ __all__ = [
     "Flow",
     "GradientPair",
     "GuidanceByRepulsion",
+    "MemoryFunctions",
     "QuantumControl",
     "Rollout",
     "System",

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from .bridge import registry as _numbers
-from .kernels.system import BlockFunctions, DeviceFunctions
+from .kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions
 
-__all__ = ["BlockFunctions", "DeviceFunctions", "System"]
+__all__ = ["BlockFunctions", "DeviceFunctions", "MemoryFunctions", "System"]
 
 
 @dataclasses.dataclass(frozen=True)

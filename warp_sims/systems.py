@@ -7,13 +7,14 @@ from types import MappingProxyType
 from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
 from .quantum import QuantumControl
-from .system import BlockFunctions, DeviceFunctions, System
+from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, System
 
 __all__ = [
     "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
     "GuidanceByRepulsion",
+    "MemoryFunctions",
     "QuantumControl",
     "System",
     "registry",
