@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.bench import bench
-from warp_sims.bench_case import (
+from warp_sims.bench.case import (
     Case,
     errors,
     gradient_error,
@@ -21,10 +20,11 @@ from warp_sims.bench_case import (
     needed_operations,
     reference,
 )
-from warp_sims.bench_contestants import OURS, Entrant, entrants
-from warp_sims.bench_report import BEGIN, END, against, summary, tables, write_page
-from warp_sims.bench_settings import Settings
-from warp_sims.bench_timing import Runner, fastest, in_fresh_process, measure, quartiles
+from warp_sims.bench.contestants import OURS, Entrant, entrants
+from warp_sims.bench.report import BEGIN, END, against, summary, tables, write_page
+from warp_sims.bench.run import bench
+from warp_sims.bench.settings import Settings
+from warp_sims.bench.timing import Runner, fastest, in_fresh_process, measure, quartiles
 from warp_sims.cli import main
 
 SMALL = Settings(
@@ -43,8 +43,8 @@ SMALL = Settings(
 PEERS = """
 import time
 import warp_sims as ws
-from warp_sims.bench_case import Case
-from warp_sims.bench_contestants import WarpSims
+from warp_sims.bench.case import Case
+from warp_sims.bench.contestants import WarpSims
 
 class Right:
     def __init__(self, *, problem, flow, x0, widths, horizon, **ignored):
@@ -179,7 +179,7 @@ def test_who_cannot_run_is_skipped_with_a_line(folder):
 
 
 def test_without_the_repository_ours_runs_alone(monkeypatch):
-    monkeypatch.setattr("warp_sims.bench.default_folder", lambda: None)
+    monkeypatch.setattr("warp_sims.bench.run.default_folder", lambda: None)
     report = bench(replace(SMALL, contestants=None), lambda text: None)
     assert "--peers DIR" in report["skipped"][0]
     assert all(list(row["contestants"]) == [OURS] for row in report["rows"])
@@ -193,7 +193,7 @@ def test_without_the_repository_ours_runs_alone(monkeypatch):
 def test_reference_is_the_gradient_of_the_whole_batch(problem, flow, monkeypatch):
     """Worlds come to it in pieces."""
     case = Case(problem, flow, 5, widths=(6, 6), horizon=7)
-    monkeypatch.setattr("warp_sims.bench_case._REFERENCE_WORLDS", 2)
+    monkeypatch.setattr("warp_sims.bench.case._REFERENCE_WORLDS", 2)
     truth = reference(case)
     policy = case.policy().double()
     x0 = case.system.initial_states(5, dtype=torch.float64)
@@ -317,7 +317,7 @@ def test_command_writes_json_and_a_page_that_keeps_its_prose(folder, tmp_path, c
 
 
 def test_scaling_tells_the_exponent(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules["warp_sims.bench_settings"].SCALES, "horizon", (5, 10))
+    monkeypatch.setitem(sys.modules["warp_sims.bench.settings"].SCALES, "horizon", (5, 10))
     assert main(command("--scaling", "horizon")) == 0
     out = capsys.readouterr().out
     assert "exponent" in out and "| 5 " in out and "| 10 " in out
@@ -335,7 +335,7 @@ def test_ensembles_stand_beside_one_policy_alone(capsys, tmp_path):
 
 
 def test_an_ensemble_whose_member_is_wrong_is_not_timed(monkeypatch):
-    together = sys.modules["warp_sims.bench_ensemble"].Together
+    together = sys.modules["warp_sims.bench.ensemble"].Together
     original = together.gradients
     monkeypatch.setattr(together, "gradients", lambda self: [1.001 * g for g in original(self)])
     report = bench(replace(SMALL, ensemble=(2,)), lambda text: None)
@@ -429,7 +429,7 @@ BAD = {
 def test_bad_input_is_refused_in_one_line_before_anything_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text("# Mine\n")
-    monkeypatch.setattr("warp_sims.bench.run_row", lambda *args: pytest.fail("something was measured"))
+    monkeypatch.setattr("warp_sims.bench.run.run_row", lambda *args: pytest.fail("something was measured"))
     arguments, part = BAD[name]
     if "jax:best" in arguments:
         pytest.importorskip("jax")

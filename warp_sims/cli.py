@@ -15,7 +15,7 @@ import warp as wp
 
 from . import __version__, systems
 from .animation import animate
-from .bench_options import add_bench_options, run_bench
+from .bench.command import add_bench_options, run_bench
 from .demo import run_demo
 from .flows import Flow
 from .options import (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 import warp as wp
 
+from .provenance import machine, versions
 from .published import Job, Scale
-from .run_config import versions
 from .runs import OUTCOME, write_json
 from .training import TrainingRun
 from .training_together import TrainingTogether
@@ -62,19 +61,6 @@ def _conclude(run: TrainingRun, folder: Path) -> None:
         "machine": machine(),
     }
     write_json(folder / OUTCOME, outcome)
-
-
-def machine() -> dict[str, str]:
-    """Returns what the figures were made on, without a word that identifies the machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or platform.machine()
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return {"cpu": model, "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def main() -> int:
