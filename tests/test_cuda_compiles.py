@@ -7,7 +7,7 @@ import warp as wp
 from warp_sims.kernels.agreement import make_combine
 
 from benchmarks.device_resources import SYSTEMS, kernels_of
-from warp_sims.resources import compile_ptx, device_resources, find_ptxas
+from warp_sims.profiling.resources import compile_ptx, device_resources, find_ptxas
 
 SPILLED = {
     # Handed to the step's adjoint by value, x and the cotangent of 64 components pass through 128 registers

@@ -31,7 +31,7 @@ from .options import (
 )
 from .plots import need_matplotlib
 from .policies import MLP, WaveCNN
-from .profile_command import add_profile_options, run_profile
+from .profiling.command import add_profile_options, run_profile
 from .published import EPOCHS, SETTINGS, Scale, make_jobs
 from .report import write_report
 from .reproduce import RunFailed, reproduce
