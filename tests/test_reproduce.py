@@ -17,14 +17,14 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims import reproduce as reproduce_module
-from warp_sims import toy
 from warp_sims.cli import main
 from warp_sims.published import SETTINGS, Job, Scale, make_jobs
-from warp_sims.report import collect, write_report
-from warp_sims.reproduce import TOGETHER, is_finished, reproduce, take
-from warp_sims.reproduce_progress import Board, duration
-from warp_sims.reproduce_worker import run
+from warp_sims.reproduction import run as run_module
+from warp_sims.reproduction import toy
+from warp_sims.reproduction.progress import Board, duration
+from warp_sims.reproduction.report import collect, write_report
+from warp_sims.reproduction.run import TOGETHER, is_finished, reproduce, take
+from warp_sims.reproduction.worker import run
 from warp_sims.runs import read_checkpoint, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -204,7 +204,7 @@ def test_a_run_that_diverges_is_finished(tmp_path, monkeypatch):
     def diverges(self):
         raise FloatingPointError("train: loss in epoch 0, update 3 of 4, is nan, expected a finite number; …")
 
-    reproduce_module.open_folder(tmp_path, TINY)
+    run_module.open_folder(tmp_path, TINY)
     run([FEW], TINY, tmp_path, lambda message: None)
     with monkeypatch.context() as patch:
         patch.setattr("warp_sims.training.TrainingRun.run_epoch", diverges)
@@ -334,10 +334,10 @@ def test_a_stopped_matrix_goes_on_where_it_was(tmp_path, stop):
 
 @pytest.mark.skipif(os.name != "posix", reason="file locks of POSIX")
 def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce_module, "STOP_SECONDS", 0.2)
-    reproduce_module.open_folder(tmp_path / "out", TINY)
+    monkeypatch.setattr(run_module, "STOP_SECONDS", 0.2)
+    run_module.open_folder(tmp_path / "out", TINY)
     with (
-        reproduce_module._locked(tmp_path / "out"),
+        run_module._locked(tmp_path / "out"),
         pytest.raises(BlockingIOError, match="another `warp-sims reproduce` works on"),
     ):
         reproduce([FEW], tmp_path / "out", scale=TINY, progress=False)
@@ -345,7 +345,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_keeps_its_scale(tmp_path, capsys):
-    reproduce_module.open_folder(tmp_path / "out", Scale(epochs=7))
+    run_module.open_folder(tmp_path / "out", Scale(epochs=7))
     assert main(["reproduce", "cartpole", "--epochs", "8", "--out", str(tmp_path / "out")]) == 2
     assert "begun with epochs=7, now epochs=8; give --epochs 7" in capsys.readouterr().err
     other = tmp_path / "other"

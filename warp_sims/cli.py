@@ -33,8 +33,8 @@ from .plots import need_matplotlib
 from .policies import MLP, WaveCNN
 from .profiling.command import add_profile_options, run_profile
 from .published import EPOCHS, SETTINGS, Scale, make_jobs
-from .report import write_report
-from .reproduce import RunFailed, reproduce
+from .reproduction.report import write_report
+from .reproduction.run import RunFailed, reproduce
 from .train_config import CLIPS, TrainConfig
 from .training import train
 

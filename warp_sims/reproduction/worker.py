@@ -1,4 +1,4 @@
-"""A process that does runs of the paper's matrix: `python -m warp_sims.reproduce_worker`.
+"""A process that does runs of the paper's matrix: `python -m warp_sims.reproduction.worker`.
 
 Runs that are done together come in as a line of JSON on the standard input, and every epoch of each goes out
 as one on the standard output; so a worker whose parent was killed ends at the next epoch, or at the end of
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import warp as wp
 
-from .provenance import machine, versions
-from .published import Job, Scale
-from .runs import OUTCOME, write_json
-from .training import TrainingRun
-from .training_together import TrainingTogether
+from ..provenance import machine, versions
+from ..published import Job, Scale
+from ..runs import OUTCOME, write_json
+from ..training import TrainingRun
+from ..training_together import TrainingTogether
 
 Report = Callable[[dict[str, Any]], None]
 
