@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..flows import Flow
 from ..kernels.layout import layout
+from ..plans import Loss
 from ..policies import MLP, fused_network
-from ..rollouts import Loss
 from ..systems import System
 from ..work import Problem
 

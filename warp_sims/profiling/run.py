@@ -24,8 +24,9 @@ from ..ceilings import measure_ceilings
 from ..flows import Flow, schedule
 from ..kernels.agreement import make_combine
 from ..kernels.streamed import make_cuda_system_kernels
+from ..plans import Loss
 from ..policies import fused_network
-from ..rollouts import Loss, rollout
+from ..rollouts import rollout
 from ..systems import System
 from ..work import Work, needed_operations, work_of
 from .attribution import REST, attribute
