@@ -174,7 +174,7 @@ def derivatives_along(
 
 def error_of(actual: Tensor, expected) -> float:
     """Norm of the difference, relative to the norm of what is expected (absolute where that is zero)."""
-    expected = torch.as_tensor(expected).double()
+    expected = torch.as_tensor(expected).detach().double()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     scale = float(torch.linalg.vector_norm(expected))
     return float(torch.linalg.vector_norm(actual.detach().double() - expected)) / (scale or 1.0)
