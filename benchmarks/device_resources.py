@@ -19,7 +19,7 @@ from warp_sims.kernels.rollout import make_fused_rollout
 from warp_sims.kernels.streamed import make_cuda_system_kernels
 
 import warp_sims as ws
-from warp_sims.resources import device_resources, find_ptxas
+from warp_sims.profiling.resources import device_resources, find_ptxas
 
 SYSTEMS = {
     "cartpole": (ws.CartPole(poles=4), "mlp:10,100,100,1"),

@@ -150,9 +150,31 @@ def expected_gradients(
     return parameters | {"x0": found.x0, "loss": value}
 
 
+def derivatives_along(
+    directions, system, policy, x0, horizon, flow, *, control_cost=0.0, **options
+) -> tuple[Tensor, Tensor]:
+    """Derivatives along directions: as the engine's gradients predict them, and by finite differences.
+
+    Of a rollout with the running loss, and cotangents on states, controls and loss at once. The differences
+    are those of a rollout whose closed edges read the nominal trajectory, and need no derivative of anything.
+    """
+    cotangents = make_cotangents(system, horizon, x0.shape[0])
+    objective = oracle.weighted(
+        cotangents.states, cotangents.controls, objective_of(system, "running", control_cost), cotangents.loss
+    )
+    asked = {"loss": "running", "control_cost": control_cost, "cotangents": cotangents}
+    found = gradients(system, policy, x0, horizon, flow, **asked, **options)
+    named = {name: found[name.removeprefix("net.")] for name, _ in policy.named_parameters()}
+    result = oracle.Gradients(found["loss"], named, found["x0"], None)
+    differences = oracle.gradients_by_finite_differences(
+        step_of(system), policy, x0, flow, horizon, objective, directions, **options
+    )
+    return torch.stack([oracle.along(result, direction) for direction in directions]), differences
+
+
 def error_of(actual: Tensor, expected) -> float:
     """Norm of the difference, relative to the norm of what is expected (absolute where that is zero)."""
-    expected = torch.as_tensor(expected).double()
+    expected = torch.as_tensor(expected).detach().double()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     scale = float(torch.linalg.vector_norm(expected))
     return float(torch.linalg.vector_norm(actual.detach().double() - expected)) / (scale or 1.0)
@@ -166,3 +188,19 @@ def assert_close(actual, expected, tolerance: float) -> None:
     errors = {name: error_of(actual[name], expected[name]) for name in expected}
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     assert not wrong, f"relative errors {wrong}, allowed {tolerance}"
+
+
+def assert_step_and_vjp(system: ws.System, x: Tensor, u: Tensor, adj: Tensor, tolerance: float) -> None:
+    """Compares a step, and what it makes of a cotangent of the next states, with the torch reference."""
+    x, u = x.detach().requires_grad_(), u.detach().requires_grad_()
+    actual, expected = ws.step(system, x, u), step_of(system)(x, u)
+    assert_close(actual, expected.detach(), tolerance)
+    for a, b in zip(torch.autograd.grad(actual, (x, u), adj), torch.autograd.grad(expected, (x, u), adj)):
+        assert_close(a, b, tolerance)
+
+
+def assert_all_differ(gradients_by_flow: list[Tensor]) -> None:
+    """Where two flows agree, comparing each with its reference would prove little."""
+    for i, a in enumerate(gradients_by_flow):
+        for b in gradients_by_flow[:i]:
+            assert torch.linalg.vector_norm(a - b) > 1e-3 * torch.linalg.vector_norm(b)

@@ -1,10 +1,31 @@
-"""Settings of the test process."""
+"""Settings of the test process, and fixtures that several files use."""
 
+import pytest
 import torch
 import warp as wp
+from cases import ROADS, make_cotangents, make_net, make_states, on_road
+from small_cart import CART, HORIZON, WORLDS
 
 # The tensors here are small: threads that wait for each other cost several times the work.
 # Tests of threads set their own number.
 torch.set_num_threads(1)
 # Warp's notes on every module that it compiles would bury the output.
 wp.config.log_level = wp.LOG_WARNING
+
+
+@pytest.fixture(params=ROADS)
+def policy(request):
+    """A perceptron for small_cart.py, fused and evaluated by torch."""
+    return on_road(request.param, make_net(CART))
+
+
+@pytest.fixture
+def x0():
+    """Initial states for small_cart.py."""
+    return make_states(CART, WORLDS)
+
+
+@pytest.fixture
+def cotangents():
+    """Cotangents of all that the rollout of small_cart.py returns."""
+    return make_cotangents(CART, HORIZON, WORLDS)

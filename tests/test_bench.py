@@ -1,4 +1,7 @@
-"""`warp-sims bench`: what is checked before anything is timed, who is left out, what is written."""
+"""`warp-sims bench`: what is checked before anything is timed, and who is left out.
+
+What is written of it is in test_bench_report.py.
+"""
 
 import json
 import math
@@ -12,8 +15,7 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.bench import bench
-from warp_sims.bench_case import (
+from warp_sims.bench.case import (
     Case,
     errors,
     gradient_error,
@@ -21,10 +23,11 @@ from warp_sims.bench_case import (
     needed_operations,
     reference,
 )
-from warp_sims.bench_contestants import OURS, Entrant, entrants
-from warp_sims.bench_report import BEGIN, END, against, summary, tables, write_page
-from warp_sims.bench_settings import Settings
-from warp_sims.bench_timing import Runner, fastest, in_fresh_process, measure, quartiles
+from warp_sims.bench.contestants import OURS, Entrant, entrants
+from warp_sims.bench.report import BEGIN, END, summary, tables
+from warp_sims.bench.run import bench
+from warp_sims.bench.settings import Settings
+from warp_sims.bench.timing import Runner, fastest, in_fresh_process, measure, quartiles
 from warp_sims.cli import main
 
 SMALL = Settings(
@@ -43,8 +46,8 @@ SMALL = Settings(
 PEERS = """
 import time
 import warp_sims as ws
-from warp_sims.bench_case import Case
-from warp_sims.bench_contestants import WarpSims
+from warp_sims.bench.case import Case
+from warp_sims.bench.contestants import WarpSims
 
 class Right:
     def __init__(self, *, problem, flow, x0, widths, horizon, **ignored):
@@ -179,7 +182,7 @@ def test_who_cannot_run_is_skipped_with_a_line(folder):
 
 
 def test_without_the_repository_ours_runs_alone(monkeypatch):
-    monkeypatch.setattr("warp_sims.bench.default_folder", lambda: None)
+    monkeypatch.setattr("warp_sims.bench.run.default_folder", lambda: None)
     report = bench(replace(SMALL, contestants=None), lambda text: None)
     assert "--peers DIR" in report["skipped"][0]
     assert all(list(row["contestants"]) == [OURS] for row in report["rows"])
@@ -193,7 +196,7 @@ def test_without_the_repository_ours_runs_alone(monkeypatch):
 def test_reference_is_the_gradient_of_the_whole_batch(problem, flow, monkeypatch):
     """Worlds come to it in pieces."""
     case = Case(problem, flow, 5, widths=(6, 6), horizon=7)
-    monkeypatch.setattr("warp_sims.bench_case._REFERENCE_WORLDS", 2)
+    monkeypatch.setattr("warp_sims.bench.case._REFERENCE_WORLDS", 2)
     truth = reference(case)
     policy = case.policy().double()
     x0 = case.system.initial_states(5, dtype=torch.float64)
@@ -317,7 +320,7 @@ def test_command_writes_json_and_a_page_that_keeps_its_prose(folder, tmp_path, c
 
 
 def test_scaling_tells_the_exponent(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules["warp_sims.bench_settings"].SCALES, "horizon", (5, 10))
+    monkeypatch.setitem(sys.modules["warp_sims.bench.settings"].SCALES, "horizon", (5, 10))
     assert main(command("--scaling", "horizon")) == 0
     out = capsys.readouterr().out
     assert "exponent" in out and "| 5 " in out and "| 10 " in out
@@ -335,7 +338,7 @@ def test_ensembles_stand_beside_one_policy_alone(capsys, tmp_path):
 
 
 def test_an_ensemble_whose_member_is_wrong_is_not_timed(monkeypatch):
-    together = sys.modules["warp_sims.bench_ensemble"].Together
+    together = sys.modules["warp_sims.bench.ensemble"].Together
     original = together.gradients
     monkeypatch.setattr(together, "gradients", lambda self: [1.001 * g for g in original(self)])
     report = bench(replace(SMALL, ensemble=(2,)), lambda text: None)
@@ -346,56 +349,6 @@ def test_an_ensemble_whose_member_is_wrong_is_not_timed(monkeypatch):
 def test_scaling_of_poles_changes_the_system():
     settings = replace(SMALL, problems=("cartpole", "quantum"), scaling="poles")
     assert [case.system.poles for case in settings.cases()] == [1, 1, 2, 2, 4, 4, 8, 8]
-
-
-def fake_row(flow, batch, seconds, ratio=None, **case):
-    case = {"problem": "cartpole", "device": "cpu", "widths": [8, 8], "horizon": 100, "size": 0} | case
-    found = {"plan": "", "seconds": {"median": seconds, "quartiles": [seconds, seconds]}}
-    ratios = {} if ratio is None else {"peer": {"median": ratio, "quartiles": [ratio, ratio]}}
-    contestants = {OURS: found} | ({"peer": found} if ratio else {})
-    return {
-        "case": case | {"flow": flow, "batch": batch},
-        "operations": 10**9,
-        "bytes": 10**9,
-        "contestants": contestants,
-        "ratios": ratios,
-        "notes": [],
-        "wrong": [],
-    }
-
-
-def fake_report(*rows):
-    ceilings = {"cpu": {"flops": 1e11, "bytes": 1e10}}
-    return {
-        "ensembles": [],
-        "rows": list(rows),
-        "memory": [],
-        "settings": {"scaling": ""},
-        "ceilings": ceilings,
-        "date": "then",
-    }
-
-
-def test_summary_says_first_where_a_peer_wins():
-    rows = [fake_row("R", 64, 0.1, 0.5), fake_row("C", 64, 0.13, 3.0), fake_row("R", 128, 0.24, 2.0)]
-    lines = summary(fake_report(*rows))
-    assert lines[0] == "**A peer wins in 1 of 3 comparisons:**"
-    assert "batch 64" in lines[2] and "peer 2 times as fast as ours" in lines[2]
-    text = "\n".join(lines)
-    assert "2 of 3" in text  # at least twice as fast
-    assert "| 1.3 " in text  # C over R
-    assert "| 1.2 " in text  # per world-step, 128 worlds over 64
-    assert summary(fake_report(rows[1]))[0] == "**No peer wins in any of 1 comparisons.**"
-    shares = "\n".join(tables(fake_report(rows[0])))
-    assert "| 10%" in shares and "| 100%" in shares  # 1e10 of 1e11 operations, 1e10 of 1e10 bytes per second
-
-
-def test_against_an_earlier_report_takes_the_machine_into_account():
-    then, now = fake_report(fake_row("R", 64, 0.2)), fake_report(fake_row("R", 64, 0.1))
-    now["ceilings"]["cpu"]["flops"] = 2e11
-    text = "\n".join(against(now, then))
-    assert "| 2.00 " in text and "| 1.00 " in text
-    assert "No row" in against(now, fake_report(fake_row("M", 64, 0.2)))[0]
 
 
 BAD = {
@@ -429,7 +382,7 @@ BAD = {
 def test_bad_input_is_refused_in_one_line_before_anything_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text("# Mine\n")
-    monkeypatch.setattr("warp_sims.bench.run_row", lambda *args: pytest.fail("something was measured"))
+    monkeypatch.setattr("warp_sims.bench.run.run_row", lambda *args: pytest.fail("something was measured"))
     arguments, part = BAD[name]
     if "jax:best" in arguments:
         pytest.importorskip("jax")
@@ -437,12 +390,6 @@ def test_bad_input_is_refused_in_one_line_before_anything_runs(name, tmp_path, m
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warp-sims: error: ") and part in line
     assert Path("page.md").read_text() == "# Mine\n"
-
-
-def test_write_page_makes_a_new_page(tmp_path):
-    write_page(tmp_path / "new.md", ["one"])
-    write_page(tmp_path / "new.md", ["two"])
-    assert (tmp_path / "new.md").read_text() == f"# What was measured\n\n{BEGIN}\n\ntwo\n{END}\n"
 
 
 def test_help_of_the_command():

@@ -16,37 +16,10 @@ from cases import (
     on_road,
 )
 from own_systems import Unicycle
+from small_cart import CART, HORIZON, TOLERANCE, WORLDS, run
 from torch import nn
 
 import warp_sims as ws
-
-# Relative to the norm of each tensor, between two ways through the same kernels: only products by torch may
-# sum in another order.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
-
-CART = ws.CartPole(poles=2, dt=0.05)
-HORIZON = 7
-WORLDS = 5
-
-
-@pytest.fixture(params=ROADS)
-def policy(request):
-    return on_road(request.param, make_net(CART))
-
-
-@pytest.fixture
-def x0():
-    return make_states(CART, WORLDS)
-
-
-@pytest.fixture
-def cotangents():
-    return make_cotangents(CART, HORIZON, WORLDS)
-
-
-def run(policy, x0, flow="C", **options):
-    return ws.rollout(CART, policy, x0, horizon=HORIZON, flow=flow, **{"loss": "running"} | options)
-
 
 # Layouts
 

@@ -8,7 +8,7 @@ from warp_sims.kernels.agreement import make_combine
 
 import warp_sims as ws
 from benchmarks.device_resources import SYSTEMS, kernels_of
-from warp_sims.resources import compile_ptx, device_resources, find_ptxas
+from warp_sims.profiling.resources import compile_ptx, device_resources, find_ptxas
 
 
 @pytest.mark.slow

@@ -13,14 +13,13 @@ from cases import (
     ROADS,
     Evaluated,
     assert_close,
+    derivatives_along,
     expected_gradients,
     gradients,
     make_cotangents,
     make_net,
     make_states,
-    objective_of,
     on_road,
-    step_of,
 )
 from own_systems import Pendulum, Unicycle
 from reference import rollout as oracle
@@ -74,21 +73,10 @@ def test_finite_differences(name, road):
     """Of a rollout whose closed edges read the nominal trajectory: needs no derivative of anything."""
     flow, options = WAYS[name]
     policy, x0 = on_road(road, make_net(CART)), make_states(CART, 3)
-    cotangents = make_cotangents(CART, HORIZON, 3)
-    objective = oracle.weighted(
-        cotangents.states, cotangents.controls, objective_of(CART, "running"), cotangents.loss
-    )
     directions = oracle.random_directions(policy, x0, 2)
     # Parameters and x0 apart as well: a total that is right may hide two errors.
     directions += [d._replace(parameters={k: 0 * v for k, v in d.parameters.items()}) for d in directions[:1]]
-
-    found = gradients(CART, policy, x0, HORIZON, flow, loss="running", cotangents=cotangents, **options)
-    named = {name: found[name.removeprefix("net.")] for name, _ in policy.named_parameters()}
-    result = oracle.Gradients(found["loss"], named, found["x0"], None)
-    actual = torch.stack([oracle.along(result, direction) for direction in directions])
-    expected = oracle.gradients_by_finite_differences(
-        step_of(CART), policy, x0, flow, HORIZON, objective, directions, **options
-    )
+    actual, expected = derivatives_along(directions, CART, policy, x0, HORIZON, flow, **options)
     assert_close(actual, expected, TOLERANCE_DIFFERENCES)
 
 

@@ -10,14 +10,16 @@ import torch
 from cases import (
     FLOWS,
     ROADS,
+    assert_all_differ,
     assert_close,
+    assert_step_and_vjp,
     cost_of,
+    derivatives_along,
     expected_gradients,
     gradients,
     make_cotangents,
     make_net,
     make_states,
-    objective_of,
     on_road,
     step_of,
 )
@@ -60,12 +62,8 @@ def controls_of(system, nworld, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("sizes", [*SIZES, (2, 4)])
 def test_step_and_its_vjp(sizes):
     system = herd(*sizes)
-    x, u = make_states(system, 17).requires_grad_(), controls_of(system, 17).requires_grad_()
-    adj = make_states(system, 17, seed=5)
-    actual, expected = ws.step(system, x, u), step_of(system)(x, u)
-    assert_close(actual, expected.detach(), TOLERANCE[x.dtype])
-    for a, b in zip(torch.autograd.grad(actual, (x, u), adj), torch.autograd.grad(expected, (x, u), adj)):
-        assert_close(a, b, TOLERANCE[x.dtype])
+    x, adj = make_states(system, 17), make_states(system, 17, seed=5)
+    assert_step_and_vjp(system, x, controls_of(system, 17), adj, TOLERANCE[x.dtype])
 
 
 def test_finite_differences_of_a_step():
@@ -175,37 +173,16 @@ def test_the_flows_differ():
     policy, x0 = make_net(system, gain=1.0), make_states(system, 3)
     options = {"loss": "running", "control_cost": 0.7}
     found = [gradients(system, policy, x0, HORIZON, flow, **options)["0.weight"] for flow in FLOWS]
-    for i, a in enumerate(found):
-        for b in found[:i]:
-            assert torch.linalg.vector_norm(a - b) > 1e-3 * torch.linalg.vector_norm(b)
+    assert_all_differ(found)
 
 
 @pytest.mark.parametrize("flow, options", [("R", {}), ("M", {"decay": 0.5}), ("N", {"window": 5}), ("S", {})])
 def test_finite_differences(flow, options):
     system = herd(3, 2)
     policy, x0 = make_net(system, gain=1.0), make_states(system, 3)
-    cotangents = make_cotangents(system, HORIZON, 3)
-    objective = oracle.weighted(
-        cotangents.states, cotangents.controls, objective_of(system, "running", 0.3), cotangents.loss
-    )
     directions = oracle.random_directions(policy, x0, 2)
-    found = gradients(
-        system,
-        policy,
-        x0,
-        HORIZON,
-        flow,
-        loss="running",
-        control_cost=0.3,
-        cotangents=cotangents,
-        **options,
-    )
-    result = oracle.Gradients(
-        found["loss"], {k: found[k] for k, _ in policy.named_parameters()}, found["x0"], None
-    )
-    actual = torch.stack([oracle.along(result, direction) for direction in directions])
-    expected = oracle.gradients_by_finite_differences(
-        step_of(system), policy, x0, flow, HORIZON, objective, directions, **options
+    actual, expected = derivatives_along(
+        directions, system, policy, x0, HORIZON, flow, control_cost=0.3, **options
     )
     assert_close(actual, expected, TOLERANCE_DIFFERENCES)
 

@@ -116,8 +116,8 @@ def test_wheel_holds_the_three_rooms_and_works_without_the_checkout(tmp_path):
         ("bridge", "warp_sims/bridge"),
         ("warp_sims", "warp_sims"),
     ):
-        for path in (ROOT / room).glob("*.py"):
-            assert f"{inside}/{path.name}" in names, path
+        for path in (ROOT / room).rglob("*.py"):
+            assert f"{inside}/{path.relative_to(ROOT / room).as_posix()}" in names, path
     assert "warp_sims/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"warp_sims", f"warp_sims-{ws.__version__}.dist-info"}
     assert any(name.endswith("/entry_points.txt") for name in names)

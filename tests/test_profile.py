@@ -19,13 +19,13 @@ from warp_sims.bridge.tracing import Event, trace
 from warp_sims.kernels.layout import layout
 
 import warp_sims as ws
-from warp_sims import profiling
-from warp_sims.attribution import REST, attribute
 from warp_sims.ceilings import measure_ceilings
 from warp_sims.cli import main
 from warp_sims.policies import fused_network
-from warp_sims.profiling import TorchOperations
-from warp_sims.resources import find_ptxas
+from warp_sims.profiling import run as profiling_run
+from warp_sims.profiling.attribution import REST, attribute
+from warp_sims.profiling.resources import find_ptxas
+from warp_sims.profiling.run import TorchOperations
 from warp_sims.work import Problem, needed_operations, work_of
 
 CART = ws.CartPole(poles=2, dt=0.05)
@@ -37,7 +37,7 @@ SIZES = {"batch": WORLDS, "horizon": HORIZON, "compile_times": False}
 @pytest.fixture(scope="module", autouse=True)
 def short_ceilings():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "measure_ceilings", partial(measure_ceilings, seconds=0.01))
+        patch.setattr(profiling_run, "measure_ceilings", partial(measure_ceilings, seconds=0.01))
         yield
 
 

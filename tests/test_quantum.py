@@ -13,16 +13,17 @@ from cases import (
     FLOWS,
     ROADS,
     Evaluated,
+    assert_all_differ,
     assert_close,
+    assert_step_and_vjp,
+    derivatives_along,
     error_of,
     expected_gradients,
     gradients,
     make_cotangents,
     make_net,
     make_states,
-    objective_of,
     on_road,
-    step_of,
 )
 from reference import quantum
 from reference import rollout as oracle
@@ -79,12 +80,8 @@ KINDS = [(points, "mlp") for points in POINTS] + [(points, "cnn") for points in 
 @pytest.mark.parametrize("points", [*POINTS, 32])
 def test_step_and_its_vjp(points):
     system = box(points)
-    x, u = make_states(system, 17).requires_grad_(), fields_of(17).requires_grad_()
-    adj = make_states(system, 17, seed=5)
-    actual, expected = ws.step(system, x, u), step_of(system)(x, u)
-    assert_close(actual, expected.detach(), TOLERANCE[x.dtype])
-    for a, b in zip(torch.autograd.grad(actual, (x, u), adj), torch.autograd.grad(expected, (x, u), adj)):
-        assert_close(a, b, TOLERANCE[x.dtype])
+    x, adj = make_states(system, 17), make_states(system, 17, seed=5)
+    assert_step_and_vjp(system, x, fields_of(17), adj, TOLERANCE[x.dtype])
 
 
 def test_finite_differences_of_a_step():
@@ -182,26 +179,15 @@ def test_the_flows_differ():
     system, policy = box(8), make_cnn(8)
     x0 = make_states(system, 3)
     found = [gradients(system, policy, x0, HORIZON, flow, loss="running")["conv1.weight"] for flow in FLOWS]
-    for i, a in enumerate(found):
-        for b in found[:i]:
-            assert torch.linalg.vector_norm(a - b) > 1e-3 * torch.linalg.vector_norm(b)
+    assert_all_differ(found)
 
 
 @pytest.mark.parametrize("flow, options", [("R", {}), ("M", {"decay": 0.5}), ("N", {"window": 5}), ("S", {})])
 def test_finite_differences(flow, options):
     system, policy = box(8), make_cnn(8)
-    x0, cotangents = make_states(system, 3), make_cotangents(system, HORIZON, 3)
-    objective = oracle.weighted(
-        cotangents.states, cotangents.controls, objective_of(system, "running"), cotangents.loss
-    )
+    x0 = make_states(system, 3)
     directions = oracle.random_directions(policy, x0, 2)
-    found = gradients(system, policy, x0, HORIZON, flow, loss="running", cotangents=cotangents, **options)
-    named = {name: found[name] for name, _ in policy.named_parameters()}
-    result = oracle.Gradients(found["loss"], named, found["x0"], None)
-    actual = torch.stack([oracle.along(result, direction) for direction in directions])
-    expected = oracle.gradients_by_finite_differences(
-        step_of(system), policy, x0, flow, HORIZON, objective, directions, **options
-    )
+    actual, expected = derivatives_along(directions, system, policy, x0, HORIZON, flow, **options)
     assert_close(actual, expected, TOLERANCE_DIFFERENCES)
 
 

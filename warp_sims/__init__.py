@@ -24,7 +24,7 @@ from .ensembles import Ensemble
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
-from .profiling import profile
+from .profiling.run import profile
 from .recording import record_rollout
 from .rollouts import Rollout, rollout, simulate, step
 from .runs import load_run

@@ -15,7 +15,7 @@ import warp as wp
 
 from . import __version__, systems
 from .animation import animate
-from .bench_options import add_bench_options, run_bench
+from .bench.command import add_bench_options, run_bench
 from .demo import run_demo
 from .flows import Flow
 from .options import (
@@ -31,10 +31,10 @@ from .options import (
 )
 from .plots import need_matplotlib
 from .policies import MLP, WaveCNN
-from .profile_command import add_profile_options, run_profile
+from .profiling.command import add_profile_options, run_profile
 from .published import EPOCHS, SETTINGS, Scale, make_jobs
-from .report import write_report
-from .reproduce import RunFailed, reproduce
+from .reproduction.report import write_report
+from .reproduction.run import RunFailed, reproduce
 from .train_config import CLIPS, TrainConfig
 from .training import train
 

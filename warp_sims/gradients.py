@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .bridge import operators
 from .bridge.rollout import torch_backward, torch_forward
 from .flows import Flow, schedule
-from .rollouts import Loss, Plan, _check_horizon, custom_loss_value, make_plan
+from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
 from .systems import System
 
 __all__ = ["GradientPair", "gradient_pair"]
@@ -229,7 +229,7 @@ def gradient_pair(
 def _one_field(
     call: str, name: str, flow: str | Flow | Sequence[str | Flow], horizon: int, window: int | None
 ) -> str:
-    one, second = schedule(flow, _check_horizon(horizon, call), window, call)
+    one, second = schedule(flow, check_horizon(horizon, call), window, call)
     if second:
         raise ValueError(
             f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': "

@@ -10,7 +10,7 @@ from .bridge.arrays import tensor_of
 from .bridge.tape import record
 from .ensembles import Ensemble
 from .flows import Flow, schedule
-from .rollouts import _check_horizon, make_plan
+from .plans import check_horizon, make_plan
 from .systems import System
 
 __all__ = ["record_rollout"]
@@ -58,7 +58,7 @@ def record_rollout(
             f"{call}: policy is an Ensemble, expected a single policy: Warp arrays here have one axis of "
             f"worlds; record its members() one by one"
         )
-    base, check = schedule(flow, _check_horizon(horizon, call), window, call)
+    base, check = schedule(flow, check_horizon(horizon, call), window, call)
     if check:
         raise ValueError(
             f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape "

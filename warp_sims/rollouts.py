@@ -1,29 +1,17 @@
-"""Rollouts as torch operations: the public calls, their validation, and what they return."""
+"""Rollouts as torch operations: the public calls and what they return."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .bridge import operators
 from .bridge import rollout as _bridge
-from .bridge.arrays import capturing
-from .bridge.rollout import Policy, Spec
-from .bridge.segments import fused_segment, torch_segment
-from .ensembles import Ensemble, fused_ensemble
-from .flows import Flow, check_decay, schedule
-from .policies import fused_network
+from .flows import Flow, schedule
+from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System
 
-__all__ = ["Loss", "Plan", "Rollout", "make_plan", "rollout", "simulate", "step"]
-
-Loss = str | Callable[[Tensor, Tensor], Tensor] | None
-"""A loss as users give it: "final", "running", a callable of (states, controls), or None."""
-
-_DTYPES = (torch.float32, torch.float64)
+__all__ = ["Rollout", "rollout", "simulate", "step"]
 
 
 class Rollout(NamedTuple):
@@ -39,22 +27,6 @@ class Rollout(NamedTuple):
     """Scalar, (members,) of an `Ensemble`; None where loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A validated call: what `rollout`, `gradient_pair` and `record_rollout` share."""
-
-    spec: Spec
-    network: str | None
-    """Description of a fused policy (see kernels/dense.py), None for one that torch evaluates."""
-    policy: Policy
-    parameters: tuple[Tensor, ...]
-    """Stacked for an ensemble."""
-    x0: Tensor
-    """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
-    custom_loss: Callable[[Tensor, Tensor], Tensor] | None
-    has_loss: bool
 
 
 def rollout(
@@ -116,7 +88,7 @@ def rollout(
         ValueError: an argument has a value, shape or device that does not fit; the message says which was
             expected.
     """
-    base, check = schedule(flow, _check_horizon(horizon, "rollout"), window)
+    base, check = schedule(flow, check_horizon(horizon, "rollout"), window)
     plan = make_plan(
         "rollout",
         system,
@@ -156,8 +128,8 @@ def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.
     """
-    _check_system(system, "simulate")
-    x0 = _check_states(system, x0, "simulate", "x0")
+    check_system(system, "simulate")
+    x0 = check_states(system, x0, "simulate", "x0")
     if not isinstance(controls, Tensor):
         raise TypeError(f"simulate: controls is of type {type(controls).__name__}, expected a tensor")
     if (
@@ -170,7 +142,7 @@ def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
             f"= "
             f"(at least 1, {x0.shape[0]}, {system.control_size}), time first"
         )
-    _check_like(controls, x0, "simulate", "controls")
+    check_like(controls, x0, "simulate", "controls")
     return _bridge.simulate(x0, controls, system.number)
 
 
@@ -188,8 +160,8 @@ def step(system: System, x: Tensor, u: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.
     """
-    _check_system(system, "step")
-    x = _check_states(system, x, "step", "x")
+    check_system(system, "step")
+    x = check_states(system, x, "step", "x")
     if not isinstance(u, Tensor):
         raise TypeError(f"step: u is of type {type(u).__name__}, expected a tensor")
     if tuple(u.shape) != (x.shape[0], system.control_size):
@@ -197,322 +169,11 @@ def step(system: System, x: Tensor, u: Tensor) -> Tensor:
             f"step: u has shape {tuple(u.shape)}, expected (nworld, control_size) = ({x.shape[0]}, "
             f"{system.control_size})"
         )
-    _check_like(u, x, "step", "u")
+    check_like(u, x, "step", "u")
     return _bridge.simulate(x, u.unsqueeze(0), system.number)[1]
-
-
-def make_plan(
-    call: str,
-    system: System,
-    policy: nn.Module,
-    x0: Tensor,
-    horizon: int,
-    base: str,
-    check: str,
-    decay: float,
-    loss: Loss,
-    control_cost: float,
-    checkpoint_every: int | None,
-    keep: bool = True,
-) -> Plan:
-    """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
-
-    Without `keep` there will be no backward pass, for which activations might be kept.
-    """
-    _check_system(system, call)
-    if not isinstance(policy, nn.Module):
-        raise TypeError(
-            f"{call}: policy is of type {type(policy).__name__}, expected a torch.nn.Module from (n, "
-            f"{system.state_size}) to "
-            f"(n, {system.control_size}); wrap a function in a module"
-        )
-    ensemble = policy if isinstance(policy, Ensemble) else None
-    x0 = _check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
-    decay = check_decay(decay, call)
-    weights = _loss_weights(call, system, loss, control_cost, horizon)
-    segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(system.number, horizon, base, check, decay, *weights)
-    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
-    network = None if fused is None else fused.description
-    # parameters that cannot have a gradient stay with the module
-    named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
-    names, parameters = list(named), list(named.values())
-    autocast = torch.is_autocast_enabled(x0.device.type)
-    if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
-        raise ValueError(
-            f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
-            f"{system.state_size} (state_size) to "
-            f"{system.control_size} (control_size) for {type(system).__name__}"
-        )
-    for i, (name, parameter) in enumerate(named.items()):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"{call}: policy parameter {name!r} has no shape yet, expected initialised parameters; "
-                "call the policy once on a few states"
-            )
-        if parameter.device != x0.device:
-            raise ValueError(
-                f"{call}: policy parameter {name!r} is on {parameter.device}, expected {x0.device}, the "
-                f"device of x0; move one with .to()"
-            )
-        if parameter.dtype != x0.dtype and parameter.is_floating_point():
-            if not autocast:
-                raise TypeError(
-                    f"{call}: policy parameter {name!r} is {parameter.dtype}, expected {x0.dtype}, the dtype "
-                    f"of x0; convert one with .to()"
-                )
-            if network is not None:
-                parameters[i] = parameter.to(x0.dtype)
-    evaluated = Policy(policy, tuple(names), torch.get_autocast_dtype(x0.device.type) if autocast else None)
-    if network is None:
-        _probe(call, system, evaluated, parameters, x0)
-    if ensemble is not None and x0.ndim == 2:
-        x0 = x0.expand(len(ensemble), *x0.shape)
-    if segment is not None:
-        segment = min(segment, horizon)
-    elif network is not None:
-        segment = fused_segment(network, x0, horizon, keep)
-    else:
-        segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
-    spec = spec._replace(segment=segment)
-    return Plan(
-        spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
-    )
-
-
-def _differentiable(parameter: Tensor) -> bool:
-    # a lazy parameter has a dtype, but is refused below
-    return parameter.is_floating_point() or parameter.is_complex()
-
-
-def custom_loss_value(call: str, plan: Plan, states: Tensor, controls: Tensor) -> Tensor:
-    """The user's own loss of a trajectory, a scalar; of an ensemble one a member, (members,)."""
-    assert plan.custom_loss is not None
-    if plan.x0.ndim == 2:
-        return _checked_loss(call, plan.custom_loss, states, controls)
-    each = zip(states.unbind(1), controls.unbind(1), strict=True)
-    return torch.stack([_checked_loss(call, plan.custom_loss, x, u) for x, u in each])
-
-
-def _checked_loss(
-    call: str, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, controls: Tensor
-) -> Tensor:
-    value = loss(states, controls)
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{call}: loss returned {type(value).__name__}, expected a scalar tensor of (states, controls)"
-        )
-    if value.ndim != 0:
-        raise ValueError(
-            f"{call}: loss returned a tensor of shape {tuple(value.shape)}, expected a scalar; reduce it "
-            f"with .mean() or .sum()"
-        )
-    return value
-
-
-def _check_system(system: Any, call: str) -> None:
-    if not isinstance(system, System):
-        hint = "; make an instance of it" if isinstance(system, type) else ""
-        raise TypeError(
-            f"{call}: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}"
-        )
-
-
-def _check_horizon(horizon: Any, call: str) -> int:
-    if isinstance(horizon, bool) or not isinstance(horizon, int):
-        raise TypeError(
-            f"{call}: horizon is {horizon!r} of type {type(horizon).__name__}, expected an int of at least 1"
-        )
-    if horizon < 1:
-        raise ValueError(f"{call}: horizon is {horizon}, expected at least 1 step")
-    return horizon
-
-
-def _check_checkpoint(every: Any, call: str) -> int | None:
-    remedy = "leave it out, and the rollout's size decides"
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-        raise TypeError(
-            f"{call}: checkpoint_every is {every!r} of type {type(every).__name__}, expected a number of "
-            f"steps, an int of at least 1, or None; {remedy}"
-        )
-    if every is not None and every < 1:
-        raise ValueError(f"{call}: checkpoint_every is {every}, expected at least 1 step; {remedy}")
-    return every
 
 
 def _differentiated() -> bool:
     """Whether a backward pass can follow; tracing or transforming, that is not known."""
     known = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
     return torch.is_grad_enabled() if known else True
-
-
-def _check_states(system: System, x: Any, call: str, name: str, members: int | None = None) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); "
-            f"use torch.as_tensor"
-        )
-    if x.layout != torch.strided:
-        raise TypeError(f"{call}: {name} is {x.layout}, expected a dense tensor; use .to_dense()")
-    single = x.ndim == 2 and x.shape[1] == system.state_size
-    stacked = members is not None and x.ndim == 3 and x.shape[::2] == (members, system.state_size)
-    if not single and not stacked:
-        each = "" if members is None else f" or ({members}, nworld, {system.state_size}), an ensemble's own,"
-        raise ValueError(
-            f"{call}: {name} has shape {tuple(x.shape)}, expected (nworld, {system.state_size}){each} for "
-            f"{type(system).__name__}"
-        )
-    if x.dtype not in _DTYPES:
-        if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
-            x = x.float()
-        else:
-            raise TypeError(
-                f"{call}: {name} is {x.dtype}, expected torch.float32 or torch.float64; convert it with "
-                f".float()"
-            )
-    if x.device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"{call}: {name} is on {x.device}, expected a CPU or a CUDA device; move it with .to()"
-        )
-    return x
-
-
-def _check_like(tensor: Tensor, like: Tensor, call: str, name: str) -> None:
-    if tensor.dtype != like.dtype:
-        raise TypeError(
-            f"{call}: {name} is {tensor.dtype}, expected {like.dtype}, the dtype of the states; convert one "
-            f"with .to()"
-        )
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{call}: {name} is on {tensor.device}, expected {like.device}, the device of the states; move "
-            f"one with .to()"
-        )
-
-
-def _loss_weights(
-    call: str, system: System, loss: Any, control_cost: Any, horizon: int
-) -> tuple[float, float, float]:
-    if isinstance(control_cost, bool) or not isinstance(control_cost, (int, float)):
-        raise TypeError(
-            f"{call}: control_cost is {control_cost!r} of type {type(control_cost).__name__}, expected a "
-            f"number"
-        )
-    if not 0.0 <= control_cost < float("inf"):
-        raise ValueError(f"{call}: control_cost is {control_cost!r}, expected a finite number of at least 0")
-    if loss is None and control_cost != 0.0:
-        raise ValueError(
-            f"{call}: control_cost is {control_cost!r} with loss=None, expected 0: there is no loss to add "
-            f"it to; "
-            "add your own term to the loss that you build of out.controls"
-        )
-    final = running = 0.0
-    if isinstance(loss, str):
-        if loss not in ("final", "running"):
-            raise ValueError(
-                f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), '
-                f"or None"
-            )
-        # tracing a compiled graph, device functions cannot be made; the operator checks again
-        if not torch.compiler.is_compiling() and not system.has_loss:
-            raise ValueError(
-                f"{call}: loss is {loss!r}, but {type(system).__name__} has no loss of its own; pass a "
-                f"callable of (states, controls) or "
-                "None, or give its device_functions a loss and loss_vjp"
-            )
-        if loss == "final":
-            final = 1.0
-        else:
-            running = 1.0 / horizon if system.running_reduction == "mean" else 1.0
-    elif loss is not None and not callable(loss):
-        raise TypeError(
-            f'{call}: loss is {loss!r}, expected "final", "running", a callable of (states, controls), or '
-            f"None"
-        )
-    return final, running, float(control_cost)
-
-
-_PROBE_ROWS = 4
-
-
-def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tensor], x0: Tensor) -> None:
-    """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
-    randomness.
-
-    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
-        in the backward
-    pass, where all controls are recomputed. Tracing or capturing a graph, nothing can be read, so
-    nothing is tried.
-    """
-    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
-        return
-    if capturing(x0.device):
-        return
-    rows = x0[:_PROBE_ROWS].detach()
-    fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}
-    written: list[str] = []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []),
-        torch.autocast(
-            x0.device.type, dtype=policy.autocast or torch.bfloat16, enabled=policy.autocast is not None
-        ),
-    ):
-
-        def evaluate(x: Tensor) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
-            try:
-                u = functional_call(policy.module, fixed | buffers, (x,))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
-                    f"(n, {system.control_size}): {error}"
-                ) from error
-            for name, before in policy.module.named_buffers():
-                if buffers[name].shape != before.shape or not bool(
-                    ((buffers[name] == before) | (buffers[name] != buffers[name])).all()
-                ):
-                    written.append(name)
-            return u
-
-        u = evaluate(rows)
-        expected = (rows.shape[0], system.control_size)
-        if not isinstance(u, Tensor):
-            raise TypeError(
-                f"{call}: policy returned {type(u).__name__}, expected a tensor of shape (n, "
-                f"{system.control_size})"
-            )
-        if tuple(u.shape) != expected:
-            raise ValueError(
-                f"{call}: policy returned shape {tuple(u.shape)} for {rows.shape[0]} states, expected "
-                f"{expected}"
-            )
-        if not u.is_floating_point():
-            raise TypeError(f"{call}: policy returned {u.dtype}, expected {x0.dtype}")
-        tolerance = (policy.tolerance or operators.CONTROL_TOLERANCE[x0.dtype]) * (1.0 + u.abs().max())
-        again = evaluate(rows)
-        mixed = evaluate(torch.cat([rows, 1.5 * rows.flip(0) + 0.25]))[: rows.shape[0]]
-        for other, what, remedy in (
-            (
-                again,
-                "deterministic: the same states gave other controls",
-                "remove dropout or noise, or call policy.eval()",
-            ),
-            (
-                mixed,
-                "row by row: a row's control changed with the other rows of the batch",
-                "remove batch normalisation in training mode, or call policy.eval()",
-            ),
-        ):
-            off = (other - u).abs()
-            if bool((off > tolerance).any()):
-                raise ValueError(
-                    f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}"
-                )
-        if written:
-            raise ValueError(
-                f"{call}: policy writes its buffer {written[0]!r} when it is called, expected no state of "
-                f"its own: "
-                "all steps are recomputed at once in the backward pass; call policy.eval() or keep that "
-                "state outside"
-            )

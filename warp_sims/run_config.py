@@ -11,17 +11,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-import warp as wp
 
 from . import systems
 from .flows import Flow
 from .policies import MLP
+from .provenance import versions
 from .train_config import TrainConfig
 
 FORMAT = "warp-sims run 1"
@@ -96,19 +94,6 @@ def system_name(system_class: type) -> str | None:
         if registered is system_class:
             return name
     return _import_name(system_class)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what a run depends on."""
-    from . import __version__  # set after this module is imported
-
-    return {
-        "python": platform.python_version(),
-        "warp-sims": __version__,
-        "torch": torch.__version__,
-        "warp-lang": wp.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def _import_name(thing: Any) -> str | None:

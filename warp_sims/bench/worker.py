@@ -1,4 +1,4 @@
-"""A process that measures one contestant's first call and memory: `python -m warp_sims.bench_worker`.
+"""A process that measures one contestant's first call and memory: `python -m warp_sims.bench.worker`.
 
 Its argument is a line of JSON with `entrant`, `case` and `plan`, its last line of output one with the
 results.
@@ -11,9 +11,9 @@ import sys
 
 import warp as wp
 
-from .bench_case import Case
-from .bench_contestants import Entrant
-from .bench_timing import first_call_and_memory
+from .case import Case
+from .contestants import Entrant
+from .timing import first_call_and_memory
 
 
 def main(text: str) -> None:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import work
-from .gradients import GradientPair, gradient_pair
-from .kernels.layout import layout
-from .policies import MLP, WaveCNN, fused_network
-from .published import SETTINGS, Setting
-from .systems import QuantumControl, System
-from .work import Problem
+from .. import work
+from ..gradients import GradientPair, gradient_pair
+from ..kernels.layout import layout
+from ..policies import MLP, WaveCNN, fused_network
+from ..published import SETTINGS, Setting
+from ..systems import QuantumControl, System
+from ..work import Problem
 
 FLOWS = {"R": "regular", "M": "modified", "C": "combined"}
 BENCHED = {"cartpole": "poles4", "guidance": "cost0.1", "quantum": "target3"}

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-from . import systems
-from .options import POLICIES, add_flag, add_sizes, add_system_options, published_setting
-from .policies import MLP, WaveCNN
-from .profile_case import FLOWS
-from .profiling import AGAINST, profile
-from .systems import System
-from .train_config import LOSSES
+from .. import systems
+from ..options import POLICIES, add_flag, add_sizes, add_system_options, published_setting
+from ..policies import MLP, WaveCNN
+from ..systems import System
+from ..train_config import LOSSES
+from .case import FLOWS
+from .run import AGAINST, profile
 
 
 def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bridge.tracing import Event
-from .ceilings import Ceilings
+from ..bridge.tracing import Event
+from ..ceilings import Ceilings
 from .resources import Resources
 
 __all__ = [
@@ -183,7 +183,7 @@ class Profile:
 
     def table(self) -> str:
         """Returns everything as lines of text, 110 columns wide."""
-        from .profile_table import lines_of
+        from .table import lines_of
 
         return "\n".join(lines_of(self))
 

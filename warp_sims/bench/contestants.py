@@ -26,8 +26,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .bench_case import FLOWS, Case
-from .rollouts import rollout
+from ..rollouts import rollout
+from .case import FLOWS, Case
 
 OURS = "warp-sims"
 
@@ -129,7 +129,7 @@ class Entrant:
 
 def default_folder() -> Path | None:
     """The peers of the repository if this package is used from a checkout, else None."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
     return folder if (folder / "__init__.py").is_file() else None
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bench_case import FLOWS, Case, errors, needed_operations, reference
-from .bench_contestants import Contestant, Entrant, WarpSims
-from .bench_settings import LEAST_ROUNDS, Settings
-from .bench_timing import Runner, measure, spread, timed
-from .ensembles import Ensemble
-from .rollouts import rollout
+from ..ensembles import Ensemble
+from ..rollouts import rollout
+from .case import FLOWS, Case, errors, needed_operations, reference
+from .contestants import Contestant, Entrant, WarpSims
+from .settings import LEAST_ROUNDS, Settings
+from .timing import Runner, measure, spread, timed
 
 
 class Together:

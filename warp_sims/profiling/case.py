@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .flows import Flow
-from .kernels.layout import layout
-from .policies import MLP, fused_network
-from .rollouts import Loss
-from .systems import System
-from .work import Problem
+from ..flows import Flow
+from ..kernels.layout import layout
+from ..plans import Loss
+from ..policies import MLP, fused_network
+from ..systems import System
+from ..work import Problem
 
 __all__ = ["FLOWS", "Case", "check_count", "make_case"]
 

@@ -9,13 +9,13 @@ import torch
 import warp as wp
 from torch import Tensor, nn
 
-from .bridge.arrays import stream
-from .bridge.launches import PREPARING
-from .bridge.registry import Prepared, prepare
-from .kernels.generated import MAX_UNROLL, make_generated_kernels
-from .profile_result import AgainstRow, spread
-from .rollouts import rollout, simulate
-from .systems import System
+from ..bridge.arrays import stream
+from ..bridge.launches import PREPARING
+from ..bridge.registry import Prepared, prepare
+from ..kernels.generated import MAX_UNROLL, make_generated_kernels
+from ..rollouts import rollout, simulate
+from ..systems import System
+from .result import AgainstRow, spread
 
 __all__ = ["compare_with_generated"]
 

@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Iterator
 
-from .profile_result import AgainstRow, FlowProfile, KernelProfile, Profile, Row, Spread
 from .resources import NO_PTXAS
+from .result import AgainstRow, FlowProfile, KernelProfile, Profile, Row, Spread
 
 __all__ = ["lines_of"]
 

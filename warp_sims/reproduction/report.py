@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..plots import need_matplotlib
+from ..published import FLOWS, SETTINGS, Job, Scale, facts
+from ..runs import OUTCOME, PARTIAL, Log, read_config, read_log
+from ..train_config import CLIPS
 from . import toy
-from .plots import need_matplotlib
-from .published import FLOWS, SETTINGS, Job, Scale, facts
-from .report_figures import FLOW_LABELS, Logs, cosines, curves, draw_landscape, draw_rotation, smoothing
-from .reproduce import read_scale
-from .runs import OUTCOME, PARTIAL, Log, read_config, read_log
-from .train_config import CLIPS
+from .figures import FLOW_LABELS, Logs, cosines, curves, draw_landscape, draw_rotation, smoothing
+from .run import read_scale
 
 PAGE = "report.html"
 TABLE = "results.csv"

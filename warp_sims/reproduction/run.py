@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .published import Job, Scale
-from .reproduce_progress import Board
-from .runs import OUTCOME, write_json
+from ..published import Job, Scale
+from ..runs import OUTCOME, write_json
+from .progress import Board
 
 MANIFEST = "reproduce.json"
 FORMAT = "warp-sims reproduce 1"
@@ -165,16 +165,16 @@ def _locked(out: Path) -> Iterator[IO[str]]:
 
 
 class _Worker:
-    """A process of `reproduce_worker`. It puts (worker, message) into a queue, and None at its end."""
+    """A process of `worker`. It puts (worker, message) into a queue, and None at its end."""
 
     def __init__(self, lock: IO[str], events: _Events) -> None:
-        package = str(Path(__file__).parents[1])
+        package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.jobs: list[Job] = []
         self._events = events
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "warp_sims.reproduce_worker"],
+            [sys.executable, "-m", "warp_sims.reproduction.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

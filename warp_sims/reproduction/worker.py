@@ -1,4 +1,4 @@
-"""A process that does runs of the paper's matrix: `python -m warp_sims.reproduce_worker`.
+"""A process that does runs of the paper's matrix: `python -m warp_sims.reproduction.worker`.
 
 Runs that are done together come in as a line of JSON on the standard input, and every epoch of each goes out
 as one on the standard output; so a worker whose parent was killed ends at the next epoch, or at the end of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 import warp as wp
 
-from .published import Job, Scale
-from .run_config import versions
-from .runs import OUTCOME, write_json
-from .training import TrainingRun
-from .training_together import TrainingTogether
+from ..provenance import machine, versions
+from ..published import Job, Scale
+from ..runs import OUTCOME, write_json
+from ..training import TrainingRun
+from ..training_together import TrainingTogether
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -62,19 +61,6 @@ def _conclude(run: TrainingRun, folder: Path) -> None:
         "machine": machine(),
     }
     write_json(folder / OUTCOME, outcome)
-
-
-def machine() -> dict[str, str]:
-    """Returns what the figures were made on, without a word that identifies the machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or platform.machine()
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return {"cpu": model, "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .bench_case import SIZES
-from .bench_contestants import OURS
+from .case import SIZES
+from .contestants import OURS
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 """Of a page that is written again, what stands outside of these two lines is kept."""

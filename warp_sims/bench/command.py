@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .bench import FORMAT, bench
-from .bench_case import BENCHED, FLOWS
-from .bench_report import against, check_page, page, summary, tables, write_page
-from .bench_settings import BATCHES, SCALES, Settings
+from .case import BENCHED, FLOWS
+from .report import against, check_page, page, summary, tables, write_page
+from .run import FORMAT, bench
+from .settings import BATCHES, SCALES, Settings
 
 QUICK = {"batches": (8,), "flows": ("R", "C"), "rounds": 3, "block": 0.02, "memory": False}
 _SLOW_TO_START = ("torch-compile", "warp-tape")

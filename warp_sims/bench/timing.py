@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .bench_case import Case
-from .bench_contestants import Contestant, Entrant
+from .case import Case
+from .contestants import Contestant, Entrant
 
 _WARM = 0.05
 """Seconds above which an update needs none before it to bring the caches back."""
@@ -123,11 +123,11 @@ def in_fresh_process(entrant: Entrant, case: Case, plan: str, timeout: float) ->
 
 def _spawn(entrant: Entrant, case: Case, plan: str, cache: str, timeout: float) -> dict[str, float]:
     job = {"entrant": dataclasses.asdict(entrant), "case": dataclasses.asdict(case), "plan": plan}
-    package = str(Path(__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     caches = {"WARP_CACHE_PATH": f"{cache}/warp", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
     done = subprocess.run(
-        [sys.executable, "-m", "warp_sims.bench_worker", json.dumps(job)],
+        [sys.executable, "-m", "warp_sims.bench.worker", json.dumps(job)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,7 @@
 """`warp-sims bench`: training updates of the published problems, ours beside its peers, in one run.
 
 A row is a problem, a device, a number of worlds and a flow. In a row every contestant is built, makes its
-first update, whose loss and gradients are compared with float64 ones (`bench_case`), and then all take
+first update, whose loss and gradients are compared with float64 ones (`bench.case`), and then all take
 turns in this process: a change of the machine's speed meets all of them. A contestant whose numbers are
 wrong is not timed, one that is too slow for the time limit is left out, and both are said. Peak memory and
 first calls, compiling included, are measured in fresh processes. The machine's ceilings are measured in the
@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
-from .bench_case import (
+from ..ceilings import copy_rate, matrix_product_rate
+from ..provenance import machine, versions
+from .case import (
     FLOWS,
     SIZES,
     Case,
@@ -33,13 +35,10 @@ from .bench_case import (
     needed_operations,
     reference,
 )
-from .bench_contestants import Entrant, default_folder, entrants
-from .bench_ensemble import run_ensembles
-from .bench_settings import LEAST_ROUNDS, Settings
-from .bench_timing import Runner, fastest, in_fresh_process, measure, quartiles, spread, timed
-from .ceilings import copy_rate, matrix_product_rate
-from .reproduce_worker import machine
-from .run_config import versions
+from .contestants import Entrant, default_folder, entrants
+from .ensemble import run_ensembles
+from .settings import LEAST_ROUNDS, Settings
+from .timing import Runner, fastest, in_fresh_process, measure, quartiles, spread, timed
 
 FORMAT = 1
 """Of the JSON file; grows when a name in it changes."""
@@ -62,7 +61,7 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         say: Called with every line of progress.
 
     Returns:
-        The report, ready for JSON and for `bench_report`.
+        The report, ready for JSON and for `bench.report`.
 
     Raises:
         ValueError: no contestant can run.

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .bridge import operators
-from .gradients import gradient_pair
-from .kernels import toy as _toy
-from .kernels.system import DeviceFunctions
-from .rollouts import simulate
-from .systems import System
+from ..bridge import operators
+from ..gradients import gradient_pair
+from ..kernels import toy as _toy
+from ..kernels.system import DeviceFunctions
+from ..rollouts import simulate
+from ..systems import System
 
 HORIZON = 4
 START = -0.3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .bench_case import BENCHED, FLOWS, SIZES, Case
+from .case import BENCHED, FLOWS, SIZES, Case
 
 BATCHES = (8, 64, 256, 1024, 4096, 16384)
 SCALES = {

@@ -17,22 +17,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..bridge.launches import PREPARING
+from ..bridge.registry import prepare
+from ..bridge.tracing import Event, trace
+from ..ceilings import measure_ceilings
+from ..flows import Flow, schedule
+from ..kernels.agreement import make_combine
+from ..kernels.streamed import make_cuda_system_kernels
+from ..plans import Loss
+from ..policies import fused_network
+from ..rollouts import rollout
+from ..systems import System
+from ..work import Work, needed_operations, work_of
 from .attribution import REST, attribute
-from .bridge.launches import PREPARING
-from .bridge.registry import prepare
-from .bridge.tracing import Event, trace
-from .ceilings import measure_ceilings
-from .flows import Flow, schedule
+from .case import FLOWS, Case, check_count, make_case
 from .generated import compare_with_generated
-from .kernels.agreement import make_combine
-from .kernels.streamed import make_cuda_system_kernels
-from .policies import fused_network
-from .profile_case import FLOWS, Case, check_count, make_case
-from .profile_result import FlowProfile, KernelProfile, Memory, Pass, Profile, Row, spread
 from .resources import cuda_rollout, device_resources, find_ptxas
-from .rollouts import Loss, rollout
-from .systems import System
-from .work import Work, needed_operations, work_of
+from .result import FlowProfile, KernelProfile, Memory, Pass, Profile, Row, spread
 
 __all__ = ["profile"]
 
