@@ -262,18 +262,10 @@ class _Backward:
     ) -> None:
         horizon, size, fields = shape.steps, p.itemsize, len(back.schedules)
         lay = layout(network, size)
-        step = BLOCK * lay.row * size
-        steps = segment or cpu_steps(step, horizon, GROUP_BYTES)
-        shape = shape._replace(steps=steps, jac=shape.jac and p.control_size == 1)
         blocks = blocks_of(shape.nworld // shape.members)
+        steps, group, slots = division(blocks, horizon, BLOCK * lay.row * size, segment)
+        shape = shape._replace(steps=steps, jac=shape.jac and p.control_size == 1)
         like = torch.empty(0, dtype=p.torch_dtype, device=p.torch_device)
-
-        most = max(1, SEGMENT_BYTES["cpu"] // (steps * step))
-        if steps == horizon:
-            most = min(GROUP, max(1, GROUP_BYTES // (steps * step)))
-        # at least as many groups as partial sums, so that all threads have work
-        group = max(1, min(most, blocks // SLOTS))
-        slots = min(SLOTS, (blocks + group - 1) // group)
         least = blocks_per_thread(lay, horizon)
         waves = _waves(shape.members, slots, slots * fields * lay.grads * size, threads)
 
@@ -339,6 +331,19 @@ class _Backward:
         for tasks, sums in self.waves:
             in_parallel(tasks)
             in_parallel(sums)
+
+
+def division(blocks: int, horizon: int, step: int, segment: int) -> tuple[int, int, int]:
+    """Steps that go through at once, world blocks of a group, and partial sums, for the world blocks of a
+    member and `step` bytes of activations a block and step.
+    """
+    steps = segment or cpu_steps(step, horizon, GROUP_BYTES)
+    most = max(1, SEGMENT_BYTES["cpu"] // (steps * step))
+    if steps == horizon:
+        most = min(GROUP, max(1, GROUP_BYTES // (steps * step)))
+    # at least as many groups as partial sums, so that all threads have work
+    group = max(1, min(most, blocks // SLOTS))
+    return steps, group, min(SLOTS, (blocks + group - 1) // group)
 
 
 def _waves(members: int, slots: int, member_bytes: int, threads: int) -> list[range]:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .bridge.fused_backward import division
 from .kernels.flow import NETWORK, Flow
 from .kernels.layout import BLOCK, Column, Layout
 
@@ -150,6 +151,10 @@ def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
             # with several controls a CPU has the cotangents of the fields, else they are of unit controls
             kept = fields if kernel == "network_weight_grad" and m > 1 else m
             elements = hidden + kept * adjoints + fields * (controls + lay.grads)
+        elif kernel == "network_sum_partial":
+            step = BLOCK * lay.row * problem.itemsize
+            _, _, sums = division(math.ceil(b / BLOCK), horizon, step, 0)
+            elements = fields * (sums * lay.grads + problem.parameters)
     return Work(
         None if operations is None else operations * problem.points,
         None if elements is None else elements * problem.itemsize,
