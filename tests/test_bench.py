@@ -5,6 +5,7 @@ What is written of it is in test_bench_report.py.
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -319,11 +320,33 @@ def test_command_writes_json_and_a_page_that_keeps_its_prose(folder, tmp_path, c
     assert "then / now" in capsys.readouterr().out
 
 
-def test_scaling_tells_the_exponent(capsys, monkeypatch):
+def test_scaling_takes_sizes_and_flows_in_turns(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules["warp_sims.bench.settings"].SCALES, "horizon", (5, 10))
-    assert main(command("--scaling", "horizon")) == 0
+    order = []
+    turn = sys.modules["warp_sims.bench.timing"].turn
+
+    def recorded(runner, block):
+        order.append(id(runner))
+        return turn(runner, block)
+
+    monkeypatch.setattr("warp_sims.bench.timing.turn", recorded)
+    arguments = command("--scaling", "horizon", "--flows", "R", "C", "--json", str(tmp_path / "bench.json"))
+    assert main(arguments) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    cases = [(row["case"]["horizon"], row["case"]["flow"]) for row in rows]
+    assert cases == [(5, "R"), (5, "C"), (10, "R"), (10, "C")]
+    rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
+    assert len(rounds) >= 3 and all(set(r) == set(order) and len(set(r)) == 4 for r in rounds)
+
     out = capsys.readouterr().out
-    assert "exponent" in out and "| 5 " in out and "| 10 " in out
+    line = next(text for text in out.splitlines() if "| C " in text and "| 10 " in text)
+    unit, exponent, of_regular = (float(cell.split()[0]) for cell in line.split("|")[-4:-1])
+    times = {case: row["contestants"]["warp-sims"]["times"] for case, row in zip(cases, rows, strict=True)}
+    growth = [ten / five for ten, five in zip(times[10, "C"], times[5, "C"], strict=True)]
+    assert unit == pytest.approx(statistics.median(growth) / 2, rel=0.01)
+    assert exponent == pytest.approx(math.log2(statistics.median(growth)), rel=0.01, abs=0.01)
+    pairs = zip(times[10, "C"], times[10, "R"], strict=True)
+    assert of_regular == pytest.approx(statistics.median(c / r for c, r in pairs), rel=0.01)
 
 
 def test_ensembles_stand_beside_one_policy_alone(capsys, tmp_path):
@@ -382,7 +405,7 @@ BAD = {
 def test_bad_input_is_refused_in_one_line_before_anything_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text("# Mine\n")
-    monkeypatch.setattr("warp_sims.bench.run.run_row", lambda *args: pytest.fail("something was measured"))
+    monkeypatch.setattr("warp_sims.bench.run.run_rows", lambda *args: pytest.fail("something was measured"))
     arguments, part = BAD[name]
     if "jax:best" in arguments:
         pytest.importorskip("jax")

@@ -71,8 +71,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--scaling",
         choices=tuple(SCALES),
-        help="instead of the matrix, time against the horizon, the poles or the grid points; ours alone and "
-        "256 worlds unless asked for more",
+        help="instead of the matrix, time against the worlds, the horizon, the poles or the grid points, all "
+        "sizes and flows of a problem in turns; ours alone and 256 worlds unless asked for more",
     )
     add(
         "--ensemble",
@@ -142,7 +142,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     """The settings that the options stand for; --quick and --scaling change defaults only."""
     known: dict[str, Any] = {}
     if options.scaling:
-        known |= {"batches": (256,), "flows": ("R", "C"), "contestants": ("warp-sims",), "memory": False}
+        known |= {"batches": (256,), "contestants": ("warp-sims",), "memory": False}
     if options.ensemble:
         known |= {"batches": (8,), "flows": ("R", "C")}
     if options.quick:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .case import SIZES
 from .contestants import OURS
+from .timing import spread
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 """Of a page that is written again, what stands outside of these two lines is kept."""
@@ -216,29 +217,57 @@ def _world_step(row: Row, name: str) -> float:
 
 
 def _scaling_table(rows: Sequence[Row], report: dict[str, Any]) -> list[str]:
-    """Time against what is varied, with the exponent between neighbours: 1 is linear."""
+    """Time against what is varied, all ratios within a round: to the smallest size, to the one before it as
+    an exponent (1 is linear), and to flow R of the same size.
+    """
     varied = report["settings"]["scaling"]
-    head = ["network", "batch", "flow", varied, "contestant", "ms", "exponent"]
+
+    def value(row: Row) -> int:
+        return row["case"][{"worlds": "batch", "horizon": "horizon"}.get(varied, "size")]
+
+    def kind(row: Row) -> tuple[str, ...]:
+        worlds = [] if varied == "worlds" else [str(row["case"]["batch"])]
+        return _network(row["case"]), *worlds, row["case"]["flow"]
+
+    head = ["network", *([] if varied == "worlds" else ["batch"]), "flow", varied, "contestant", "ms"]
+    head += [f"per unit of {varied} / least", "exponent", "/ R"]
     out = []
     for name in _names(rows):
-        past: dict[tuple, tuple[int, float]] = {}
-        for row in sorted(rows, key=lambda r: (r["case"]["batch"], r["case"]["flow"])):
-            case, result = row["case"], row["contestants"].get(name)
-            kind = (_network(case), str(case["batch"]), case["flow"])
-            value = case["horizon"] if varied == "horizon" else case["size"]
-            if result is None:
-                continue
-            seconds = result["seconds"]["median"]
-            exponent = "-"
-            if kind in past:
-                before, then = past[kind]
-                exponent = f"{math.log(seconds / then) / math.log(value / before):.2f}"
-            past[kind] = value, seconds
-            out.append([*kind, str(value), name, _spread(result["seconds"], 1e3, result["plan"]), exponent])
+        timed = [row for row in rows if name in row["contestants"]]
+        for _, group in itertools.groupby(sorted(timed, key=lambda row: (kind(row), value(row))), kind):
+            least = before = None
+            for row in group:
+                result = row["contestants"][name]
+                times, size = result["times"], value(row)
+                cells = [*kind(row), str(size), name, _spread(result["seconds"], 1e3, result["plan"])]
+                if least is None or before is None:
+                    least = row
+                    cells += ["-", "-"]
+                else:
+                    first = least["contestants"][name]["times"], value(least)
+                    last = before["contestants"][name]["times"], value(before)
+                    growth = [t / size / (o / first[1]) for t, o in zip(times, first[0], strict=True)]
+                    steps = math.log(size / last[1])
+                    exponents = [math.log(t / o) / steps for t, o in zip(times, last[0], strict=True)]
+                    cells += [_spread(spread(growth)), _spread(spread(exponents))]
+                before = row
+                regular = next((r for r in timed if _is_regular(r, row)), None)
+                if regular is None or regular is row:
+                    cells.append("-")
+                else:
+                    pairs = zip(times, regular["contestants"][name]["times"], strict=True)
+                    cells.append(_spread(spread([t / o for t, o in pairs])))
+                out.append(cells)
     note = (
-        f"Exponent: log of the time's ratio over log of the ratio of {varied}, to the row before; 1: linear."
+        "Sizes and flows take turns, ratios are taken within a round. Exponent: log of the time's ratio "
+        f"over log of the ratio of {varied}, to the row before; 1: linear."
     )
     return [*table(head, out), "", note, ""]
+
+
+def _is_regular(row: Row, like: Row) -> bool:
+    """Whether a row is that of flow R for the case of another."""
+    return _identity({"case": {**like["case"], "flow": "R"}}) == _identity(row)
 
 
 def _fresh(rows: Sequence[Row]) -> list[str]:

@@ -3,7 +3,8 @@
 A row is a problem, a device, a number of worlds and a flow. In a row every contestant is built, makes its
 first update, whose loss and gradients are compared with float64 ones (`bench.case`), and then all take
 turns in this process: a change of the machine's speed meets all of them. A contestant whose numbers are
-wrong is not timed, one that is too slow for the time limit is left out, and both are said. Peak memory and
+wrong is not timed, one that is too slow for the time limit is left out, and both are said. Where growth is
+measured (`Settings.scaling`) the rows of all sizes and flows take turns, for the same reason. Peak memory and
 first calls, compiling included, are measured in fresh processes. The machine's ceilings are measured in the
 same run.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import subprocess
 import time
@@ -111,10 +113,9 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     if not any(fields.values()):
         raise ValueError("bench: no contestant can run: " + "; ".join(skipped))
     history: dict[Any, _Past] = {}
-    for case in settings.cases():
-        say(f"{_label(case)}")
-        row = run_row(case, fields[case.device], settings, history, lambda text: say(f"  {text}"))
-        report["rows"].append(row)
+    for cases in _together(settings):
+        rows = run_rows(cases, fields[cases[0].device], settings, history, say)
+        report["rows"] += rows
     if settings.memory:
         say("first calls and memory, in fresh processes")
         report["memory"] = list(_memory(settings, fields, report["rows"], say))
@@ -159,7 +160,22 @@ def _label(case: Case) -> str:
     return f"{case.problem} {case.network}, {case.device}, {sizes}, {case.flow}"
 
 
-# One row
+def _together(settings: Settings) -> Iterator[list[Case]]:
+    """The cases that take turns with one another: none in the matrix, whose rows compare contestants; all
+    sizes and flows of a problem where growth is asked for.
+    """
+    if not settings.scaling:
+        yield from ([case] for case in settings.cases())
+        return
+
+    def kind(case: Case) -> tuple:
+        return case.device, case.problem, case.widths, 0 if settings.scaling == "worlds" else case.batch
+
+    for _, group in itertools.groupby(settings.cases(), kind):
+        yield list(group)
+
+
+# One row, or several
 
 
 @dataclasses.dataclass
@@ -170,14 +186,37 @@ class _Past:
     seconds: dict[str, float]
 
 
-def run_row(
+def run_rows(
+    cases: Sequence[Case],
+    field: Sequence[Entrant],
+    settings: Settings,
+    history: dict[Any, _Past],
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Checks all contestants of some rows and times them in turns; see the top of this file."""
+    entered: list[tuple[Row, list[Runner]]] = []
+    for case in cases:
+        say(_label(case))
+        entered.append(_enter_all(case, field, settings, history, lambda text: say(f"  {text}")))
+    every = [runner for _, runners in entered for runner in runners]
+    if every:
+        slowest = max(runner.seconds for runner in every)
+        measure(every, settings.rounds_for(slowest), settings.block)
+    for case, (row, runners) in zip(cases, entered, strict=True):
+        if len(cases) > 1:
+            say(_label(case))
+        _fill_in(row, runners, lambda text: say(f"  {text}"))
+    return [row for row, _ in entered]
+
+
+def _enter_all(
     case: Case,
     field: Sequence[Entrant],
     settings: Settings,
     history: dict[Any, _Past],
     say: Callable[[str], None],
-) -> Row:
-    """Checks and times all contestants of one row; see the top of this file."""
+) -> tuple[Row, list[Runner]]:
+    """A row without times, and who is to be timed in it."""
     row: Row = {
         "case": {**dataclasses.asdict(case), "horizon": case.horizon, "widths": list(case.widths)},
         "operations": needed_operations(case),
@@ -199,10 +238,11 @@ def run_row(
             runner = _enter(case, entrant, truth, settings, history, note, row)
             if runner is not None:
                 runners.append(runner)
-    if not runners:
-        return row
-    slowest = max(runner.seconds for runner in runners)
-    measure(runners, settings.rounds_for(slowest), settings.block)
+    return row, runners
+
+
+def _fill_in(row: Row, runners: Sequence[Runner], say: Callable[[str], None]) -> None:
+    """Writes the times of a row into it."""
     ours = next((runner for runner in runners if runner.entrant.ours), None)
     for runner in runners:
         row["contestants"][runner.entrant.name] |= {
@@ -215,7 +255,6 @@ def run_row(
             ratios = [t / o for t, o in zip(runner.times, ours.times, strict=True)]
             row["ratios"][runner.entrant.name] = spread(ratios)
         say(_line(row, runner))
-    return row
 
 
 def _line(row: Row, runner: Runner) -> str:

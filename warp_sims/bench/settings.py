@@ -12,6 +12,7 @@ from .case import BENCHED, FLOWS, SIZES, Case
 
 BATCHES = (8, 64, 256, 1024, 4096, 16384)
 SCALES = {
+    "worlds": (64, 256, 1024, 4096, 16384),
     "horizon": (25, 50, 100, 200, 400),
     "poles": (1, 2, 4, 8),
     "points": (16, 32, 64, 128),
@@ -39,7 +40,7 @@ class Settings:
         time_limit: Seconds that one contestant may take in one row, its first updates aside.
         memory: Whether first calls and memory are measured, in fresh processes.
         without: Contestants that are left out where none are named, by name.
-        scaling: One of `SCALES`, to vary that instead of the number of worlds; empty for the matrix.
+        scaling: One of `SCALES`, to vary that, measured in turns instead of row by row; empty for the matrix.
         ensemble: Numbers of networks trained together, measured instead of the matrix; empty for the matrix.
     """
 
@@ -100,7 +101,7 @@ class Settings:
     @property
     def scaled_problems(self) -> tuple[str, ...]:
         """The problems that have what scaling varies."""
-        if self.scaling in ("", "horizon"):
+        if self.scaling in ("", "horizon", "worlds"):
             return self.problems
         return tuple(p for p in self.problems if SIZES.get(p) == self.scaling)
 
@@ -109,8 +110,8 @@ class Settings:
         for device in self.devices:
             for problem in self.scaled_problems:
                 for widths in self.widths or ((),):
-                    for batch in self.batches:
-                        for value in SCALES.get(self.scaling, (0,)):
+                    for batch in SCALES["worlds"] if self.scaling == "worlds" else self.batches:
+                        for value in SCALES[self.scaling] if self.scaling not in ("", "worlds") else (0,):
                             for flow in self.flows:
                                 horizon, size = (value, 0) if self.scaling == "horizon" else (0, value)
                                 yield Case(problem, flow, batch, device, widths, horizon, size)
