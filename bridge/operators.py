@@ -1,8 +1,8 @@
 """The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need
 values.
 
-None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would
-make forward-mode derivatives silently zero).
+None has an autograd formula: rollout.py and evaluated.py put them into autograd Functions (a formula
+registered here would make forward-mode derivatives silently zero).
 """
 
 import math

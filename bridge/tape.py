@@ -8,9 +8,10 @@ from torch import Tensor
 
 from . import operators
 from .arrays import array_of, grad_of
+from .autograd import Spec, split
+from .evaluated import Policy, torch_backward, torch_forward
 from .fused_backward import backward as fused_backward
 from .registry import prepare
-from .rollout import Policy, Spec, split, torch_backward, torch_forward
 from .sweeps import Backward, Cotangents, LossWeights
 
 _NO_LOSS = LossWeights(0.0, 0.0, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge import operators
-from .bridge.rollout import torch_backward, torch_forward
+from .bridge.evaluated import torch_backward, torch_forward
 from .flows import Flow, schedule
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
 from .systems import System

@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from .bridge import operators
 from .bridge.arrays import capturing
-from .bridge.rollout import Policy, Spec
+from .bridge.autograd import Spec
+from .bridge.evaluated import Policy
 from .bridge.segments import fused_segment, torch_segment
 from .ensembles import Ensemble, fused_ensemble
 from .flows import check_decay

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge import rollout as _bridge
+from .bridge.evaluated import torch_rollout
 from .flows import Flow, schedule
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System
@@ -108,7 +109,7 @@ def rollout(
             plan.x0, plan.spec, plan.network, *plan.parameters
         )
     else:
-        states, controls, value = _bridge.torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
+        states, controls, value = torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
     if plan.custom_loss is not None:
         value = custom_loss_value("rollout", plan, states, controls) + value
     return Rollout(states, controls, value if plan.has_loss else None, plan.network is not None)
