@@ -1,4 +1,4 @@
-"""What all differentiable rollouts share: their description, and Functions that refuse what they cannot do."""
+"""What all differentiable rollouts share: what describes them, and Functions that refuse what they cannot."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
