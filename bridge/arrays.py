@@ -90,7 +90,10 @@ class Reserve:
                 self.idle.pop(0)
 
 
-RESERVE = Reserve(1 << 29)
+RESERVE = Reserve(5 << 28)
+"""Of this process: room for the activations that a rollout may keep (`segments.STORED_BYTES`) and the rest of
+it.
+"""
 
 
 def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
