@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._utils import _unflatten_dense_tensors
 
-from ..kernels.flow import NETWORK, Flow
+from ..kernels.flow import network_open
 from . import operators
 
 _NO_SECOND = (
@@ -45,7 +45,8 @@ class Spec(NamedTuple):
 
     @property
     def network_open(self) -> bool:
-        return any(Flow(letter).edges & NETWORK for letter in set(self.base + self.check))
+        """Whether any field crosses a network edge at any step."""
+        return network_open(self.base + self.check)
 
 
 class BackwardPass(torch.autograd.Function):
@@ -94,7 +95,7 @@ def differentiable(
     return apply
 
 
-def wants_x0_of(ctx: Any) -> bool:
+def x0_is_wanted(ctx: Any) -> bool:
     """Whether somebody reads the cotangent of x0; tracing a compiled graph, that is not known."""
     return torch.compiler.is_compiling() or ctx.needs_input_grad[0]
 
@@ -103,8 +104,8 @@ def combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
     """One gradient of one or two fields, (fields, ...); the comparison is left out where nobody reads it."""
     if not two or not wanted:
         return fields[0]
-    combined, _ = operators.combine(fields[0].reshape(-1), fields[1].reshape(-1), False)
-    return combined.view(fields.shape[1:])
+    one, _ = operators.combine(fields[0].reshape(-1), fields[1].reshape(-1), False)
+    return one.view(fields.shape[1:])
 
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

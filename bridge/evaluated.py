@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp
 
 from . import operators
-from .autograd import BackwardPass, Spec, combined, differentiable, split, wants_x0_of
+from .autograd import BackwardPass, Spec, combined, differentiable, split, x0_is_wanted
 from .segments import pieces
 from .sweeps import Cotangents
 from .tracing import span
@@ -239,7 +239,7 @@ class TorchRollout(torch.autograd.Function):
         flat, adj_x0 = _torch_backward_pass(
             ctx.policy,
             ctx.spec,
-            wants_x0_of(ctx),
+            x0_is_wanted(ctx),
             states,
             controls,
             adj_loss,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.flow import Flow
 from . import operators
-from .autograd import BackwardPass, Spec, combined, differentiable, split, wants_x0_of
+from .autograd import BackwardPass, Spec, combined, differentiable, split, x0_is_wanted
 
 
 class FusedBackward(BackwardPass):
@@ -92,7 +92,7 @@ class FusedRollout(torch.autograd.Function):
         states, controls, hidden, packed, *parameters = ctx.saved_tensors
         flat, adj_x0 = _fused_backward(
             ctx.spec,
-            wants_x0_of(ctx),
+            x0_is_wanted(ctx),
             ctx.network,
             packed,
             hidden,

@@ -15,7 +15,7 @@ import torch
 import warp as wp
 
 from ..kernels.agreement import NSTATS, chunks, make_combine
-from ..kernels.flow import NETWORK, PHYSICS, Flow
+from ..kernels.flow import PHYSICS, Flow, network_open
 from .arrays import WARP_DTYPE, constant, empty, stream, warp_device
 from .launches import Launch, Pool, array, in_parallel, shares
 from .registry import Prepared
@@ -59,7 +59,7 @@ class Backward(NamedTuple):
     @property
     def network_open(self) -> bool:
         """Whether any field crosses a network edge at any step."""
-        return any(Flow(letter).edges & NETWORK for letter in set(self.base + self.check))
+        return network_open(self.base + self.check)
 
 
 class Cotangents(NamedTuple):

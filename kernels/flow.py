@@ -66,3 +66,8 @@ class Flow(str, enum.Enum):
 
 _EXPECTED = '"regular", "modified", "network", "stopped" or "combined", or a letter "R", "M", "N", "S", "C"'
 _EDGES = {"R": PHYSICS | NETWORK, "M": PHYSICS, "N": NETWORK, "S": 0}
+
+
+def network_open(letters: str) -> bool:
+    """Whether any of these steps, one flow letter each, leaves its network edge open."""
+    return any(Flow(letter).edges & NETWORK for letter in set(letters))

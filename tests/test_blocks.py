@@ -1,5 +1,5 @@
 """The block form of a step, which CPUs run, against the form by value for one world, which GPUs run for
-small states; test_memory.py has that for large ones.
+small states; test_memory_functions.py has that for large ones.
 
 The other tests hold the block form against the torch references.
 """

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .bridge.fused_backward import division
-from .kernels.flow import NETWORK, Flow
+from .kernels.flow import network_open
 from .kernels.layout import BLOCK, Column, Layout
 
 __all__ = ["Problem", "Work", "needed_operations", "work_of"]
@@ -97,22 +97,18 @@ def needed_operations(problem: Problem, base: str, check: str) -> tuple[int, int
     products = _products(problem.layout)
     fields = [letters for letters in (base, check) if letters]
     pulls = min(problem.control_size, len(fields))
-    to_states = min(pulls, sum(_network_open(letters) for letters in fields))
+    to_states = min(pulls, sum(network_open(letters) for letters in fields))
     backward = pulls * (products.pull_last + products.pull_hidden) + to_states * products.pull_state
     backward += len(fields) * products.forward
     return problem.points * products.forward, problem.points * backward
-
-
-def _network_open(letters: str) -> bool:
-    return any(Flow(letter).edges & NETWORK for letter in set(letters))
 
 
 def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
     """What the launches of a kernel do in one pass, by the name of its function; others are not counted."""
     b, horizon, n, m = problem.nworld, problem.horizon, problem.state_size, problem.control_size
     fields = 2 if check else 1
-    network_open = _network_open(base + check)
-    states, controls, jac = (horizon + 1) * b * n, horizon * b * m, horizon * b * m * n * network_open
+    any_open = network_open(base + check)
+    states, controls, jac = (horizon + 1) * b * n, horizon * b * m, horizon * b * m * n * any_open
     lay = problem.layout
     operations, elements = None, None
     if kernel == "simulate":
@@ -136,12 +132,12 @@ def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
             operations = products.forward
             elements = lay.packed + states + controls + hidden + b
         elif kernel in ("network_linearize", "linearize"):
-            to_state = products.pull_state if network_open and lay.layers > 1 else 0
+            to_state = products.pull_state if any_open and lay.layers > 1 else 0
             operations = m * (products.pull_hidden + to_state)
             # tanh' is read off the activations
             elements = lay.packed + activations + m * adjoints + jac
         elif kernel == "fused_adjoint":
-            to_states = sum(_network_open(letters) for letters in (base, check))
+            to_states = sum(network_open(letters) for letters in (base, check))
             operations = fields * (products.pull_last + products.pull_hidden)
             operations += to_states * products.pull_state
             elements = lay.packed + activations + states + controls

@@ -102,7 +102,7 @@ def _kernel(profile: Profile, kernel: KernelProfile) -> str:
     line = f"    {kernel.name:24}{_seconds(kernel.cpu_seconds):>9}"
     r = kernel.resources
     if r is None:
-        return line + ("   (on CPUs; on a GPU torch multiplies)" if profile.ptxas else "")
+        return line + ("   (on CPUs only)" if profile.ptxas else "")
     spills = f"{r.spill_stores} / {r.spill_loads}"
     return line + (
         f"{_seconds(r.ptx_seconds + r.ptxas_seconds):>11}{r.registers:>11}{r.shared_bytes:>12}"
