@@ -14,16 +14,17 @@ import torch
 from ..kernels.layout import BLOCK, Column, Layout, layout
 from ..kernels.resident import choose_plan, make_resident_rollout
 from .arrays import constant, empty, stream
-from .launches import Launch, Pool, array, in_parallel, shares
+from .launches import Launch, Pool, array
 from .registry import Prepared
 from .segments import blocks_of, hidden_shape, pieces
 from .sweeps import LossWeights, check_has_loss, loss, members_of, total
+from .team import Team, shares
 
 GPU_LANES = 128
 """Threads of a GPU block in the forward sweep of a policy whose weights do not fit the registers."""
-THREAD_PRODUCTS = 1 << 22
-"""Multiply-adds of one pass over a world block from which a thread is worth its start for this block alone
-(some 60 us); below, it takes two.
+THREAD_PRODUCTS = 1 << 18
+"""Multiply-adds of a thread in one pass through the policy, below which a second thread costs more than it
+brings: some 6 us.
 """
 
 
@@ -54,7 +55,7 @@ def blocks_per_thread(lay: Layout, horizon: int) -> int:
     """World blocks below which another thread costs more than it brings."""
     columns = (Column.POSITIONS, Column.PITCH_UNITS, Column.WINDOW)
     products = sum(math.prod(lay.column(i, c) for c in columns) for i in range(lay.layers))
-    return 1 if horizon * BLOCK * products >= THREAD_PRODUCTS else 2
+    return -(-THREAD_PRODUCTS // (horizon * BLOCK * products))
 
 
 def fixed(tensor: torch.Tensor) -> Any:
@@ -96,19 +97,15 @@ class _Rollout:
             args += [self.states, self.controls, self.hidden, self.world_loss]
             kernel = make_resident_rollout(p.functions, p.dtype, plan)
             dim = members * plan.blocks(member_worlds), plan.threads
-            self.launches = [Launch(kernel, dim, args, p.device, block_dim=plan.threads)]
+            self.run = Team([Launch(kernel, dim, args, p.device, block_dim=plan.threads)])
             return
         lanes = 1 if p.device.is_cpu else GPU_LANES
         before = [self.x0, p.params, self.packed, fixed(self.table), lay.layers, lay.row]
         before += [lay.column(0, Column.SECTION), horizon, kept, *worlds]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
         parts = shares(blocks, blocks_per_thread(lay, horizon)) if p.device.is_cpu else [range(blocks)]
-        self.launches = [
-            Launch(
-                p.fused_rollout, (len(part), lanes), [*before, part.start, *after], p.device, block_dim=lanes
-            )
-            for part in parts
-        ]
+        args = [([*before, part.start, *after], (len(part), lanes)) for part in parts]
+        self.run = Team([Launch(p.fused_rollout, dim, a, p.device, block_dim=lanes) for a, dim in args])
 
 
 _rollout = Pool(_Rollout)
@@ -186,4 +183,4 @@ def _sweep(
         sweep.states.data, sweep.hidden.data = states.data_ptr(), hidden.data_ptr()
         sweep.controls.data = sweep.flat_controls.data = controls.data_ptr()
         sweep.world_loss.data = world_loss.data_ptr()
-        in_parallel(sweep.launches)
+        sweep.run()

@@ -6,7 +6,7 @@ over threads, and knows no autograd.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from ..kernels.network import SUM_CHUNK, chunk_rows, make_network_kernels
 from . import wide
 from .arrays import constant, empty
 from .fused import activations, blocks_per_thread, fixed, table
-from .launches import Launch, Pool, array, in_parallel, shares
+from .launches import Launch, Pool, array
 from .registry import Prepared
 from .segments import SEGMENT_BYTES, blocks_of, cpu_steps, pieces
 from .sweeps import AdjointArguments, Backward, Cotangents, Shape, adjoint, shape_of
+from .team import Program, Step, Task, Team, shares
 from .tracing import span
 
 GROUP = 4
@@ -40,8 +41,11 @@ PARTIAL_BYTES = 1 << 22
 would lack work.
 """
 
-
-SUM_CHUNKS_PER_THREAD = 16
+PROGRAM_GROUPS = 2048
+"""Groups up to which a thread's launches are written down beforehand; with more, what Python costs between
+them is nothing.
+"""
+SUM_CHUNKS_PER_THREAD = 8
 """Chunks of `kernels.network.SUM_CHUNK` elements below which a second thread costs the sum more than it
 brings.
 """
@@ -131,15 +135,16 @@ class _Pass:
 
     def put(self, **values: int) -> None:
         """Sets those of these arguments that the kernel has."""
-        for name, value in values.items():
-            if name in self._index:
-                self._launch.put(self._index[name], value)
+        for index, value in self._own(values).items():
+            self._launch.put(index, value)
 
-    def __call__(self, block: int, blocks: int, world: int, worlds: int) -> None:
-        """Launches over the blocks, and over the worlds that these hold."""
-        self._launch.put(self._index["first"], block if self._by_block else world)
-        self._launch.resize(blocks if self._by_block else worlds)
-        self._launch()
+    def step(self, block: int, blocks: int, world: int, worlds: int, /, **values: int) -> Step:
+        """A launch over the blocks, or over the worlds that these hold."""
+        first, dim = (block, blocks) if self._by_block else (world, worlds)
+        return Step(self._launch, dim, self._own({"first": first, **values}))
+
+    def _own(self, values: dict[str, int]) -> dict[int, int]:
+        return {self._index[name]: value for name, value in values.items() if name in self._index}
 
 
 class _Group:
@@ -193,10 +198,10 @@ class _Group:
             self._passes.append(_Pass(p, kernels.linearize, args, True))
             self._passes.append(_Pass(p, a.kernel, [*a.before, 0, *a.after], p.kernels.worlds > 1))
         args = [lay_table, lay.layers, lay.row, *rows_of, fixed(d), scalar_mu, fields, int(several), steps]
-        args += [self._member_worlds, m, chunk, 0, 0, 0, 0, fixed(mu_rows), fixed(scaled), whole.sums]
+        args += [self._member_worlds, m, chunk, 0, 0, 0, 0, 0, fixed(mu_rows), fixed(scaled), whole.sums]
         self._products = _Pass(p, kernels.weight_grad, args, True)
         self._all = [*self._passes, self._products]
-        self._recomputed, self._pieces = recomputed, pieces(len(back.base), steps)
+        self._recomputed, self.pieces = recomputed, pieces(len(back.base), steps)
         self._at = -1
         self._first_state = self._first_row = 0
         self._step = BLOCK * lay.row * size
@@ -210,39 +215,38 @@ class _Group:
         g: Cotangents,
         adj_x0: torch.Tensor,
     ) -> None:
-        """Sets the addresses of the inputs, all dense, and of adj_x0."""
+        """Sets the addresses of the inputs, all dense, and of adj_x0, and seeks the last steps."""
         self._arguments.point(states, controls, g)
         self._arguments.adj_x0.data, self._packed.data = adj_x0.data_ptr(), packed.data_ptr()
         self._first_state, self._first_row = states.data_ptr(), hidden.data_ptr()
-        self._at = -1
+        self.seek(*self.pieces[0])
 
-    def _seek(self, t0: int, t1: int) -> None:
+    def seek(self, t0: int, t1: int) -> None:
         """Lets the launches be over the steps t0 ... t1 - 1."""
-        if self._at == t0:
-            return
-        self._at = t0
         self._arguments.seek(t0)
-        values = {"steps": t1 - t0, "t0": t0, "carried": int(t1 < self._pieces[0][1])}
         if self._recomputed:
             self._states.data = self._first_state + t0 * self._states.strides[0]
-            values["hidden_steps"] = t1 - t0
         else:
             self._hidden.data = self._first_row + t0 * self._step
-        for one in self._all:
-            one.put(**values)
-
-    def __call__(self, block: int, blocks: int, world: int, slot: int) -> None:
-        """Takes a group of blocks of a member, whose first world is `world`, back through all steps."""
-        worlds = min(blocks * BLOCK, self._member_worlds - world % self._member_worlds)
-        self._products.put(blocks=blocks, slot=slot)
-        if self._recomputed:
+        if self._at != t0:
+            self._at = t0
+            values = {"steps": t1 - t0, "t0": t0, "carried": int(t1 < self.pieces[0][1])}
+            if self._recomputed:
+                values["hidden_steps"] = t1 - t0
             for one in self._all:
-                one.put(hidden_first=block)
-        for piece in self._pieces:
-            self._seek(*piece)
-            for one in self._passes:
-                one(block, blocks, world, worlds)
-            self._products(block, 1, world, worlds)
+                one.put(**values)
+
+    def steps(self, block: int, blocks: int, world: int, slot: int, fresh: bool) -> list[Step]:
+        """The launches that take a group of blocks of a member, whose first world is `world`, back through
+        the steps; `fresh`: the first of a partial sum.
+        """
+        worlds = min(blocks * BLOCK, self._member_worlds - world % self._member_worlds)
+        hidden_first = {"hidden_first": block} if self._recomputed else {}
+        passes = [one.step(block, blocks, world, worlds, **hidden_first) for one in self._passes]
+        products = self._products.step(
+            block, 1, world, worlds, blocks=blocks, slot=slot, fresh=int(fresh), **hidden_first
+        )
+        return [*passes, products]
 
 
 class _Backward:
@@ -279,20 +283,21 @@ class _Backward:
         self.sums = array(size, len(waves[0]) * slots, fields, lay.grads)
         self.sums.data = self.partial.data_ptr()
         self.table = constant((network, size), table, p.torch_device)
-        own = self.partial.view(-1, fields, lay.grads).unbind(0)
+        member_worlds = shape.nworld // shape.members
 
-        def work(go: _Group, first_member: int, part: range) -> None:
+        def visits(wave: range, part: range) -> Iterator[tuple[int, int, int, int, bool]]:
+            """Arguments of `_Group.steps` for the groups of some partial sums of a wave."""
             for item in part:
-                own[item].zero_()
-                member, slot = first_member + item // slots, item % slots
+                member, slot = wave.start + item // slots, item % slots
                 for first in range(slot * group, blocks, slots * group):
-                    count = min(group, blocks - first)
-                    go(
-                        member * blocks + first,
-                        count,
-                        member * (shape.nworld // shape.members) + first * BLOCK,
-                        item,
-                    )
+                    count, world = min(group, blocks - first), member * member_worlds + first * BLOCK
+                    yield member * blocks + first, count, world, item, first == slot * group
+
+        def task(go: _Group, wave: range, part: range) -> Task:
+            groups = -(-blocks // (slots * group)) * len(part)
+            if len(go.pieces) == 1 and groups <= PROGRAM_GROUPS:
+                return Program([step for visit in visits(wave, part) for step in go.steps(*visit)])
+            return functools.partial(_through_pieces, go, lambda: visits(wave, part))
 
         self.groups = [_Group(self, p, back, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
@@ -300,16 +305,16 @@ class _Backward:
         sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)
         partial = array(size, *self.partial.shape)
         partial.data = self.partial.data_ptr()
-        self.waves: list[tuple[Sequence[Callable[[], None]], Sequence[Callable[[], None]]]] = []
+        self.waves: list[tuple[Team, Team]] = []
         for wave in waves:
             parts = shares(len(wave) * slots, least)
-            tasks = [functools.partial(work, go, wave.start, part) for go, part in zip(self.groups, parts)]
+            tasks = [task(go, wave, part) for go, part in zip(self.groups, parts)]
             args = [partial, fixed(self.parameter), wave.start]
             sums = [
                 Launch(sum_partial, len(part), [*args, part.start, self.grads], p.device)
                 for part in shares(len(wave) * fields * chunks, SUM_CHUNKS_PER_THREAD)
             ]
-            self.waves.append((tasks, sums))
+            self.waves.append((Team(tasks), Team(sums)))
         scratch = [self.mu, self.jac, self.partial, *(t for go in self.groups for t in go.scratch)]
         self.nbytes = sum(t.numel() * t.element_size() for t in scratch)
 
@@ -329,8 +334,17 @@ class _Backward:
             go.point(packed, hidden, states, controls, g, adj_x0)
         self.grads.data = grads.data_ptr()
         for tasks, sums in self.waves:
-            in_parallel(tasks)
-            in_parallel(sums)
+            tasks()
+            sums()
+
+
+def _through_pieces(go: _Group, visits: Callable[[], Iterator[tuple[int, int, int, int, bool]]]) -> None:
+    """Takes groups back one after the other, each through all segments."""
+    for block, blocks, world, slot, fresh in visits():
+        for piece in go.pieces:
+            go.seek(*piece)
+            for step in go.steps(block, blocks, world, slot, fresh and piece == go.pieces[0]):
+                step()
 
 
 def division(blocks: int, horizon: int, step: int, segment: int) -> tuple[int, int, int]:

@@ -3,19 +3,15 @@
 `wp.launch` packs some twenty arguments anew each time, which for a small rollout takes longer than the
 kernels. A `Launch` here is recorded once for given shapes; afterwards only the addresses in its array
 descriptors are replaced. Whoever launches borrows the prepared object from a pool, so threads and nested
-calls never share one.
+calls never share one. Several launches at once are the affair of team.py.
 """
 
 import contextlib
 import ctypes
 import functools
-import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -32,7 +28,7 @@ work.
 """
 
 DIRECT_CALLS = "1.19."
-"""Versions of Warp whose CPU launches are made past Warp's Python, see `_DirectCall`; others through it."""
+"""Versions of Warp whose CPU launches are made past Warp's Python, see `DirectCall`; others through it."""
 
 PREPARING = threading.RLock()
 """Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
@@ -57,7 +53,7 @@ def array(itemsize: int, *shape: int, components: int = 0) -> Any:
     return _descriptor()(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
 
 
-class _DirectCall:
+class DirectCall:
     """A recorded launch on a CPU, called as Warp calls it, less what Warp makes anew each time: a structure
     of all arguments, and its type looked up by theirs. That takes longer than a short kernel.
     """
@@ -73,12 +69,31 @@ class _DirectCall:
         self._references = ctypes.byref(command.bounds), ctypes.byref(self._arguments)
 
     def __call__(self) -> None:
+        self.refresh()
+        self._kernel(*self._references)
+
+    def refresh(self) -> None:
+        """Takes the addresses that the descriptors have now."""
         if self._command.device.is_capturing:
             self._command.launch()  # which says that addresses of torch's cannot be recorded
         arguments = self._arguments
         for name, descriptor in self._arrays:
             setattr(arguments, name, descriptor)
-        self._kernel(*self._references)
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the kernel, its launch bounds and its arguments."""
+        kernel = ctypes.cast(self._kernel, ctypes.c_void_p).value
+        assert kernel is not None
+        return kernel, ctypes.addressof(self._bounds), ctypes.addressof(self._arguments)
+
+    def addresses_of_dim(self) -> list[int]:
+        """Where the number of threads of a launch with one axis stands; the lower 4 bytes of each."""
+        bounds, base = type(self._bounds), ctypes.addressof(self._bounds)
+        return [base + bounds.shape.offset, base + bounds.size.offset]
+
+    def address_of(self, index: int) -> int:
+        """Of an integer argument."""
+        return ctypes.addressof(self._arguments) + getattr(type(self._arguments), self._labels[index]).offset
 
     def resize(self, dim: int) -> None:
         self._bounds.shape[0] = self._bounds.size = dim
@@ -100,7 +115,6 @@ class Launch:
     def __init__(
         self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
     ) -> None:
-        self._kernel = kernel
         # an empty launch records nothing
         self._command: Any = wp.launch(
             kernel,
@@ -111,19 +125,30 @@ class Launch:
             record_tape=False,
             block_dim=block_dim,
         )
-        direct = _DirectCall(self._command) if _DirectCall.possible(self._command) else None
+        self.kernel = kernel
+        self.direct = direct = DirectCall(self._command) if DirectCall.possible(self._command) else None
         self._run: Callable[[], None] = direct or self._command.launch
         self.resize: Callable[[int], None] = direct.resize if direct else self._command.set_dim
         """Sets the number of threads of a launch with one axis."""
         self.put: Callable[[int, int], None] = direct.put if direct else self._command.set_param_at_index
         """Replaces the integer argument of this index."""
 
+    @property
+    def dim(self) -> int:
+        """Threads, on all axes."""
+        return self._command.bounds.size
+
+    @property
+    def name(self) -> str:
+        """Of the kernel's function."""
+        return self.kernel.func.__name__.strip("_")
+
     def __call__(self) -> None:
         tracer = tracing.active
         if tracer is None:
             self._run()
             return
-        with tracer.span(self._kernel.func.__name__.strip("_"), self._kernel, self._command.bounds.size):
+        with tracer.span(self.name, self.kernel, self.dim):
             self._run()
 
 
@@ -153,138 +178,3 @@ class Pool(Generic[T]):
             if len(self._idle) > KEPT:
                 with contextlib.suppress(KeyError):
                     self._idle.popitem(last=False)
-
-
-class Backoff:
-    """Decides whether a team of threads is worth calling, from what calling it has brought.
-
-    A team waits for its last thread. Where other programs keep the cores busy, that one may not be scheduled
-    for milliseconds, in every parallel part again, while one thread alone would go on: an update of 1 ms took
-    30. So when a call took longer than all of its work would have taken one thread, the next ones do without
-    a team, twice as many after every further disappointment; sooner or later one tries again.
-    """
-
-    TOLERANCE = 200_000
-    """ns that a call may lose before it counts as bad."""
-    FIRST, MOST = 8, 512
-    """Calls without a team after the first bad one, and at most."""
-
-    def __init__(self) -> None:
-        self._penalty = self._left = 0
-
-    def alone(self) -> bool:
-        """Whether this call is to do without a team."""
-        if self._left == 0:
-            return False
-        self._left -= 1
-        return True
-
-    def report(self, elapsed: int, work: int) -> None:
-        """Learns how long a call with a team took, and the CPU time of its work, of all threads [ns]."""
-        if elapsed > work + self.TOLERANCE:
-            self._penalty = self._left = min(max(2 * self._penalty, self.FIRST), self.MOST)
-        else:
-            self._penalty //= 2
-
-
-class _Work:
-    """Tasks that a team shares."""
-
-    def __init__(self, tasks: Sequence[Callable[[], None]]) -> None:
-        self._tasks = list(tasks)
-        self.times: list[int] = []
-        """CPU time of each thread that came [ns]."""
-        self.error: BaseException | None = None
-
-    def take(self) -> None:
-        """What each thread of a team does: take tasks until none is left, however many threads there came."""
-        start = time.thread_time_ns()
-        while self._tasks:
-            try:
-                task = self._tasks.pop()
-            except IndexError:
-                break
-            try:
-                task()
-            except BaseException as error:  # raised again by the caller of in_parallel
-                self.error = error
-        self.times.append(time.thread_time_ns() - start)
-
-    def finish(self) -> None:
-        """Raises what a task has raised."""
-        if self.error is not None:
-            raise self.error
-
-
-_HOME = os.getpid()
-_pending: dict[int, _Work] = {}
-_backoff = Backoff()
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _take_tasks(call: int | None) -> None:
-    _pending[call or 0].take()
-
-
-@functools.cache
-def _team() -> Callable[..., None] | None:
-    """Starts a team of OpenMP threads, if torch brought the GNU runtime along: (function, argument, threads,
-    flags).
-
-    Its threads spin for some milliseconds behind every parallel operation of torch's. Threads of our own
-    would wait for a core all that time; these are the ones that hold it.
-    """
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        with contextlib.suppress(OSError, AttributeError):
-            start = ctypes.CDLL(str(path)).GOMP_parallel
-            start.argtypes = (type(_take_tasks), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            start.restype = None
-            return start
-    return None
-
-
-@functools.lru_cache(maxsize=1)
-def _threads(pid: int) -> ThreadPoolExecutor:
-    # keyed by process: threads do not survive a fork
-    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="warp-sims")
-
-
-def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks at once, some of them on this thread. Warp's CPU kernels are serial and leave the
-    GIL free.
-    """
-    if len(tasks) == 1:
-        tasks[0]()
-        return
-    work = _Work(tasks)
-    if _backoff.alone():
-        work.take()
-        work.finish()
-        return
-    team = _team()
-    # the runtime's threads do not survive a fork either, and it would wait for them for ever
-    if team is None or os.getpid() != _HOME:
-        futures = [_threads(os.getpid()).submit(task) for task in tasks[1:]]
-        try:
-            tasks[0]()
-        finally:
-            for future in futures:
-                future.result()
-        return
-    call, start = id(work), time.perf_counter_ns()
-    _pending[call] = work
-    try:
-        team(_take_tasks, call, len(tasks), 0)
-    finally:
-        del _pending[call]
-    work.finish()
-    _backoff.report(time.perf_counter_ns() - start, sum(work.times))
-
-
-def shares(count: int, least: int = 1) -> list[range]:
-    """Splits `count` items over torch's threads, at least `least` a thread; results must not depend on
-    the split.
-    """
-    threads = max(1, min(torch.get_num_threads(), count // least))
-    bounds = [count * i // threads for i in range(threads + 1)]
-    return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:])]

@@ -17,13 +17,14 @@ import warp as wp
 from ..kernels.agreement import NSTATS, chunks, make_combine
 from ..kernels.flow import PHYSICS, Flow, network_open
 from .arrays import WARP_DTYPE, constant, empty, stream, warp_device
-from .launches import Launch, Pool, array, in_parallel, shares
+from .launches import Launch, Pool, array
 from .registry import Prepared
+from .team import Team, shares
 
-WORLDS_PER_THREAD = 64
-"""Below this, a second thread costs a sweep without a policy more than it brings."""
-CHUNKS_PER_THREAD = 128
-"""The same for the comparison of two gradients: 64k components, some 50 us."""
+WORLD_STEPS_PER_THREAD = 256
+"""Below this, a second thread costs a sweep without a policy more than it brings: some 5 to 10 us."""
+CHUNKS_PER_THREAD = 8
+"""The same for the comparison of two gradients."""
 
 
 class LossWeights(NamedTuple):
@@ -97,12 +98,19 @@ def check_has_loss(p: Prepared, weights: LossWeights) -> None:
 
 
 def _launches(
-    p: Prepared, kernel: wp.Kernel, threads: int, before: list[Any], after: list[Any], worlds: int = 1
+    p: Prepared,
+    kernel: wp.Kernel,
+    threads: int,
+    steps: int,
+    before: list[Any],
+    after: list[Any],
+    worlds: int = 1,
 ) -> list[Launch]:
-    """Launches that share the threads, each of which has up to `worlds` worlds; the first thread of a launch
-    stands between the arguments `before` and `after`.
+    """Launches over some steps that share the threads, each of which has up to `worlds` worlds; the first
+    thread of a launch stands between the arguments `before` and `after`.
     """
-    parts = shares(threads, WORLDS_PER_THREAD // worlds) if p.device.is_cpu else [range(threads)]
+    least = -(-WORLD_STEPS_PER_THREAD // (steps * worlds))
+    parts = shares(threads, least) if p.device.is_cpu else [range(threads)]
     return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
 
 
@@ -137,8 +145,16 @@ class _Simulate:
         self.controls = array(size, horizon, nworld, m, components=1)
         self.states = array(size, horizon + 1, nworld, n, components=1)
         before = [self.x0, self.controls, p.params, horizon]
-        self.launches = _launches(
-            p, p.kernels.simulate, _threads(p, 1, nworld), before, [self.states], p.kernels.worlds
+        self.run = Team(
+            _launches(
+                p,
+                p.kernels.simulate,
+                _threads(p, 1, nworld),
+                horizon,
+                before,
+                [self.states],
+                p.kernels.worlds,
+            )
         )
 
 
@@ -153,7 +169,7 @@ def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Ten
         with _simulate.borrow(p, horizon, nworld, torch.get_num_threads()) as sweep, stream(x0.device):
             sweep.x0.data, sweep.controls.data = x0.data_ptr(), controls.data_ptr()
             sweep.states.data = states.data_ptr()
-            in_parallel(sweep.launches)
+            sweep.run()
     return states
 
 
@@ -175,7 +191,7 @@ class _Loss:
         self.world_loss = array(p.itemsize, nworld)
         factors = weights.per_world(member_worlds, horizon, p.control_size)
         before = [self.states, self.controls, p.params, horizon, *factors]
-        self.launches = _launches(p, p.kernels.loss, nworld, before, [self.world_loss])
+        self.run = Team(_launches(p, p.kernels.loss, nworld, horizon, before, [self.world_loss]))
 
 
 _loss = Pool(_Loss)
@@ -192,7 +208,7 @@ def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: Los
     with _loss.borrow(*key) as sweep, stream(states.device):
         sweep.states.data, sweep.controls.data = states.data_ptr(), controls.data_ptr()
         sweep.world_loss.data = world_loss.data_ptr()
-        in_parallel(sweep.launches)
+        sweep.run()
     return total(world_loss)
 
 
@@ -275,9 +291,9 @@ class _Adjoint:
 
     def __init__(self, p: Prepared, back: Backward, shape: Shape, threads: int) -> None:
         self.arguments = a = AdjointArguments(p, back, shape)
-        self.launches = _launches(
-            p, a.kernel, _threads(p, shape.members, shape.nworld), a.before, a.after, p.kernels.worlds
-        )
+        over = _threads(p, shape.members, shape.nworld)
+        self.launches = _launches(p, a.kernel, over, shape.steps, a.before, a.after, p.kernels.worlds)
+        self.run = Team(self.launches)
         self._place = (0, 0)
 
     def place(self, t0: int, carried: bool) -> None:
@@ -325,7 +341,7 @@ def adjoint(
             sweep.place(t0, carried is not None)
             a.jac.data = 0 if jac is None else jac.data_ptr()
             a.mu.data, a.adj_x0.data = mu.data_ptr(), adj_x0.data_ptr()
-            in_parallel(sweep.launches)
+            sweep.run()
     return mu, adj_x0
 
 
@@ -348,9 +364,9 @@ class _Combine:
         cpu = device.type == "cpu"
         kernel = make_combine(WARP_DTYPE[dtype], in_lanes=cpu)
         parts = shares(threads, CHUNKS_PER_THREAD) if cpu else [range(threads)]
-        self.launches = [
-            Launch(kernel, len(part), [*before, part.start, *after], warp_device(device)) for part in parts
-        ]
+        self.run = Team(
+            [Launch(kernel, len(part), [*before, part.start, *after], warp_device(device)) for part in parts]
+        )
 
 
 _combine = Pool(_Combine)
@@ -368,5 +384,5 @@ def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[
         with _combine.borrow(*key) as c, stream(base.device):
             c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
             c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
-            in_parallel(c.launches)
+            c.run()
     return combined, stats.sum(-2)

@@ -44,6 +44,10 @@ class Tracer:
         """Context whose time is recorded."""
         return _Span(self, name, kernel, dim)
 
+    def add(self, name: str, kernel: Any, dim: int, thread: int, start: int, end: int) -> None:
+        """Records a launch that was timed elsewhere, on a CPU: ns of `time.perf_counter_ns`."""
+        self._marks.append((name, kernel, dim, thread, start, end, 0))
+
     def events(self) -> list[Event]:
         """What was recorded so far, by start; waits for a GPU."""
         if self._device.type == "cuda":

@@ -163,11 +163,16 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         blocks: int,  # blocks of the group
         d_first: wp.int64,
         slot: int,
+        fresh: int,  # the slot begins with zeros
         # Out:
         mu_rows: wp.array(dtype=dtype),  # (fields * chunk * control_size,) scratch of this launch
         scratch: wp.array(dtype=dtype),  # (chunk * widest section,) scratch of this launch
         grads: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads), accumulated
     ):
+        if fresh != 0:
+            for f in range(fields):
+                for i in range(grads.shape[2]):
+                    grads[slot, f, i] = dtype(0.0)
         rows = steps * wp.static(BLOCK)
         mu_field = chunk * control_size
         components = control_size

@@ -5,6 +5,7 @@ import torch
 import warp as wp
 from cases import ROADS, make_cotangents, make_net, make_states, on_road
 from small_cart import CART, HORIZON, WORLDS
+from warp_sims.bridge import fused, fused_backward, sweeps
 
 # The tensors here are small: threads that wait for each other cost several times the work.
 # Tests of threads set their own number.
@@ -29,3 +30,18 @@ def x0():
 def cotangents():
     """Cotangents of all that the rollout of small_cart.py returns."""
     return make_cotangents(CART, HORIZON, WORLDS)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Sets the number of threads, which then share all work, however little."""
+    for module, name in (
+        (fused, "THREAD_PRODUCTS"),
+        (fused_backward, "SUM_CHUNKS_PER_THREAD"),
+        (sweeps, "WORLD_STEPS_PER_THREAD"),
+        (sweeps, "CHUNKS_PER_THREAD"),
+    ):
+        monkeypatch.setattr(module, name, 1)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

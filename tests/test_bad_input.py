@@ -10,7 +10,8 @@ import warp as wp
 from cases import Evaluated, make_net, make_states
 from own_systems import Unicycle
 from torch import nn
-from warp_sims.bridge.launches import _DirectCall
+from warp_sims.bridge.launches import DirectCall
+from warp_sims.bridge.team import _Job
 
 import warp_sims as ws
 
@@ -27,7 +28,8 @@ def no_launch(monkeypatch):
 
     monkeypatch.setattr(wp, "launch", fail)
     monkeypatch.setattr(wp.Launch, "launch", fail)
-    monkeypatch.setattr(_DirectCall, "__call__", fail)
+    monkeypatch.setattr(DirectCall, "__call__", fail)
+    monkeypatch.setattr(_Job, "__call__", fail)
 
 
 class Returning(nn.Module):

@@ -96,13 +96,6 @@ def test_losses_of_many_worlds_as_alone():
     assert torch.equal(out.loss, torch.stack([ws.rollout(system, n, x0, horizon=1).loss for n in nets]))
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("partial_bytes", [1, 1 << 22], ids=["waves", "one-wave"])
 @pytest.mark.parametrize("nworld", [3, 17, 70])
 def test_threads_and_waves_change_no_bit(nworld, partial_bytes, threads, monkeypatch):
@@ -135,8 +128,9 @@ def test_work_is_shared_by_threads(threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_backward, "_backward", pool)
         assert_as_alone(system, nets, x0)
-    ((tasks, _),) = made[0].waves
-    assert [len(task.args[-1]) for task in tasks] == [4, 4]
+    ((team, _),) = made[0].waves
+    products = [[s for s in task.steps if s.launch.name == "network_weight_grad"] for task in team.tasks]
+    assert [len(steps) for steps in products] == [4, 4]
 
 
 @pytest.mark.parametrize("flow", FLOWS)

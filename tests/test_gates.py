@@ -149,13 +149,6 @@ def test_short_rollouts_chain(road, flow):
 # Threads
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("nworld", [3, 17, 257])
 def test_threads_change_no_bit(nworld, threads):
     net, x0 = make_net(CART, (33,), torch.float32), make_states(CART, nworld, torch.float32)

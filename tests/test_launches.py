@@ -1,8 +1,5 @@
 """How many kernels run, and which policies are refused before any does."""
 
-import functools
-import threading
-import time
 from collections import Counter, OrderedDict
 
 import pytest
@@ -16,9 +13,11 @@ from cases import (
     make_states,
 )
 from torch import nn
-from warp_sims.bridge import fused, fused_backward, sweeps
+from warp_sims.bridge import fused, fused_backward, sweeps, tracing
 from warp_sims.bridge import launches as bridge_launches
-from warp_sims.bridge.launches import DIRECT_CALLS, Backoff, _DirectCall, in_parallel
+from warp_sims.bridge.launches import DIRECT_CALLS, DirectCall
+from warp_sims.bridge.team import _Job
+from warp_sims.kernels import programs
 
 import warp_sims as ws
 
@@ -41,9 +40,11 @@ def run(policy, x0, flow="C", **options):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Counts the kernels that run, by the name of their function."""
+    """Counts the kernels that run, by the name of their function: those that Warp launches, those called past
+    it, and those that a program makes, as its threads record them.
+    """
     counts = Counter()
-    launch, replay, call = wp.launch, wp.Launch.launch, _DirectCall.__call__
+    launch, replay, call, started = wp.launch, wp.Launch.launch, DirectCall.__call__, _Job.__call__
 
     def name(kernel):
         return kernel.func.__name__.strip("_")
@@ -58,12 +59,19 @@ def launches(monkeypatch):
         return replay(self, *args, **kwargs)
 
     def counted_call(self):
-        counts[name(self._command.kernel)] += 1
+        if self._command.kernel is not programs.run_programs:
+            counts[name(self._command.kernel)] += 1
         call(self)
+
+    def counted_job(self):
+        with tracing.trace(torch.device("cpu")) as tracer:
+            started(self)
+        counts.update(event.name for event in tracer.events())
 
     monkeypatch.setattr(wp, "launch", counted_launch)
     monkeypatch.setattr(wp.Launch, "launch", counted_replay)
-    monkeypatch.setattr(_DirectCall, "__call__", counted_call)
+    monkeypatch.setattr(DirectCall, "__call__", counted_call)
+    monkeypatch.setattr(_Job, "__call__", counted_job)
     return counts
 
 
@@ -117,52 +125,6 @@ def test_launches_through_warp_and_past_it(monkeypatch, launches, flow):
     (through, counted), (past, counted_past) = found
     assert counted == counted_past and sum(counted.values()) >= 4
     assert all(torch.equal(through[name], past[name]) for name in through)
-
-
-def test_backoff():
-    """Twice as many calls alone after every bad one, up to a bound; good ones make up for them."""
-    backoff = Backoff()
-
-    def calls_alone():
-        return next(i for i in range(10_000) if not backoff.alone())
-
-    backoff.report(elapsed=1_000_000, work=1_900_000)
-    assert calls_alone() == 0
-    backoff.report(elapsed=100_000 + Backoff.TOLERANCE, work=100_000)
-    assert calls_alone() == 0
-    found = []
-    for _ in range(10):
-        backoff.report(elapsed=8_000_000, work=2_000_000)
-        found.append(calls_alone())
-    assert found == [8, 16, 32, 64, 128, 256, 512, 512, 512, 512]
-    for _ in range(5):
-        backoff.report(elapsed=1_000_000, work=1_900_000)
-        assert calls_alone() == 0
-    backoff.report(elapsed=8_000_000, work=2_000_000)
-    assert calls_alone() == 32
-
-
-def test_parallel_tasks(monkeypatch):
-    """All of them run, on several threads or on one; what one raises arrives, the others still run."""
-    threads, done = set(), []
-
-    def task(i):
-        threads.add(threading.get_ident())
-        time.sleep(0.05)
-        done.append(i)
-        if i == 1:
-            raise ArithmeticError("of task 1")
-
-    for alone in False, True:
-        backoff = Backoff()
-        monkeypatch.setattr(bridge_launches, "_backoff", backoff)
-        if alone:
-            backoff.report(elapsed=10_000_000, work=0)
-        threads.clear(), done.clear()
-        with pytest.raises(ArithmeticError, match="of task 1"):
-            in_parallel([functools.partial(task, i) for i in range(3)])
-        assert sorted(done) == [0, 1, 2]
-        assert len(threads) == 1 if alone else len(threads) > 1
 
 
 def test_a_recording_of_warps_is_refused(x0):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 import warp_sims as ws
 from warp_sims.optimizers import keras_adam
+from warp_sims.runs import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADER = "epoch,loss_batch,loss_train,loss_test,grad_norm,cosine,agreement,seconds"
@@ -408,6 +410,24 @@ def test_an_interruption_leaves_the_last_finished_epoch(tmp_path, capsys):
     value = float(ws.rollout(SYSTEM, kept, x_test, horizon=5, flow="regular", loss=loss).loss.detach())
     assert value == pytest.approx(log["loss_test"][-1], rel=1e-6)
     assert not torch.equal(weights_of(kept), weights_of(policy)), "epoch 2 had begun"
+
+
+def test_an_interruption_between_epochs(tmp_path, monkeypatch):
+    """Ctrl-C while a row is being written: log and checkpoint have the same epoch, nothing is half done."""
+    append = RunFolder.append
+
+    def interrupted(self, row):
+        if row["epoch"] == 1:
+            signal.raise_signal(signal.SIGINT)
+        append(self, row)
+
+    monkeypatch.setattr(RunFolder, "append", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ws.train(small_config(epochs=5, checkpoint_every=100), tmp_path / "run", progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert ws.load_run(tmp_path / "run")[2]["epoch"].tolist() == [-1, 0, 1]
+    assert torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)["epoch"] == 1
 
 
 def test_without_matplotlib_and_rich_the_run_is_kept(tmp_path, monkeypatch):

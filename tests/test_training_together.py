@@ -133,23 +133,19 @@ def test_folders_as_alone(settings, tmp_path):
     assert_as_alone(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_published_sizes_as_alone(threads):
+@pytest.mark.parametrize("count", [1, 2])
+def test_published_sizes_as_alone(count, threads):
     """Tensors that torch shares among threads: stacked, elsewhere than alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        policies = [ws.MLP(4, (100, 100), 1) for _ in range(4)]
-        configs = [
-            [ws.TrainConfig(SYSTEM, copy.deepcopy(p), horizon=5, samples=16, epochs=2) for p in policies]
-            for _ in range(2)
-        ]
-        found = ws.train_together(configs[0], progress=False)
-        for result, config in zip(found, configs[1]):
-            expected = ws.train(config, progress=False)
-            assert_same(result.policy.state_dict(), expected.policy.state_dict())
-    finally:
-        torch.set_num_threads(before)
+    threads(count)
+    policies = [ws.MLP(4, (100, 100), 1) for _ in range(4)]
+    configs = [
+        [ws.TrainConfig(SYSTEM, copy.deepcopy(p), horizon=5, samples=16, epochs=2) for p in policies]
+        for _ in range(2)
+    ]
+    found = ws.train_together(configs[0], progress=False)
+    for result, config in zip(found, configs[1]):
+        expected = ws.train(config, progress=False)
+        assert_same(result.policy.state_dict(), expected.policy.state_dict())
 
 
 def test_losses_of_all_members_at_once():

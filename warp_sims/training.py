@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -226,17 +230,18 @@ class TrainingRun:
         found = None
         if self.logs_next:
             found = self._finite(losses or self.updates.evaluate(), f"after epoch {epoch}")
-        self.epoch = epoch
-        self._records.append(record)
-        logged = torch.cat(self._records, dim=1)
-        if found is not None:
-            self._records.clear()
-        self._snapshot = self._take_snapshot(epoch)
-        if found is not None:
-            loss, norm, cosine, agreement = logged
-            means = {"loss_batch": loss.mean(), "grad_norm": norm.square().mean().sqrt()}
-            means |= {"cosine": cosine.nanmean(), "agreement": agreement.nanmean()}
-            self._log_row(found, {name: float(value) for name, value in means.items()})
+        with _uninterrupted():
+            self.epoch = epoch
+            self._records.append(record)
+            logged = torch.cat(self._records, dim=1)
+            if found is not None:
+                self._records.clear()
+            self._snapshot = self._take_snapshot(epoch)
+            if found is not None:
+                loss, norm, cosine, agreement = logged
+                means = {"loss_batch": loss.mean(), "grad_norm": norm.square().mean().sqrt()}
+                means |= {"cosine": cosine.nanmean(), "agreement": agreement.nanmean()}
+                self._log_row(found, {name: float(value) for name, value in means.items()})
         if (epoch + 1) % self.config.checkpoint_every == 0:
             self._write_checkpoints()
 
@@ -336,6 +341,23 @@ class TrainingRun:
             plot_curves({self.label: as_log(self._rows)}, path / "curves.png")
         except (ImportError, OSError) as error:
             warnings.warn(f"no picture of the curves was drawn: {error}", stacklevel=2)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of a short block, so that the log and the last checkpoint agree."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        handler(*came[0])
 
 
 def _flow_name(config: TrainConfig) -> str:
