@@ -18,6 +18,9 @@ import warp as wp
 _LARGE = 1 << 22
 """Bytes from which memory on a CPU is kept, see `Reserve`."""
 
+_LINE = 64
+"""Bytes of a cache line."""
+
 T = TypeVar("T")
 
 WARP_DTYPE = {torch.float32: wp.float32, torch.float64: wp.float64}
@@ -47,8 +50,10 @@ class _Block:
     __slots__ = ("bytes",)
 
     def __init__(self, nbytes: int) -> None:
-        # numpy asks for huge pages
-        self.bytes = np.empty(nbytes, dtype=np.uint8)
+        # numpy asks for huge pages, and begins a little behind the first: vectors would straddle cache lines
+        room = np.empty(nbytes + _LINE, dtype=np.uint8)
+        first = -room.ctypes.data % _LINE
+        self.bytes = room[first : first + nbytes]
 
 
 class Reserve:

@@ -24,7 +24,7 @@ from .sweeps import AdjointArguments, Backward, Cotangents, Shape, adjoint, shap
 from .team import Program, Step, Task, Team, shares
 from .tracing import span
 
-GROUP = 4
+GROUP = 2
 """World blocks that go through linearisation, sweep and weight products together, so that their rows stay
 in cache; more where a segment is short.
 """

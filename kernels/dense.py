@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
+from .elements import is_large
 from .layout import BLOCK
 
 _PRELUDE = """
@@ -104,6 +105,12 @@ _FORWARD = """
     if (l == layers - 1) {
       // few outputs: dot products along the padded rows of W
       real* u = controls.data + u0;
+#if !defined(__CUDA_ARCH__)
+      const auto sum = [](auto v, const auto& halve) {
+        if constexpr (sizeof(v) == sizeof(real)) return v;
+        else return halve(v.lo + v.hi, halve);
+      };
+#endif
 #if defined(__CUDA_ARCH__)
       for (int i = lane; i < BLOCK * units; i += lanes) {
         const int r = i / units, c = i % units;
@@ -118,9 +125,7 @@ _FORWARD = """
         for (int r = 0; r < worlds; ++r) {
           vec s = (vec)(real(0));
           for (int k = 0; k < pitch_window; k += VL) s = WS_FMA(WS_LOAD(x + r * row + k), WS_LOAD(w + k), s);
-          real total = b[c];
-          for (int k = 0; k < VL; ++k) total += s[k];
-          u[r * units + c] = total;
+          u[r * units + c] = b[c] + sum(s, sum);
         }
       }
 #endif
@@ -372,6 +377,36 @@ def _fill(text: str, dtype: Any) -> str:
     for name, value in values.items():
         text = text.replace(name, value)
     return text
+
+
+@functools.cache
+def make_load_rows(State: Any) -> Any:
+    """Returns the device function that writes the x section of a block's rows from a trajectory."""
+    dtype, large = State._wp_scalar_type_, is_large(State)
+    unroll = '_Pragma("unroll 4")' if large else ""
+
+    # rows without a world repeat the last one: finite, and ignored by everything that reads them
+    @wp.func_native(f"""
+        for (int r = lane; r < {BLOCK}; r += lanes) {{
+          const auto* from = wp::address(states, t, world0 + (r < worlds ? r : worlds - 1))->c;
+          auto* to = wp::address(hidden, first_row + r, 0);
+          {unroll} for (int i = 0; i < {State._length_}; ++i) to[i] = from[i];
+          for (int i = {State._length_}; i < section; ++i) to[i] = 0;
+        }}
+    """)
+    def load_rows(
+        states: wp.array2d(dtype=State),
+        t: int,
+        world0: int,
+        worlds: int,
+        lane: int,
+        lanes: int,
+        hidden: wp.array2d(dtype=dtype),
+        first_row: int,
+        section: int,
+    ): ...
+
+    return load_rows
 
 
 class NetworkFunctions(NamedTuple):

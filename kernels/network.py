@@ -141,6 +141,24 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                     control_size * state_size,
                 )
 
+    @wp.func_native("""
+        auto* const sum = wp::address(grads, slot, 0, 0);
+        for (int i = 0; i < grads.shape[1] * grads.shape[2]; ++i) sum[i] = 0;
+    """)
+    def clear(grads: wp.array3d(dtype=dtype), slot: int): ...
+
+    @wp.func_native(_GATHER_MU)
+    def gather_mu(
+        mu: wp.array4d(dtype=dtype),
+        row0: int,
+        count: int,
+        world0: int,
+        worlds: int,
+        fields: int,
+        mu_rows: wp.array(dtype=dtype),
+        mu_field: int,
+    ): ...
+
     @wp.kernel(module="unique", enable_backward=False)
     def network_weight_grad(
         # In:
@@ -170,9 +188,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         grads: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads), accumulated
     ):
         if fresh != 0:
-            for f in range(fields):
-                for i in range(grads.shape[2]):
-                    grads[slot, f, i] = dtype(0.0)
+            clear(grads, slot)
         rows = steps * wp.static(BLOCK)
         mu_field = chunk * control_size
         components = control_size
@@ -183,15 +199,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
             _, world0, worlds = block_worlds(block, member_worlds)
             for row0 in range(0, rows, chunk):
                 count = wp.min(chunk, rows - row0)
-                for f in range(fields):
-                    for r in range(count):
-                        t = (row0 + r) / wp.static(BLOCK)
-                        i = (row0 + r) % wp.static(BLOCK)
-                        for c in range(control_size):
-                            value = dtype(0.0)
-                            if i < worlds:
-                                value = mu[f, t, world0 + i, c]
-                            mu_rows[f * mu_field + r * control_size + c] = value
+                gather_mu(mu, row0, count, world0, worlds, fields, mu_rows, mu_field)
                 at = wp.int64(index * components * rows + row0)
                 native_weight_grad(
                     table,
@@ -247,6 +255,17 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
 
     return NetworkKernels(network_activate, network_linearize, network_weight_grad, network_sum_partial)
 
+
+# zero where no world is
+_GATHER_MU = f"""
+  const int controls = mu.shape[3], present = worlds * controls;
+  for (int f = 0; f < fields; ++f)
+    for (int r = 0; r < count; r += {BLOCK}) {{
+      const auto* const from = wp::address(mu, f, (row0 + r) / {BLOCK}, world0, 0);
+      auto* const to = mu_rows.data + f * mu_field + r * controls;
+      for (int i = 0; i < {BLOCK} * controls; ++i) to[i] = i < present ? from[i] : 0;
+    }}
+"""
 
 # slot after slot: the order of a sum depends on no shape and no number of threads
 _SUM_PARTIAL = f"""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from .blocks import block_worlds
-from .dense import make_network_functions
+from .dense import make_load_rows, make_network_functions
 from .elements import is_large, make_elements
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
@@ -406,9 +406,8 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
     step_block = functions.block.step if functions.block else None
     in_memory = not block and functions.memory is not None and is_large(State)
     step_in_memory = functions.memory.step if functions.memory else None
-    state_size = State._length_
     control_size = Control._length_
-    size, get, _, begin = make_elements(State)
+    begin, load_rows = make_elements(State).begin, make_load_rows(State)
     forward = make_network_functions(dtype).forward
     world_loss_of = _make_world_loss(functions, dtype, in_memory)
 
@@ -448,13 +447,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
             begin(states, x0, world0 + r)
         for t in range(horizon):
             first_row = (block * kept + t % kept) * wp.static(BLOCK)
-            for r in range(lane, wp.static(BLOCK), lanes):
-                # rows without a world repeat the last one: finite, and ignored by everything that reads them
-                world = world0 + wp.min(r, worlds - 1)
-                for i in range(size()):
-                    hidden[first_row + r, i] = get(states, t, world, i)
-                for i in range(wp.static(state_size), section):
-                    hidden[first_row + r, i] = dtype(0.0)
+            load_rows(states, t, world0, worlds, lane, lanes, hidden, first_row, section)
             barrier()
             u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
             forward(
