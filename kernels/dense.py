@@ -61,6 +61,21 @@ typedef REAL real;
         _Pragma("unroll") for (int r = 0; r < R; ++r) { \\
           vec b_ = (vec)(x_[r * (xr)]); \\
           _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = WS_FMA(b_, w_[v], acc[r][v]); } } }
+  // the same for one vector: a second set of sums, since a few chains of additions leave the units waiting
+  #define WS_NARROW_TILE(R, x, xr, m, mk, K) \\
+    { const real* m_ = (m); const real* x_ = (x); vec odd_[R]; \\
+      _Pragma("unroll") for (int r = 0; r < R; ++r) odd_[r] = (vec)(real(0)); \\
+      int k = 0; \\
+      for (; k + 1 < (K); k += 2, m_ += 2 * (mk), x_ += 2) { \\
+        const vec w0_ = WS_LOAD(m_), w1_ = WS_LOAD(m_ + (mk)); \\
+        _Pragma("unroll") for (int r = 0; r < R; ++r) { \\
+          acc[r][0] = WS_FMA((vec)(x_[r * (xr)]), w0_, acc[r][0]); \\
+          odd_[r] = WS_FMA((vec)(x_[r * (xr) + 1]), w1_, odd_[r]); } } \\
+      if (k < (K)) { \\
+        const vec w0_ = WS_LOAD(m_); \\
+        _Pragma("unroll") for (int r = 0; r < R; ++r) \\
+          acc[r][0] = WS_FMA((vec)(x_[r * (xr)]), w0_, acc[r][0]); } \\
+      _Pragma("unroll") for (int r = 0; r < R; ++r) acc[r][0] += odd_[r]; }
   #define WS_EACH(R, V, BODY) \\
     _Pragma("unroll") for (int r = 0; r < R; ++r) \\
       _Pragma("unroll") for (int v = 0; v < V; ++v) { BODY }
@@ -156,7 +171,8 @@ _FORWARD = """
         #define WS_LAYER(V) \\
           for (; j + V * VL <= pitch_units; j += V * VL) { \\
             WS_ZERO(BLOCK, V) \\
-            WS_TILE(BLOCK, V, xb, row, 1, wt + j, pitch_units, window) \\
+            if (V == 1) WS_NARROW_TILE(BLOCK, xb, row, wt + j, pitch_units, window) \\
+            else WS_TILE(BLOCK, V, xb, row, 1, wt + j, pitch_units, window) \\
             WS_EACH(BLOCK, V, const int at = j + v * VL; \\
                               WS_STORE(yb + r * row + at, vtanh(acc[r][v] + WS_LOAD(b + at)));) }
         #if WS_NV >= 4
@@ -246,7 +262,8 @@ _LINEARIZE = """
         #define WS_LAYER(V) \\
           for (; j + V * VL <= pitch_window; j += V * VL) { \\
             WS_ZERO(BLOCK, V) \\
-            WS_TILE(BLOCK, V, x, row_adj, 1, w + j, pitch_window, units) \\
+            if (V == 1) WS_NARROW_TILE(BLOCK, x, row_adj, w + j, pitch_window, units) \\
+            else WS_TILE(BLOCK, V, x, row_adj, 1, w + j, pitch_window, units) \\
             if (l == 0) { \\
               WS_EACH(BLOCK, V, if (r < worlds) for (int q = 0; q < VL; ++q) { \\
                            const int i = at * T[HOP] + j + v * VL + q; \\
