@@ -348,21 +348,20 @@ _WEIGHT_GRAD = """
         WS_STORE(gb, s);
       }
       const real* a = rows + T[INPUT];
-      for (int o = 0; o < units; o += WS_RO) {
-        real* gw = g + T[BACKWARD] + o * pitch_window;
-        int j = 0;
-        #define WS_LAYER(V) \\
-          for (; j + V * VL <= pitch_window; j += V * VL) { \\
+      // the columns of a tile, of all rows, stay in the nearest cache for all units
+      int j = 0;
+      #define WS_LAYER(V) \\
+        for (; j + V * VL <= pitch_window; j += V * VL) \\
+          for (int o = 0; o < units; o += WS_RO) { \\
             WS_ZERO(WS_RO, V) \\
             for (int at = 0; at < T[POSITIONS]; ++at) \\
               WS_TILE(WS_RO, V, sc + at * pitch_units + o, 1, width, a + at * T[HOP] + j, row, nrows) \\
-            WS_EACH(WS_RO, V, real* p = gw + r * pitch_window + j + v * VL; \\
+            WS_EACH(WS_RO, V, real* p = g + T[BACKWARD] + (o + r) * pitch_window + j + v * VL; \\
                               WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
-        WS_LAYER(3)
-        WS_LAYER(2)
-        WS_LAYER(1)
-        #undef WS_LAYER
-      }
+      WS_LAYER(3)
+      WS_LAYER(2)
+      WS_LAYER(1)
+      #undef WS_LAYER
     }
   }
 #endif
