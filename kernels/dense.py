@@ -111,6 +111,10 @@ _LAYER = """
 _FORWARD = """
   const real* P = params.data;
   real* rows = hidden.data + row0;
+#if !defined(__CUDA_ARCH__)
+  // the rows of the next step are written for the first time: they come from memory
+  for (int i = 0; i < BLOCK * row; i += 64 / (int)sizeof(real)) __builtin_prefetch(rows + BLOCK * row + i, 1);
+#endif
   for (int l = 0; l < layers; ++l) {
     const int* T = table.data + l * TABLE;
     const int units = T[UNITS], window = T[WINDOW];
