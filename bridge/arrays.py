@@ -77,6 +77,10 @@ class Reserve:
         weakref.finalize(view, self._give, block).atexit = False
         return view
 
+    def clear(self) -> None:
+        """Gives what is idle back to the system."""
+        self.idle.clear()
+
     # A finalizer runs in any thread and between any two operations, so there is no lock here: each step is
     # one operation on a list.
 

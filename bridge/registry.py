@@ -12,7 +12,8 @@ import torch
 import warp as wp
 
 from ..kernels.fused_adjoint import make_fused_adjoint
-from ..kernels.rollout import SystemKernels, make_fused_rollout, make_system_kernels
+from ..kernels.fused_rollout import make_fused_rollout
+from ..kernels.rollout import SystemKernels, make_system_kernels
 from ..kernels.streamed import make_cuda_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device

@@ -14,7 +14,7 @@ from .blocks import block_worlds
 from .dense import make_network_functions
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
-from .rollout import _kernel, _make_edges
+from .rollout import make_edges, sweep_kernel
 from .system import DeviceFunctions
 
 
@@ -26,7 +26,7 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
     step_vjp = functions.step_vjp
     blocked = functions.block is not None
     step_vjp_block = functions.block.step_vjp if functions.block else None
-    direct_state, direct_control, _ = _make_edges(functions, dtype)
+    direct_state, direct_control, _ = make_edges(functions, dtype)
     pull = make_network_functions(dtype).pull
 
     def fused_adjoint(
@@ -132,4 +132,4 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                         lam += pulled[f, r]
                     adj_x0[f, world0 + r] = lam
 
-    return _kernel(fused_adjoint)
+    return sweep_kernel(fused_adjoint)

@@ -13,7 +13,7 @@ A barrier stands behind every layer. The first threads of a block, one a world, 
 the state stays in their registers. The rows go to memory in one piece, 16 bytes a thread.
 
 The sizes of the network must be known when the kernel is compiled, so there is a kernel per network, and only
-where its weights fit the registers (`make_plan`). Everything else takes the sweep of rollout.py.
+where its weights fit the registers (`make_plan`). Everything else takes the sweep of fused_rollout.py.
 
 The text of the block's work has macros for what differs between machines: a test runs the same text lane by
 lane on a CPU, in any order of the lanes.
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
 
 def choose_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
-    """Returns the plan to take, None for the sweep of rollout.py: also for a large state in double precision,
+    """Returns the plan to take, None for fused_rollout.py: also for a large state in double precision,
     whose step needs the registers itself (with the weights in them it spilled 30 to 90 bytes).
     """
     large = layout(network, itemsize).state_size * itemsize > REGISTER_BYTES

@@ -1,13 +1,12 @@
-"""Forward and adjoint sweeps of a whole rollout: one launch for all time steps, generic in the system.
+"""Sweeps of a whole rollout without a policy: one launch for all time steps, generic in the system.
 
 Factories that turn a system's device functions into kernels. All trajectories have time first: states
 (horizon + 1, nworld), controls (horizon, nworld), elements vectors of the system's sizes.
 
-    simulate        x_{t+1} = S(x_t, u_t) for given controls
-    fused_rollout     u_t = N(x_t), x_{t+1} = S(x_t, u_t), N fused into the sweep (see dense.py)
-    loss            per-world loss of a trajectory
-    adjoint         the recursion of flow.py backwards, for one or two gradient fields at once; over all
-                    steps, or over some: the cotangent of their last state comes from the steps behind
+    simulate    x_{t+1} = S(x_t, u_t) for given controls
+    loss        per-world loss of a trajectory
+    adjoint     the recursion of flow.py backwards, for one or two gradient fields at once; over all
+                steps, or over some: the cotangent of their last state comes from the steps behind
 
 The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t
 |u_t|^2 ]   with c the system's cost of a state; means and the like are in the weights.
@@ -19,8 +18,6 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from .blocks import block_worlds
-from .dense import make_load_rows, make_network_functions
-from .elements import is_large, make_elements
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
 from .system import DeviceFunctions
@@ -41,7 +38,8 @@ class SystemKernels(NamedTuple):
     """Worlds of one thread of `simulate` and `adjoint`: BLOCK where the system's block form is used."""
 
 
-def _kernel(function: Any) -> wp.Kernel:
+def sweep_kernel(function: Any) -> wp.Kernel:
+    """Returns a sweep as a kernel of a module of its own."""
     return wp.kernel(function, module="unique", enable_backward=False, module_options=dict(_OPTIONS))
 
 
@@ -79,7 +77,7 @@ def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
             x = step(x, controls[t, world], p)
             states[t + 1, world] = x
 
-    return _kernel(simulate)
+    return sweep_kernel(simulate)
 
 
 def _make_block_simulate(functions: DeviceFunctions) -> wp.Kernel:
@@ -105,7 +103,7 @@ def _make_block_simulate(functions: DeviceFunctions) -> wp.Kernel:
         for t in range(horizon):
             step(states, controls, p, t, nworld, world0, worlds)
 
-    return _kernel(simulate)
+    return sweep_kernel(simulate)
 
 
 @functools.cache
@@ -125,7 +123,7 @@ def make_cost(functions: DeviceFunctions, dtype: Any, in_memory: bool) -> Any:
 
 
 @functools.cache
-def _make_world_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool) -> Any:
+def make_world_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool) -> Any:
     """Returns the device function that gives one world's share of the loss."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     cost = make_cost(functions, dtype, in_memory)
@@ -163,7 +161,7 @@ def _make_world_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool) ->
 def make_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool = False) -> wp.Kernel:
     """Returns the kernel of the loss of a trajectory; `in_memory`: by the system's form in memory."""
     Params, State, Control = functions.Params, functions.State, functions.Control
-    world_loss_of = _make_world_loss(functions, dtype, in_memory)
+    world_loss_of = make_world_loss(functions, dtype, in_memory)
 
     def loss(
         # In:
@@ -181,11 +179,11 @@ def make_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool = False) -
         world = first + wp.tid()
         world_loss[world] = world_loss_of(states, controls, p, horizon, w_final, w_running, w_control, world)
 
-    return _kernel(loss)
+    return sweep_kernel(loss)
 
 
 @functools.cache
-def _make_edges(functions: DeviceFunctions, dtype: Any) -> tuple[Any, Any, Any]:
+def make_edges(functions: DeviceFunctions, dtype: Any) -> tuple[Any, Any, Any]:
     """Returns the device functions of one step of the recursion around the system: what reaches x_t and u_t
     directly, and what leaves x_t.
     """
@@ -254,7 +252,7 @@ def _make_edges(functions: DeviceFunctions, dtype: Any) -> tuple[Any, Any, Any]:
 def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
     Params, State, Control = functions.Params, functions.State, functions.Control
     step_vjp = functions.step_vjp
-    direct_state, direct_control, leave = _make_edges(functions, dtype)
+    direct_state, direct_control, leave = make_edges(functions, dtype)
 
     def adjoint(
         # In:
@@ -322,7 +320,7 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
         if wp.static(fields == 2):
             adj_x0[1, world] = lam_check
 
-    return _kernel(adjoint)
+    return sweep_kernel(adjoint)
 
 
 def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
@@ -330,7 +328,7 @@ def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> 
     Params, State, Control = functions.Params, functions.State, functions.Control
     assert functions.block is not None
     step_vjp = functions.block.step_vjp
-    direct_state, direct_control, leave = _make_edges(functions, dtype)
+    direct_state, direct_control, leave = make_edges(functions, dtype)
 
     def adjoint(
         # In:
@@ -388,96 +386,4 @@ def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> 
                         edges[f, t0 + t], decay, direct_x, adj_x0[f, world], jac, t, world, mu_t
                     )
 
-    return _kernel(adjoint)
-
-
-@functools.cache
-def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = False) -> wp.Kernel:
-    """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
-
-    `block`: physics by the system's block form, if it has one; for CPUs only, where lanes is 1.
-
-    On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every
-    thread of it.
-    """
-    Params, State, Control = functions.Params, functions.State, functions.Control
-    step = functions.step
-    blocked = block and functions.block is not None
-    step_block = functions.block.step if functions.block else None
-    in_memory = not block and functions.memory is not None and is_large(State)
-    step_in_memory = functions.memory.step if functions.memory else None
-    control_size = Control._length_
-    begin, load_rows = make_elements(State).begin, make_load_rows(State)
-    forward = make_network_functions(dtype).forward
-    world_loss_of = _make_world_loss(functions, dtype, in_memory)
-
-    @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
-    def barrier(): ...
-
-    def fused_rollout(
-        # In:
-        x0: wp.array(dtype=State),  # (nworld,)
-        p: Params,
-        params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
-        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
-        layers: int,
-        row: int,
-        section: int,  # elements of the x section of a row
-        horizon: int,
-        kept: int,  # steps whose activations stay in hidden: horizon, or 1 where they will be recomputed
-        nworld: int,
-        member_worlds: int,  # worlds of one policy, see blocks.py
-        w_final: dtype,
-        w_running: dtype,
-        w_control: dtype,
-        first: int,  # block of the first thread
-        lanes: int,
-        # Out:
-        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
-        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
-        flat_controls: wp.array(dtype=dtype),  # the same memory as controls
-        hidden: wp.array2d(dtype=dtype),  # (blocks * kept * BLOCK, row)
-        world_loss: wp.array(dtype=dtype),  # (nworld,)
-    ):
-        block, lane = wp.tid()
-        block = block + first
-        member, world0, worlds = block_worlds(block, member_worlds)
-        own_params = params[member]
-        for r in range(lane, worlds, lanes):
-            begin(states, x0, world0 + r)
-        for t in range(horizon):
-            first_row = (block * kept + t % kept) * wp.static(BLOCK)
-            load_rows(states, t, world0, worlds, lane, lanes, hidden, first_row, section)
-            barrier()
-            u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
-            forward(
-                own_params,
-                table,
-                layers,
-                row,
-                hidden,
-                wp.int64(first_row) * wp.int64(row),
-                flat_controls,
-                u0,
-                worlds,
-                lane,
-                lanes,
-            )
-            barrier()
-            if wp.static(blocked):
-                step_block(states, controls, p, t, nworld, world0, worlds)
-            elif wp.static(in_memory):
-                for r in range(lane, worlds, lanes):
-                    step_in_memory(states, controls, p, t, world0 + r)
-            else:
-                for r in range(lane, worlds, lanes):
-                    world = world0 + r
-                    states[t + 1, world] = step(states[t, world], controls[t, world], p)
-            barrier()
-        for r in range(lane, worlds, lanes):
-            world = world0 + r
-            world_loss[world] = world_loss_of(
-                states, controls, p, horizon, w_final, w_running, w_control, world
-            )
-
-    return _kernel(fused_rollout)
+    return sweep_kernel(adjoint)

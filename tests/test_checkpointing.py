@@ -23,6 +23,7 @@ from cases import (
 from warp_sims.bridge import fused, fused_backward, operators, segments, sweeps
 from warp_sims.bridge.registry import prepare
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.team import Program
 from warp_sims.kernels.layout import layout
 
 import warp_sims as ws
@@ -268,6 +269,21 @@ def test_kept_activations_in_segments(monkeypatch):
             ((key, made),) = fused_backward._backward._idle.items()
             assert len(made[0].groups[0].pieces) > 2
         assert_same(found, expected, torch.float64)
+
+
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_groups_without_a_program(flow, threads, monkeypatch):
+    """So many groups that their launches are not written down beforehand: the same bits."""
+    policy, x0 = make_policy(CART, torch.float32), make_states(CART, 70, torch.float32)
+    threads(2)
+    found = []
+    for groups in (0, fused_backward.PROGRAM_GROUPS):
+        monkeypatch.setattr(fused_backward, "PROGRAM_GROUPS", groups)
+        monkeypatch.setattr(fused_backward, "_backward", fused_backward.Pool(fused_backward._Backward))
+        found.append(gradients(CART, policy, x0, HORIZON, flow, loss="running"))
+        ((_, made),) = fused_backward._backward._idle.items()
+        assert all(isinstance(t, Program) == (groups > 0) for t in made[0].waves[0][0].tasks)
+    assert all(torch.equal(found[0][name], y) for name, y in found[1].items())
 
 
 @pytest.mark.parametrize("every", [1, 4, HORIZON])

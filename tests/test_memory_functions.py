@@ -23,7 +23,7 @@ from test_golden import test_step_and_its_vjp as check_golden_step
 from warp_sims.bridge import registry, sweeps
 from warp_sims.bridge.registry import prepare
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
-from warp_sims.kernels.rollout import make_fused_rollout
+from warp_sims.kernels.fused_rollout import make_fused_rollout
 from warp_sims.kernels.streamed import make_streamed_kernels
 
 import warp_sims as ws

@@ -41,6 +41,16 @@ def test_memory_comes_back_when_the_last_reference_is_gone(reserve, dtype):
         assert tensor.data_ptr() == address and not reserve.idle
 
 
+def test_kept_memory_begins_on_a_cache_line_and_is_given_back(reserve):
+    for count in (5, 9, 10):
+        kept = make(count)
+        assert kept.data_ptr() % 64 == 0
+        del kept
+    assert len(reserve.idle) > 0
+    ws.empty_cache()
+    assert not reserve.idle
+
+
 def test_sizes_and_bounds(reserve):
     for count in (5, 10, 10, 8):  # of 4 bytes
         kept = make(count)

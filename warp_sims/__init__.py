@@ -26,7 +26,7 @@ from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
 from .profiling.run import profile
 from .recording import record_rollout
-from .rollouts import Rollout, rollout, simulate, step
+from .rollouts import Rollout, empty_cache, rollout, simulate, step
 from .runs import load_run
 from .systems import (
     BlockFunctions,
@@ -58,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "WaveCNN",
+    "empty_cache",
     "animate",
     "gradient_pair",
     "load_run",

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .bridge import arrays
 from .bridge import rollout as _bridge
 from .bridge.evaluated import torch_rollout
 from .flows import Flow, schedule
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System
 
-__all__ = ["Rollout", "rollout", "simulate", "step"]
+__all__ = ["Rollout", "empty_cache", "rollout", "simulate", "step"]
 
 
 class Rollout(NamedTuple):
@@ -172,6 +173,15 @@ def step(system: System, x: Tensor, u: Tensor) -> Tensor:
         )
     check_like(u, x, "step", "u")
     return _bridge.simulate(x, u.unsqueeze(0), system.number)[1]
+
+
+def empty_cache() -> None:
+    """Gives memory of large rollouts that nobody refers to any more back to the system.
+
+    On a CPU up to 1.25 GiB of it stays with the process for the next rollout, whose first writes would
+    otherwise cost as much as its arithmetic. Memory on a GPU is torch's: `torch.cuda.empty_cache()`.
+    """
+    arrays.RESERVE.clear()
 
 
 def _differentiated() -> bool:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from ..bridge.launches import PREPARING
+from ..kernels.fused_rollout import make_fused_rollout
 from ..kernels.resident import choose_plan, make_resident_rollout
-from ..kernels.rollout import make_fused_rollout
 from ..kernels.system import DeviceFunctions
 
 __all__ = ["Resources", "compile_ptx", "cuda_rollout", "device_resources", "find_ptxas"]
