@@ -29,6 +29,30 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
     direct_state, direct_control, _ = make_edges(functions, dtype)
     pull = make_network_functions(dtype).pull
 
+    # a closed gate selects, it never multiplies (0 inf is NaN)
+    @wp.func_native(f"""
+        for (int f = 0; f < {fields}; ++f) {{
+          const int open = *wp::address(edges, f, at);
+          for (int r = 0; r < worlds; ++r) {{
+            auto* const lam = wp::address(adj_x0, f, world0 + r)->c;
+            const auto* const through_network = wp::address(pulled, f, r)->c;
+            for (int i = 0; i < {state_size}; ++i) {{
+              const auto physics = (open & {PHYSICS}) ? decay * lam[i] : decay * 0;
+              lam[i] = (open & {NETWORK}) ? physics + through_network[i] : physics;
+            }}
+          }}
+        }}
+    """)
+    def leave_block(
+        adj_x0: wp.array2d(dtype=State),
+        pulled: wp.array2d(dtype=State),
+        edges: wp.array2d(dtype=wp.int32),
+        at: int,
+        decay: dtype,
+        world0: int,
+        worlds: int,
+    ): ...
+
     def fused_adjoint(
         # In:
         states: wp.array2d(dtype=State),  # (steps + 1, nworld)
@@ -93,10 +117,13 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                         )
                         adj_x0[f, world0 + r] = through_x
                         mu[f, t, world0 + r] = through_u
-            for r in range(worlds):
-                direct_u = direct_control(controls, gl * w_control * dtype(2.0), adj_controls, t, world0 + r)
-                for f in range(wp.static(fields)):
-                    mu[f, t, world0 + r] = direct_u + mu[f, t, world0 + r]
+            if adj_controls.shape[0] > 0 or gl * w_control != dtype(0.0):
+                for r in range(worlds):
+                    direct_u = direct_control(
+                        controls, gl * w_control * dtype(2.0), adj_controls, t, world0 + r
+                    )
+                    for f in range(wp.static(fields)):
+                        mu[f, t, world0 + r] = direct_u + mu[f, t, world0 + r]
 
             first_row = wp.int64(((block - hidden_first) * hidden_steps + t) * wp.static(BLOCK))
             for f in range(wp.static(fields)):
@@ -121,15 +148,11 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                     wp.int64(f * wp.static(BLOCK * state_size)),
                     wp.static(state_size),
                 )
-            for r in range(worlds):
-                direct_x = direct_state(states, p, w_state, adj_states, t, world0 + r)
-                for f in range(wp.static(fields)):
-                    # a closed gate selects, it never multiplies (0 inf is NaN)
-                    lam = direct_x
-                    if edges[f, t0 + t] & wp.static(PHYSICS):
-                        lam += decay * adj_x0[f, world0 + r]
-                    if edges[f, t0 + t] & wp.static(NETWORK):
-                        lam += pulled[f, r]
-                    adj_x0[f, world0 + r] = lam
+            leave_block(adj_x0, pulled, edges, t0 + t, decay, world0, worlds)
+            if adj_states.shape[0] > 0 or w_state != dtype(0.0):
+                for r in range(worlds):
+                    direct_x = direct_state(states, p, w_state, adj_states, t, world0 + r)
+                    for f in range(wp.static(fields)):
+                        adj_x0[f, world0 + r] = direct_x + adj_x0[f, world0 + r]
 
     return sweep_kernel(fused_adjoint)
