@@ -21,8 +21,10 @@ def schedule(
     """
     if isinstance(flow, str):
         one = Flow.parse(flow)
-        base = [(Flow.MODIFIED if one is Flow.COMBINED else one).value] * horizon
-        check = [Flow.REGULAR.value] * horizon if one is Flow.COMBINED else []
+        pair = (Flow.MODIFIED.value, Flow.REGULAR.value) if one is Flow.COMBINED else (one.value, "")
+        if window is None:
+            return pair[0] * horizon, pair[1] * horizon
+        base, check = list(pair[0] * horizon), list(pair[1] * horizon)
     elif isinstance(flow, Sequence):
         base, check = [Flow.parse(entry).value for entry in flow], []
         if len(base) != horizon:

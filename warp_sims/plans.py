@@ -96,7 +96,10 @@ def make_plan(
             f"{system.state_size} (state_size) to "
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
+    device, dtype = x0.device, x0.dtype
     for i, (name, parameter) in enumerate(named.items()):
+        if type(parameter) is nn.Parameter and parameter.dtype == dtype and parameter.device == device:
+            continue
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
                 f"{call}: policy parameter {name!r} has no shape yet, expected initialised parameters; "

@@ -179,9 +179,11 @@ def fused_network(policy: nn.Module) -> FusedNetwork | None:
         if layer._parameters and list(layer._parameters) != ["weight", "bias"]:
             return None
         for key, value in layer._parameters.items():
-            if value is None or any(value is other for other in parameters.values()):
+            if value is None:
                 return None
             parameters[f"{name}.{key}"] = value
+    if len({id(value) for value in parameters.values()}) < len(parameters):
+        return None
     return _fused_mlp(policy, parameters) if kind is MLP else _fused_wavecnn(policy, parameters)
 
 
