@@ -392,6 +392,10 @@ BAD = {
     "unknown scaling": (["bench", "--scaling", "batch"], "batch"),
     "scaling of what is not there": (["bench", "guidance", "--scaling", "poles"], "poles"),
     "ensemble of none": (["bench", "--ensemble", "0"], "ensemble holds 0"),
+    "scaling of worlds that are given": (
+        ["bench", "--scaling", "worlds", "--batch", "8"],
+        "leave --batch out",
+    ),
     "two measurements": (["bench", "--ensemble", "2", "--scaling", "horizon"], "give one of them"),
     "no peers": (["bench", "--peers", "nowhere"], "nowhere"),
     "no report": (["bench", "--against-report", "nowhere.json"], "nowhere.json"),

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import warp_sims as ws
+from warp_sims.bench.report import BEGIN, END
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +36,12 @@ def test_readme_names_every_flow_and_system():
 def test_readme_pictures_exist():
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / picture).is_file(), picture
+
+
+def test_results_are_of_one_run():
+    """A page that `warp-sims bench --markdown` writes into has its place for it once."""
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
 
 
 def test_pendulum_example(capsys):

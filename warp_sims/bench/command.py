@@ -141,6 +141,11 @@ def _earlier(path: Path) -> dict[str, Any]:
 def _settings(options: argparse.Namespace) -> Settings:
     """The settings that the options stand for; --quick and --scaling change defaults only."""
     known: dict[str, Any] = {}
+    if options.scaling == "worlds" and options.batch:
+        raise ValueError(
+            f"bench: --batch {' '.join(map(str, options.batch))} with --scaling worlds, which takes "
+            f"{', '.join(map(str, SCALES['worlds']))} worlds; leave --batch out"
+        )
     if options.scaling:
         known |= {"batches": (256,), "contestants": ("warp-sims",), "memory": False}
     if options.ensemble:
