@@ -2,10 +2,9 @@
 
 `linearize` runs before the adjoint sweep, `weight_grad` behind it, both over the points of a group of world
 blocks that stays in cache: those of all time steps, or of a segment of them. `sum_partial` adds up what the
-groups have found. `activate` gives the activations
-of a segment again, from its states, where the forward sweep did not keep them: the same function on the same
-numbers, hence the same bits. No kernel here knows a system. They run on CPUs; on a GPU the same products go
-through torch (see bridge/wide.py).
+groups have found. `activate` gives the activations of a segment again, from its states, where the forward
+sweep did not keep them: the same function on the same numbers, hence the same bits. No kernel here knows a
+system. They run on CPUs; on a GPU the same products go through torch (see bridge/wide.py).
 """
 
 import functools
