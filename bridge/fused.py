@@ -65,6 +65,18 @@ def fixed(tensor: torch.Tensor) -> Any:
     return descriptor
 
 
+def _groups(members: int, blocks: int, least: int) -> tuple[list[range], int]:
+    """Groups of neighbouring blocks of a member for each thread, and of how many blocks one is.
+
+    Two share every weight that is loaded, which is worth it unless a thread has more to do for it.
+    """
+    alone = shares(members * blocks, least)
+    pairs = shares(members * -(-blocks // 2), -(-least // 2))
+    if blocks > 1 and 2 * len(pairs[0]) <= 1.1 * len(alone[0]):
+        return pairs, 2
+    return alone, 1
+
+
 class _Rollout:
     """Prepared forward sweep with the policy fused in."""
 
@@ -101,9 +113,11 @@ class _Rollout:
             return
         lanes = 1 if p.device.is_cpu else GPU_LANES
         before = [self.x0, p.params, self.packed, fixed(self.table), lay.layers, lay.row]
-        before += [lay.column(0, Column.SECTION), horizon, kept, *worlds]
+        parts, together = [range(blocks)], 1
+        if p.device.is_cpu:
+            parts, together = _groups(members, blocks // members, blocks_per_thread(lay, horizon))
+        before += [lay.column(0, Column.SECTION), horizon, kept, *worlds, together]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
-        parts = shares(blocks, blocks_per_thread(lay, horizon)) if p.device.is_cpu else [range(blocks)]
         args = [([*before, part.start, *after], (len(part), lanes)) for part in parts]
         self.run = Team([Launch(p.fused_rollout, dim, a, p.device, block_dim=lanes) for a, dim in args])
 

@@ -17,3 +17,15 @@ def block_worlds(block: int, member_worlds: int):
     member = block / member_blocks
     first = (block - member * member_blocks) * wp.static(BLOCK)
     return member, member * member_worlds + first, wp.min(wp.static(BLOCK), member_worlds - first)
+
+
+@wp.func
+def group_worlds(group: int, together: int, member_worlds: int):
+    """(member, first block, first world, worlds that exist) of a group of so many blocks of a member."""
+    member_blocks = (member_worlds + wp.static(BLOCK - 1)) / wp.static(BLOCK)
+    member_groups = (member_blocks + together - 1) / together
+    member = group / member_groups
+    block = (group - member * member_groups) * together
+    first = block * wp.static(BLOCK)
+    worlds = wp.min(together * wp.static(BLOCK), member_worlds - first)
+    return member, member * member_blocks + block, member * member_worlds + first, worlds

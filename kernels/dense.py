@@ -38,15 +38,15 @@ from .native_dense import (
 
 @functools.cache
 def make_load_rows(State: Any) -> Any:
-    """Returns the device function that writes the x section of a block's rows from a trajectory."""
+    """Returns the device function that writes the x sections of one or two blocks' rows from a trajectory."""
     dtype, large = State._wp_scalar_type_, is_large(State)
     unroll = '_Pragma("unroll 4")' if large else ""
 
     # rows without a world repeat the last one: finite, and ignored by everything that reads them
     @wp.func_native(f"""
-        for (int r = lane; r < {BLOCK}; r += lanes) {{
+        for (int r = lane; r < (worlds > {BLOCK} ? {2 * BLOCK} : {BLOCK}); r += lanes) {{
           const auto* from = wp::address(states, t, world0 + (r < worlds ? r : worlds - 1))->c;
-          auto* to = wp::address(hidden, first_row + r, 0);
+          auto* to = wp::address(hidden, first_row + r + (r < {BLOCK} ? 0 : skip), 0);
           {unroll} for (int i = 0; i < {State._length_}; ++i) to[i] = from[i];
           for (int i = {State._length_}; i < section; ++i) to[i] = 0;
         }}
@@ -60,6 +60,7 @@ def make_load_rows(State: Any) -> Any:
         lanes: int,
         hidden: wp.array2d(dtype=dtype),
         first_row: int,
+        skip: int,  # rows between those of a block and of a second one, if worlds are more than its own
         section: int,
     ): ...
 
@@ -89,9 +90,10 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         row: int,
         hidden: wp.array2d(dtype=dtype),
         row0: wp.int64,  # first element of the block's rows; their x sections are filled
+        gap: wp.int64,  # elements between its rows and those of a second block, see load_rows
         controls: wp.array(dtype=dtype),
         u0: wp.int64,  # first element of the block's controls
-        worlds: int,  # worlds of the block that exist
+        worlds: int,  # worlds of the blocks that exist
         lane: int,
         lanes: int,
     ): ...
@@ -108,12 +110,14 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         state_size: int,
         component: int,  # the control whose cotangent is 1
         worlds: int,
+        points: int,  # steps, whose rows lie behind one another
         want_jac: int,
         d: wp.array(dtype=dtype),
         d0: wp.int64,
         jac: wp.array(dtype=dtype),
         j0: wp.int64,
-        jr: int,  # elements between the Jacobians of two worlds
+        jt: wp.int64,  # elements between the Jacobians of two steps
+        jr: int,  # the same for two worlds
     ): ...
 
     @wp.func_native(fill(PRELUDE + LAYER + PULL_SEED + LINEARIZE, dtype))
@@ -127,6 +131,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         row0: wp.int64,
         state_size: int,
         worlds: int,
+        points: int,  # 1
         want_jac: int,
         mu: wp.array(dtype=dtype),
         mu0: wp.int64,  # first element of the block's control cotangents
@@ -134,6 +139,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         d0: wp.int64,
         jac: wp.array(dtype=dtype),  # (dN/dx)^T mu of the block's worlds
         j0: wp.int64,
+        jt: wp.int64,
         jr: int,
     ): ...
 
@@ -155,7 +161,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         mu_field: int,
         fields: int,
         scaled: int,  # d holds the hidden cotangents of each field, not those of unit cotangents
-        scratch: wp.array(dtype=dtype),  # (rows of a chunk, widest section)
+        scratch: wp.array(dtype=dtype),  # (widest section * rows of a chunk,)
         grads: wp.array3d(dtype=dtype),
         g0: wp.int64,
         g_field: int,

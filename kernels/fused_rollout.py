@@ -8,7 +8,7 @@ from typing import Any
 
 import warp as wp
 
-from .blocks import block_worlds
+from .blocks import group_worlds
 from .dense import make_load_rows, make_network_functions
 from .elements import is_large, make_elements
 from .layout import BLOCK
@@ -55,7 +55,8 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
-        first: int,  # block of the first thread
+        together: int,  # neighbouring blocks that one thread takes through together: 1 or 2, on a GPU 1
+        first: int,  # such group of the first thread
         lanes: int,
         # Out:
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
@@ -64,15 +65,15 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         hidden: wp.array2d(dtype=dtype),  # (blocks * kept * BLOCK, row)
         world_loss: wp.array(dtype=dtype),  # (nworld,)
     ):
-        block, lane = wp.tid()
-        block = block + first
-        member, world0, worlds = block_worlds(block, member_worlds)
+        group, lane = wp.tid()
+        member, block, world0, worlds = group_worlds(first + group, together, member_worlds)
+        skip = (kept - 1) * wp.static(BLOCK)  # rows between those of two neighbouring blocks
         own_params = params[member]
         for r in range(lane, worlds, lanes):
             begin(states, x0, world0 + r)
         for t in range(horizon):
             first_row = (block * kept + t % kept) * wp.static(BLOCK)
-            load_rows(states, t, world0, worlds, lane, lanes, hidden, first_row, section)
+            load_rows(states, t, world0, worlds, lane, lanes, hidden, first_row, skip, section)
             barrier()
             u0 = (wp.int64(t) * wp.int64(nworld) + wp.int64(world0)) * wp.int64(wp.static(control_size))
             forward(
@@ -82,6 +83,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
                 row,
                 hidden,
                 wp.int64(first_row) * wp.int64(row),
+                wp.int64(skip) * wp.int64(row),
                 flat_controls,
                 u0,
                 worlds,
@@ -90,7 +92,9 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
             )
             barrier()
             if wp.static(blocked):
-                step_block(states, controls, p, t, nworld, world0, worlds)
+                for r in range(0, worlds, wp.static(BLOCK)):
+                    own = wp.min(wp.static(BLOCK), worlds - r)
+                    step_block(states, controls, p, t, nworld, world0 + r, own)
             elif wp.static(in_memory):
                 for r in range(lane, worlds, lanes):
                     step_in_memory(states, controls, p, t, world0 + r)

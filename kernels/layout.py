@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK = 4
-"""Worlds that share each weight row while it is in registers; also the rows of a CPU register tile."""
+"""Worlds that share each weight row while it is in registers; also the rows of a CPU register tile, or half
+of them."""
 TILE_ROWS = 8
 """Rows to which a matrix is padded: the tallest register tile of a weight product."""
 PAD = 64

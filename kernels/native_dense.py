@@ -1,10 +1,12 @@
 """Native text of the dense layers: what the device functions of dense.py do.
 
-On a CPU every layer runs through one register tile: BLOCK rows times up to four vectors of units, one fused
-multiply-add per vector and k. With AVX-512 that is 16 accumulators for 8 loads, so that the multiply-add
-units, not the loads, are the bound: of what these can do on one core the forward sweep reaches four fifths
-with 256 units a layer, and half with 100, whose padding, tanh and physics weigh more. On a GPU the threads of
-a block share the units of a layer, and the rows of the block stay in registers.
+On a CPU every layer runs through register tiles: BLOCK rows times up to four vectors of units, or with
+AVX-512 twice as many rows times up to three, one fused multiply-add per vector and k. That is 24 accumulators
+for 11 loads, so that the multiply-add units, not the loads, are the bound: of what these can do on one core
+the forward sweep reaches five sixths with 256 units a layer, and half with 100, whose padding, tanh and
+physics weigh more. What the next step needs from memory is asked for behind every tile, a little at a time:
+all at once it would hold up what follows. On a GPU the threads of a block share the units of a layer, and the
+rows of the block stay in registers.
 """
 
 from typing import Any
@@ -28,7 +30,7 @@ typedef REAL real;
     #define WS_NV 3
     #define WS_RO 4
   #endif
-  enum { VL = WS_VB / (int)sizeof(real) };
+  enum { VL = WS_VB / (int)sizeof(real), LINE = 64 / (int)sizeof(real), FETCH = 32 * LINE };
   typedef real vec __attribute__((ext_vector_type(VL)));
   #define WS_LOAD(p) ([](const real* q_) { vec v_; __builtin_memcpy(&v_, q_, sizeof(vec)); return v_; })(p)
   #define WS_STORE(p, v) do { vec s_ = (v); __builtin_memcpy((p), &s_, sizeof(vec)); } while (0)
@@ -37,14 +39,14 @@ typedef REAL real;
     vec acc[R][V]; \\
     _Pragma("unroll") for (int r = 0; r < R; ++r) \\
       _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = (vec)(real(0));
-  // acc[r][v] += sum_k x[r * xr + k * xk] * m[k * mk + v * VL + lane], for R rows and V vectors
+  // acc[r][v] += sum_k x[xr(r) + k * xk] * m[k * mk + v * VL + lane], for R rows and V vectors
   #define WS_TILE(R, V, x, xr, xk, m, mk, K) \\
     { const real* m_ = (m); const real* x_ = (x); \\
       for (int k = 0; k < (K); ++k, m_ += (mk), x_ += (xk)) { \\
         vec w_[V]; \\
         _Pragma("unroll") for (int v = 0; v < V; ++v) w_[v] = WS_LOAD(m_ + v * VL); \\
         _Pragma("unroll") for (int r = 0; r < R; ++r) { \\
-          vec b_ = (vec)(x_[r * (xr)]); \\
+          vec b_ = (vec)(x_[xr(r)]); \\
           _Pragma("unroll") for (int v = 0; v < V; ++v) acc[r][v] = WS_FMA(b_, w_[v], acc[r][v]); } } }
   // the same for one vector: a second set of sums, since a few chains of additions leave the units waiting
   #define WS_NARROW_TILE(R, x, xr, m, mk, K) \\
@@ -54,16 +56,38 @@ typedef REAL real;
       for (; k + 1 < (K); k += 2, m_ += 2 * (mk), x_ += 2) { \\
         const vec w0_ = WS_LOAD(m_), w1_ = WS_LOAD(m_ + (mk)); \\
         _Pragma("unroll") for (int r = 0; r < R; ++r) { \\
-          acc[r][0] = WS_FMA((vec)(x_[r * (xr)]), w0_, acc[r][0]); \\
-          odd_[r] = WS_FMA((vec)(x_[r * (xr) + 1]), w1_, odd_[r]); } } \\
+          acc[r][0] = WS_FMA((vec)(x_[xr(r)]), w0_, acc[r][0]); \\
+          odd_[r] = WS_FMA((vec)(x_[xr(r) + 1]), w1_, odd_[r]); } } \\
       if (k < (K)) { \\
         const vec w0_ = WS_LOAD(m_); \\
         _Pragma("unroll") for (int r = 0; r < R; ++r) \\
-          acc[r][0] = WS_FMA((vec)(x_[r * (xr)]), w0_, acc[r][0]); } \\
+          acc[r][0] = WS_FMA((vec)(x_[xr(r)]), w0_, acc[r][0]); } \\
       _Pragma("unroll") for (int r = 0; r < R; ++r) acc[r][0] += odd_[r]; }
   #define WS_EACH(R, V, BODY) \\
     _Pragma("unroll") for (int r = 0; r < R; ++r) \\
       _Pragma("unroll") for (int v = 0; v < V; ++v) { BODY }
+  // LAYER(V) takes columns j ... j + V * VL of `pitch` with R rows. Which vector goes alone, and is added up
+  // in another order, depends on the pitch only: a row has the same numbers in a low and in a tall tile
+  #define WS_COLUMNS(R, pitch, LAYER) \\
+    { int j = 0; \\
+      const int alone_ = (pitch) / VL % WS_NV == 1 ? VL : 0, even_ = (pitch) - alone_; \\
+      if constexpr ((R) > BLOCK) { \\
+        for (; j + 3 * VL <= even_ && j + 4 * VL != even_; j += 3 * VL) LAYER(3) \\
+      } else { \\
+        WS_WIDEST(LAYER) \\
+        for (; j + 3 * VL <= even_; j += 3 * VL) LAYER(3) \\
+      } \\
+      for (; j + 2 * VL <= even_; j += 2 * VL) LAYER(2) \\
+      if (alone_) LAYER(1) }
+  // rows that go through together: those of one block, or of two where there are registers for their tile
+  struct One { enum { ROWS = BLOCK }; };
+  #if defined(__AVX512F__)
+    struct Two { enum { ROWS = 2 * BLOCK }; };
+    #define WS_WIDEST(LAYER) for (; j + 4 * VL <= even_; j += 4 * VL) LAYER(4)
+  #else
+    typedef One Two;
+    #define WS_WIDEST(LAYER)
+  #endif
 #endif
 """
 
@@ -95,11 +119,8 @@ LAYER = """
 
 FORWARD = """
   const real* P = params.data;
+#if defined(__CUDA_ARCH__)
   real* rows = hidden.data + row0;
-#if !defined(__CUDA_ARCH__)
-  // the rows of the next step are written for the first time: they come from memory
-  for (int i = 0; i < BLOCK * row; i += 64 / (int)sizeof(real)) __builtin_prefetch(rows + BLOCK * row + i, 1);
-#endif
   for (int l = 0; l < layers; ++l) {
     const int* T = table.data + l * TABLE;
     const int units = T[UNITS], window = T[WINDOW];
@@ -107,15 +128,7 @@ FORWARD = """
     const real* b = P + T[BIAS];
     const real* x = rows + T[INPUT];
     if (l == layers - 1) {
-      // few outputs: dot products along the padded rows of W
       real* u = controls.data + u0;
-#if !defined(__CUDA_ARCH__)
-      const auto sum = [](auto v, const auto& halve) {
-        if constexpr (sizeof(v) == sizeof(real)) return v;
-        else return halve(v.lo + v.hi, halve);
-      };
-#endif
-#if defined(__CUDA_ARCH__)
       for (int i = lane; i < BLOCK * units; i += lanes) {
         const int r = i / units, c = i % units;
         const real* w = P + T[BACKWARD] + c * pitch_window;
@@ -123,20 +136,9 @@ FORWARD = """
         for (int k = 0; k < window; ++k) s += x[r * row + k] * w[k];
         if (r < worlds) u[r * units + c] = s;
       }
-#else
-      for (int c = 0; c < units; ++c) {
-        const real* w = P + T[BACKWARD] + c * pitch_window;
-        for (int r = 0; r < worlds; ++r) {
-          vec s = (vec)(real(0));
-          for (int k = 0; k < pitch_window; k += VL) s = WS_FMA(WS_LOAD(x + r * row + k), WS_LOAD(w + k), s);
-          u[r * units + c] = b[c] + sum(s, sum);
-        }
-      }
-#endif
     } else {
       const real* wt = P + T[FORWARD];
       real* y = rows + T[INPUT] + T[SECTION];
-#if defined(__CUDA_ARCH__)
       for (int at = lane; at < T[POSITIONS] * pitch_units; at += lanes) {
         const int i = at / pitch_units, j = at % pitch_units;
         const real* xi = x + i * T[HOP];
@@ -152,39 +154,76 @@ FORWARD = """
         for (int r = 0; r < BLOCK; ++r) y[r * row + at] = tanh(acc[r]);
       }
       WS_SYNC();
-#else
-      for (int i = 0; i < T[POSITIONS]; ++i) {
-        const real* xb = x + i * T[HOP];
-        real* yb = y + i * pitch_units;
-        int j = 0;
-        #define WS_LAYER(V) \\
-          for (; j + V * VL <= pitch_units; j += V * VL) { \\
-            WS_ZERO(BLOCK, V) \\
-            if (V == 1) WS_NARROW_TILE(BLOCK, xb, row, wt + j, pitch_units, window) \\
-            else WS_TILE(BLOCK, V, xb, row, 1, wt + j, pitch_units, window) \\
-            WS_EACH(BLOCK, V, const int at = j + v * VL; \\
-                              WS_STORE(yb + r * row + at, vtanh(acc[r][v] + WS_LOAD(b + at)));) }
-        #if WS_NV >= 4
-        WS_LAYER(4)
-        #endif
-        WS_LAYER(3)
-        WS_LAYER(2)
-        WS_LAYER(1)
-        #undef WS_LAYER
-      }
-      // the section may be longer than what is written: its end is read by padded windows
-      const int* N = T + TABLE;
-      for (int k = T[POSITIONS] * pitch_units; k < N[SECTION]; k += VL)
-        for (int r = 0; r < BLOCK; ++r) WS_STORE(y + r * row + k, (vec)(real(0)));
-#endif
     }
   }
+#else
+  const auto sum = [](auto v, const auto& halve) {
+    if constexpr (sizeof(v) == sizeof(real)) return v;
+    else return halve(v.lo + v.hi, halve);
+  };
+  // world0: the first of these worlds
+  const auto pass = [&](auto size, int world0) {
+    enum { ROWS = decltype(size)::ROWS };
+    real* rows = hidden.data + row0 + (world0 > 0 ? BLOCK * row + gap : 0);
+    const auto at_row = [&](int r) { return r * (wp::int64)row + (r < BLOCK ? 0 : gap); };
+    // the rows of the next step are written for the first time: they come from memory
+    int fetched = 0;
+    const auto fetch = [&] {
+      const int stop = fetched + FETCH < ROWS * row ? fetched + FETCH : ROWS * row;
+      for (; fetched < stop; fetched += LINE)
+        __builtin_prefetch(rows + BLOCK * row + fetched + (fetched < BLOCK * row ? 0 : gap), 1, 2);
+    };
+    for (int l = 0; l < layers; ++l) {
+      const int* T = table.data + l * TABLE;
+      const int units = T[UNITS], window = T[WINDOW];
+      const int pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS];
+      const real* b = P + T[BIAS];
+      const real* x = rows + T[INPUT];
+      if (l == layers - 1) {
+        // few outputs: dot products along the padded rows of W
+        real* u = controls.data + u0 + world0 * units;
+        const int present = worlds - world0 < ROWS ? worlds - world0 : ROWS;
+        for (int c = 0; c < units; ++c) {
+          const real* w = P + T[BACKWARD] + c * pitch_window;
+          for (int r = 0; r < present; ++r) {
+            vec s = (vec)(real(0));
+            const real* x_r = x + at_row(r);
+            for (int k = 0; k < pitch_window; k += VL) s = WS_FMA(WS_LOAD(x_r + k), WS_LOAD(w + k), s);
+            u[r * units + c] = b[c] + sum(s, sum);
+          }
+        }
+      } else {
+        const real* wt = P + T[FORWARD];
+        real* y = rows + T[INPUT] + T[SECTION];
+        for (int i = 0; i < T[POSITIONS]; ++i) {
+          const real* xb = x + i * T[HOP];
+          real* yb = y + i * pitch_units;
+          #define WS_LAYER(V) { \\
+              fetch(); \\
+              WS_ZERO(ROWS, V) \\
+              if (V == 1) WS_NARROW_TILE(ROWS, xb, at_row, wt + j, pitch_units, window) \\
+              else WS_TILE(ROWS, V, xb, at_row, 1, wt + j, pitch_units, window) \\
+              WS_EACH(ROWS, V, const int at = j + v * VL; \\
+                               WS_STORE(yb + at_row(r) + at, vtanh(acc[r][v] + WS_LOAD(b + at)));) }
+          WS_COLUMNS(ROWS, pitch_units, WS_LAYER)
+          #undef WS_LAYER
+        }
+        // the section may be longer than what is written: its end is read by padded windows
+        const int* N = T + TABLE;
+        for (int k = T[POSITIONS] * pitch_units; k < N[SECTION]; k += VL)
+          for (int r = 0; r < ROWS; ++r) WS_STORE(y + at_row(r) + k, (vec)(real(0)));
+      }
+    }
+  };
+  if (worlds > BLOCK && (int)Two::ROWS > BLOCK) pass(Two(), 0);
+  else for (int world = 0; world < worlds; world += BLOCK) pass(One(), world);
+#endif
 """
 
 # Cotangent of a_L in row r: for a unit cotangent of one control, or for those that the sweep has found.
 UNIT_SEED = """
 #if !defined(__CUDA_ARCH__)
-  const int ahead = BLOCK * row;
+  const int ahead = 1;
   const real* wo = params.data + table.data[(layers - 1) * TABLE + BACKWARD]
     + component * table.data[(layers - 1) * TABLE + PITCH_WINDOW];
   const auto seed = [&](int r, int j) -> vec { return WS_LOAD(wo + j); };
@@ -192,7 +231,7 @@ UNIT_SEED = """
 """
 PULL_SEED = """
 #if !defined(__CUDA_ARCH__)
-  const int ahead = -BLOCK * row;
+  const int ahead = -1;
   const int* out = table.data + (layers - 1) * TABLE;
   const auto seed = [&](int r, int j) -> vec {
     vec s = (vec)(real(0));
@@ -209,22 +248,32 @@ PULL_SEED = """
 LINEARIZE = """
 #if !defined(__CUDA_ARCH__)
   const real* P = params.data;
-  const real* rows = hidden.data + row0;
-  real* ds = d.data + d0;
   const int* O = table.data + (layers - 1) * TABLE;
   const int x_section = table.data[SECTION];
-  // the rows come from memory: those of the step that is next
-  for (int i = 0; i < BLOCK * row; i += 64 / (int)sizeof(real)) __builtin_prefetch(rows + ahead + i);
-  if (layers == 1) {
-    // a linear policy has no hidden rows: its Jacobian is its matrix
-    if (want_jac)
-      for (int r = 0; r < worlds; ++r)
-        for (int j = 0; j < O[PITCH_WINDOW]; j += VL) {
-          const vec y = seed(r, j);
-          for (int q = 0; q < VL && j + q < O[WINDOW]; ++q) jac.data[j0 + r * jr + j + q] = y[q];
-        }
-  } else {
-    for (int r = 0; r < BLOCK; ++r) {
+  const auto pass = [&](auto size, int point) {
+    enum { ROWS = decltype(size)::ROWS };
+    const real* rows = hidden.data + row0 + point * (wp::int64)(BLOCK * row);
+    real* ds = d.data + d0 + point * (wp::int64)(BLOCK * row_adj);
+    const auto jac_row = [&](int r) { return jac.data + j0 + (point + r / BLOCK) * jt + r % BLOCK * jr; };
+    const auto at_row = [&](int r) { return r * row_adj; };
+    // the rows come from memory: those of the points that are next
+    int fetched = 0;
+    const auto fetch = [&] {
+      const int stop = fetched + FETCH < ROWS * row ? fetched + FETCH : ROWS * row;
+      for (; fetched < stop; fetched += LINE)
+        __builtin_prefetch(rows + ahead * ROWS * row + fetched, 0, 2);
+    };
+    if (layers == 1) {
+      // a linear policy has no hidden rows: its Jacobian is its matrix
+      if (want_jac)
+        for (int r = 0; r < ROWS; ++r)
+          for (int j = 0; j < O[PITCH_WINDOW] && r % BLOCK < worlds; j += VL) {
+            const vec y = seed(r, j);
+            for (int q = 0; q < VL && j + q < O[WINDOW]; ++q) jac_row(r)[j + q] = y[q];
+          }
+      return;
+    }
+    for (int r = 0; r < ROWS; ++r) {
       const real* a = rows + r * row + O[INPUT];
       real* y = ds + r * row_adj + O[INPUT] - x_section;
       for (int j = 0; j < O[PITCH_WINDOW]; j += VL) {
@@ -237,51 +286,49 @@ LINEARIZE = """
       const real* w = P + T[BACKWARD];
       const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], many = T[POSITIONS] > 1;
       if (many && l > 0)
-        for (int r = 0; r < BLOCK; ++r)
+        for (int r = 0; r < ROWS; ++r)
           for (int j = 0; j < T[SECTION]; j += VL)
             WS_STORE(ds + r * row_adj + T[INPUT] - x_section + j, (vec)(real(0)));
       if (many && l == 0)
-        for (int r = 0; r < worlds; ++r)
-          for (int i = 0; i < state_size; ++i) jac.data[j0 + r * jr + i] = real(0);
+        for (int r = 0; r < ROWS; ++r)
+          for (int i = 0; i < state_size && r % BLOCK < worlds; ++i) jac_row(r)[i] = real(0);
       for (int at = 0; at < T[POSITIONS]; ++at) {
         const real* x = ds + (T[INPUT] + T[SECTION] - x_section) + at * T[PITCH_UNITS];
         const real* a = rows + T[INPUT];
         real* y = ds + T[INPUT] - x_section + at * T[HOP];
-        int j = 0;
-        #define WS_LAYER(V) \\
-          for (; j + V * VL <= pitch_window; j += V * VL) { \\
-            WS_ZERO(BLOCK, V) \\
-            if (V == 1) WS_NARROW_TILE(BLOCK, x, row_adj, w + j, pitch_window, units) \\
-            else WS_TILE(BLOCK, V, x, row_adj, 1, w + j, pitch_window, units) \\
+        #define WS_LAYER(V) { \\
+            fetch(); \\
+            WS_ZERO(ROWS, V) \\
+            if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, w + j, pitch_window, units) \\
+            else WS_TILE(ROWS, V, x, at_row, 1, w + j, pitch_window, units) \\
             if (l == 0) { \\
-              WS_EACH(BLOCK, V, if (r < worlds) for (int q = 0; q < VL; ++q) { \\
-                           const int i = at * T[HOP] + j + v * VL + q; \\
-                           if (j + v * VL + q < T[WINDOW]) { real* p = &jac.data[j0 + r * jr + i]; \\
-                             *p = many ? *p + acc[r][v][q] : acc[r][v][q]; } }) \\
+              WS_EACH(ROWS, V, if (r % BLOCK < worlds) { \\
+                const int left = T[WINDOW] - j - v * VL; \\
+                real* p = jac_row(r) + at * T[HOP] + j + v * VL; \\
+                real y_[VL]; WS_STORE(y_, acc[r][v]); \\
+                for (int q = 0; q < (left < VL ? left : VL); ++q) p[q] = many ? p[q] + y_[q] : y_[q]; }) \\
             } else if (many) { \\
-              WS_EACH(BLOCK, V, real* p = y + r * row_adj + j + v * VL; \\
-                                WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
+              WS_EACH(ROWS, V, real* p = y + r * row_adj + j + v * VL; \\
+                               WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
             } else { \\
-              WS_EACH(BLOCK, V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
+              WS_EACH(ROWS, V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
                          WS_STORE(y + r * row_adj + j + v * VL, acc[r][v] * (real(1) - av * av));) \\
             } }
-        #if WS_NV >= 4
-        WS_LAYER(4)
-        #endif
-        WS_LAYER(3)
-        WS_LAYER(2)
-        WS_LAYER(1)
+        WS_COLUMNS(ROWS, pitch_window, WS_LAYER)
         #undef WS_LAYER
       }
       if (many && l > 0)
-        for (int r = 0; r < BLOCK; ++r)
+        for (int r = 0; r < ROWS; ++r)
           for (int j = 0; j < T[SECTION]; j += VL) {
             vec av = WS_LOAD(rows + r * row + T[INPUT] + j);
             real* p = ds + r * row_adj + T[INPUT] - x_section + j;
             WS_STORE(p, WS_LOAD(p) * (real(1) - av * av));
           }
     }
-  }
+  };
+  int point = 0;
+  if ((int)Two::ROWS > BLOCK) for (; point + 2 <= points; point += 2) pass(Two(), point);
+  for (; point < points; ++point) pass(One(), point);
 #endif
 """
 
@@ -294,7 +341,29 @@ WEIGHT_GRAD = """
   const int x_section = table.data[SECTION];
   const int* O = table.data + (layers - 1) * TABLE;
   const int m = O[UNITS];
+  // panels of VL columns, row after row
   real* sc = scratch.data;
+  const auto at_row = [](int r) { return r; };
+  // the rows of the next chunk come from a further cache
+  int tiles = 0;
+  for (int l = 0; l < layers - 1; ++l) {
+    const int* T = table.data + l * TABLE;
+    tiles += (T[UNITS] + WS_RO - 1) / WS_RO * (T[PITCH_WINDOW] / VL / 3 + 1);
+  }
+  const int regions = scaled ? fields : m;
+  const int share = (nrows * (row + regions * row_adj) / LINE + tiles * fields) / (tiles * fields + 1);
+  int region = 0, left = nrows * row;
+  const real* next = rows + nrows * row;
+  const auto fetch = [&] {
+    for (int n = 0; n < share; ++n, next += LINE, left -= LINE) {
+      if (left <= 0) {
+        if (region == regions) return;
+        left = nrows * row_adj;
+        next = ds + region++ * d_component + left;
+      }
+      __builtin_prefetch(next, 0, 2);
+    }
+  };
   for (int f = 0; f < fields; ++f) {
     const real* mu_f = mu.data + f * mu_field;
     real* g = grads.data + g0 + f * g_field;
@@ -321,30 +390,42 @@ WEIGHT_GRAD = """
       const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS];
       const int column = T[INPUT] + T[SECTION] - x_section, width = T[POSITIONS] * pitch_units;
       // hidden cotangents of this field: unit rows times the control cotangents; the bias takes their sum
-      for (int at = 0; at < width; at += VL) {
+      const auto scale = [&](auto strip, int at) {
+        enum { V = decltype(strip)::VECTORS };
         real* gb = g + T[BIAS] + at % pitch_units;
-        vec s = WS_LOAD(gb);
-        for (int r = 0; r < nrows; ++r) {
-          const real* d_r = ds + r * row_adj + column + at;
-          vec y = (vec)(real(0));
-          if (scaled)
-            y = WS_LOAD(d_r + f * d_component);
-          else
-            for (int c = 0; c < m; ++c) y = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(d_r + c * d_component), y);
-          WS_STORE(sc + r * width + at, y);
-          s += y;
-        }
-        WS_STORE(gb, s);
-      }
+        vec s[V];
+        _Pragma("unroll") for (int v = 0; v < V; ++v) s[v] = WS_LOAD(gb + v * VL);
+        for (int r = 0; r < nrows; ++r)
+          _Pragma("unroll") for (int v = 0; v < V; ++v) {
+            const real* d_r = ds + r * row_adj + column + at + v * VL;
+            vec y = (vec)(real(0));
+            if (scaled)
+              y = WS_LOAD(d_r + f * d_component);
+            else
+              for (int c = 0; c < m; ++c)
+                y = WS_FMA((vec)(mu_f[r * m + c]), WS_LOAD(d_r + c * d_component), y);
+            WS_STORE(sc + (at + v * VL) * nrows + r * VL, y);
+            s[v] += y;
+          }
+        _Pragma("unroll") for (int v = 0; v < V; ++v) WS_STORE(gb + v * VL, s[v]);
+      };
+      // strips, because a row is further from the next than the hardware looks ahead
+      struct Strip { enum { VECTORS = 4 }; };
+      struct Single { enum { VECTORS = 1 }; };
+      for (int at = 0; at < width;)
+        if (at % pitch_units + 4 * VL <= pitch_units) { scale(Strip(), at); at += 4 * VL; }
+        else { scale(Single(), at); at += VL; }
       const real* a = rows + T[INPUT];
       // the columns of a tile, of all rows, stay in the nearest cache for all units
       int j = 0;
       #define WS_LAYER(V) \\
         for (; j + V * VL <= pitch_window; j += V * VL) \\
           for (int o = 0; o < units; o += WS_RO) { \\
+            fetch(); \\
             WS_ZERO(WS_RO, V) \\
             for (int at = 0; at < T[POSITIONS]; ++at) \\
-              WS_TILE(WS_RO, V, sc + at * pitch_units + o, 1, width, a + at * T[HOP] + j, row, nrows) \\
+              WS_TILE(WS_RO, V, sc + (at * pitch_units + o - o % VL) * nrows + o % VL, at_row, VL, \\
+                      a + at * T[HOP] + j, row, nrows) \\
             WS_EACH(WS_RO, V, real* p = g + T[BACKWARD] + (o + r) * pitch_window + j + v * VL; \\
                               WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
       WS_LAYER(3)

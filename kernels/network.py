@@ -14,17 +14,23 @@ import warp as wp
 
 from .blocks import block_worlds
 from .dense import make_network_functions
-from .layout import BLOCK
+from .layout import BLOCK, Column, Layout
 
 CHUNK_BYTES = 1 << 15
 """Size of a weight product's chunk of one section: small enough that it stays in cache for all products
 of the layer.
 """
+CHUNK_PRODUCTS = 64
+"""Products that a tile of a wide layer adds up in one chunk at least, so that its sums, which are read and
+written for each, cost little beside them.
+"""
 
 
-def chunk_rows(widest: int, itemsize: int) -> int:
-    """Rows of a chunk, a multiple of BLOCK, for a widest section of `widest` elements."""
-    return max(4, min(32, CHUNK_BYTES // (widest * itemsize * BLOCK))) * BLOCK
+def chunk_rows(lay: Layout, itemsize: int) -> int:
+    """Rows of a chunk, a multiple of BLOCK."""
+    positions = max(lay.column(i, Column.POSITIONS) for i in range(lay.layers))
+    least = max(4, CHUNK_PRODUCTS // (BLOCK * positions))
+    return max(least, min(32, CHUNK_BYTES // (lay.widest * itemsize * BLOCK))) * BLOCK
 
 
 SUM_CHUNK = 1024
@@ -82,6 +88,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
                 row,
                 hidden,
                 wp.int64(first_row) * wp.int64(row),
+                wp.int64(0),
                 controls,
                 wp.int64(0),
                 worlds,
@@ -116,29 +123,29 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         block = first + index
         member, world0, worlds = block_worlds(block, member_worlds)
         own_params = params[member]
-        for t in range(steps):
-            first_row = wp.int64(((block - hidden_first) * hidden_steps + t) * wp.static(BLOCK))
-            for c in range(control_size):
-                at = wp.int64(((index * control_size + c) * steps + t) * wp.static(BLOCK))
-                point = wp.int64(t) * wp.int64(nworld) + wp.int64(world0)
-                native_linearize(
-                    own_params,
-                    table,
-                    layers,
-                    row,
-                    row_adj,
-                    hidden,
-                    first_row * wp.int64(row),
-                    state_size,
-                    c,
-                    worlds,
-                    want_jac,
-                    d,
-                    d_first + at * wp.int64(row_adj),
-                    jac,
-                    (point * wp.int64(control_size) + wp.int64(c)) * wp.int64(state_size),
-                    control_size * state_size,
-                )
+        first_row = wp.int64((block - hidden_first) * hidden_steps * wp.static(BLOCK))
+        for c in range(control_size):
+            at = wp.int64((index * control_size + c) * steps * wp.static(BLOCK))
+            native_linearize(
+                own_params,
+                table,
+                layers,
+                row,
+                row_adj,
+                hidden,
+                first_row * wp.int64(row),
+                state_size,
+                c,
+                worlds,
+                steps,
+                want_jac,
+                d,
+                d_first + at * wp.int64(row_adj),
+                jac,
+                wp.int64(world0 * control_size + c) * wp.int64(state_size),
+                wp.int64(nworld) * wp.int64(control_size * state_size),
+                control_size * state_size,
+            )
 
     @wp.func_native("""
         auto* const sum = wp::address(grads, slot, 0, 0);
@@ -183,7 +190,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
         fresh: int,  # the slot begins with zeros
         # Out:
         mu_rows: wp.array(dtype=dtype),  # (fields * chunk * control_size,) scratch of this launch
-        scratch: wp.array(dtype=dtype),  # (chunk * widest section,) scratch of this launch
+        scratch: wp.array(dtype=dtype),  # (widest section * chunk,) scratch of this launch
         grads: wp.array3d(dtype=dtype),  # (slots, fields, layout.grads), accumulated
     ):
         if fresh != 0:
