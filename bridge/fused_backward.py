@@ -160,7 +160,7 @@ class _Group:
         lay = layout(network, size)
         kernels = make_network_kernels(p.dtype)
         like, group, self._member_worlds = whole.mu, whole.group, nworld // shape.members
-        chunk = chunk_rows(lay, size)
+        chunk = chunk_rows(lay, size, steps)
         recomputed = whole.recomputed
 
         d = empty(like, group * (fields if several else m) * steps * BLOCK * lay.row_adj)

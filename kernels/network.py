@@ -26,11 +26,13 @@ written for each, cost little beside them.
 """
 
 
-def chunk_rows(lay: Layout, itemsize: int) -> int:
-    """Rows of a chunk, a multiple of BLOCK."""
+def chunk_rows(lay: Layout, itemsize: int, steps: int) -> int:
+    """Rows of a chunk, a multiple of BLOCK, for blocks of so many steps: as even as can be."""
     positions = max(lay.column(i, Column.POSITIONS) for i in range(lay.layers))
     least = max(4, CHUNK_PRODUCTS // (BLOCK * positions))
-    return max(least, min(32, CHUNK_BYTES // (lay.widest * itemsize * BLOCK))) * BLOCK
+    most = max(least, min(32, CHUNK_BYTES // (lay.widest * itemsize * BLOCK)))
+    chunks = (steps + most - 1) // most
+    return (steps + chunks - 1) // chunks * BLOCK
 
 
 SUM_CHUNK = 1024

@@ -11,7 +11,7 @@ from warp_sims.bridge.launches import Pool
 import warp_sims as ws
 from warp_sims.cli import main
 from warp_sims.graphed import WARM_UP, GraphedUpdate
-from warp_sims.optimizers import CapturableAdam, keras_adam
+from warp_sims.optimizers import KerasAdam
 from warp_sims.run_config import from_json, to_json
 from warp_sims.training import TrainingRun
 
@@ -96,12 +96,14 @@ def test_adam_on_the_device_takes_the_steps_of_adam(dtype):
     shapes = ((3, 2), (5,))
     start = [torch.randn(s, generator=draw, dtype=dtype) for s in shapes]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
-    optimizers = CapturableAdam(ours, lr=1e-2), keras_adam(theirs, lr=1e-2)
+    optimizers = KerasAdam(ours, lr=1e-2, capturable=True), KerasAdam(theirs, lr=1e-2)
     for update in range(7):
         if update == 4:
-            state = optimizers[0].state_dict()
-            optimizers = CapturableAdam(ours, lr=1e-2), optimizers[1]
-            optimizers[0].load_state_dict(state)
+            # each takes over from the other
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            optimizers = KerasAdam(ours, lr=1e-2, capturable=True), KerasAdam(theirs, lr=1e-2)
+            for optimizer, state in zip(optimizers, reversed(states)):
+                optimizer.load_state_dict(state)
         for a, b in zip(ours, theirs):
             # small ones, where the place of epsilon shows
             a.grad = 1e-6 * torch.randn(a.shape, generator=draw, dtype=dtype)
@@ -115,8 +117,8 @@ def test_adam_on_the_device_takes_the_steps_of_adam(dtype):
             assert moved > 1e-3
 
 
-def test_adam_on_the_device_takes_no_closure():
-    optimizer = CapturableAdam([torch.zeros(2, requires_grad=True)])
+def test_adam_takes_no_closure():
+    optimizer = KerasAdam([torch.zeros(2, requires_grad=True)])
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(lambda: 0.0)
     optimizer.step()  # no gradient, no step

@@ -36,7 +36,8 @@ class TrainConfig:
         samples: Number of initial states in the training set, and as many in the test set.
         batch: Initial states of one update. Batches are taken in order and never shuffled.
         epochs: Passes over the training set.
-        optimizer: "adam" (with Keras's place for epsilon), "sgd", "adagrad", "adadelta" or "rmsprop".
+        optimizer: "adam" (as Keras takes its steps, see `optimizers.KerasAdam`), "sgd", "adagrad", "adadelta"
+            or "rmsprop".
         lr: Learning rate.
         momentum: Momentum of "sgd"; 0.8, 0.9 and 0.95 are the published ones.
         clip: "none", "value" (every component to [-clip_at, clip_at]) or "norm" (of all components together).
