@@ -224,6 +224,7 @@ FORWARD = """
 UNIT_SEED = """
 #if !defined(__CUDA_ARCH__)
   const int ahead = 1;
+  typedef Two Tall;
   const real* wo = params.data + table.data[(layers - 1) * TABLE + BACKWARD]
     + component * table.data[(layers - 1) * TABLE + PITCH_WINDOW];
   const auto seed = [&](int r, int j) -> vec { return WS_LOAD(wo + j); };
@@ -232,6 +233,7 @@ UNIT_SEED = """
 PULL_SEED = """
 #if !defined(__CUDA_ARCH__)
   const int ahead = -1;
+  typedef One Tall;  // one point at a time: no code for two
   const int* out = table.data + (layers - 1) * TABLE;
   const auto seed = [&](int r, int j) -> vec {
     vec s = (vec)(real(0));
@@ -281,6 +283,13 @@ LINEARIZE = """
         WS_STORE(y + j, seed(r, j) * (real(1) - av * av));
       }
     }
+    // what a tile has found for the Jacobian, row after row
+    real found[ROWS * 4 * VL];
+    const auto add_jac = [&](int i, int left, int width, int many) {
+      for (int r = 0; r < ROWS; ++r)
+        for (int q = 0; q < (left < width ? left : width) && r % BLOCK < worlds; ++q)
+          jac_row(r)[i + q] = many ? jac_row(r)[i + q] + found[r * width + q] : found[r * width + q];
+    };
     for (int l = layers - 2; l >= (want_jac ? 0 : 1); --l) {
       const int* T = table.data + l * TABLE;
       const real* w = P + T[BACKWARD];
@@ -302,11 +311,8 @@ LINEARIZE = """
             if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, w + j, pitch_window, units) \\
             else WS_TILE(ROWS, V, x, at_row, 1, w + j, pitch_window, units) \\
             if (l == 0) { \\
-              WS_EACH(ROWS, V, if (r % BLOCK < worlds) { \\
-                const int left = T[WINDOW] - j - v * VL; \\
-                real* p = jac_row(r) + at * T[HOP] + j + v * VL; \\
-                real y_[VL]; WS_STORE(y_, acc[r][v]); \\
-                for (int q = 0; q < (left < VL ? left : VL); ++q) p[q] = many ? p[q] + y_[q] : y_[q]; }) \\
+              WS_EACH(ROWS, V, WS_STORE(found + (r * V + v) * VL, acc[r][v]);) \\
+              add_jac(at * T[HOP] + j, T[WINDOW] - j, V * VL, many); \\
             } else if (many) { \\
               WS_EACH(ROWS, V, real* p = y + r * row_adj + j + v * VL; \\
                                WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
@@ -327,7 +333,7 @@ LINEARIZE = """
     }
   };
   int point = 0;
-  if ((int)Two::ROWS > BLOCK) for (; point + 2 <= points; point += 2) pass(Two(), point);
+  if ((int)Tall::ROWS > BLOCK) for (; point + 2 <= points; point += 2) pass(Tall(), point);
   for (; point < points; ++point) pass(One(), point);
 #endif
 """
