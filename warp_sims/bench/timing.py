@@ -22,7 +22,7 @@ from .contestants import Contestant, Entrant
 
 _WARM = 0.05
 """Seconds above which an update needs none before it to bring the caches back."""
-_PAUSE = 0.1
+PAUSE = 0.1
 """Seconds of rest before a turn, because the threads of the contestant before it look for more work for a
 while: those of JAX took half a core from the next one for 30 to 40 ms.
 """
@@ -60,7 +60,7 @@ def turn(runner: Runner, block: float) -> float:
     """Seconds per update, over updates that fill `block` seconds, after a pause, and after an update that is
     not counted where these are short.
     """
-    time.sleep(_PAUSE)
+    time.sleep(PAUSE)
     update = runner.contestant.update
     if runner.seconds < _WARM:
         update()
