@@ -113,6 +113,8 @@ class KerasAdam(torch.optim.Optimizer):
         first, second = ([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq"))
         gradients = [p.grad for p in parameters if p.grad is not None]
         b1, b2 = group["betas"]
+        # lists of tensors per operation: 80 us for a small policy. torch's fused step takes half of that, but
+        # 5 ms where another process uses the cores, because its threads wait for each other
         torch._foreach_lerp_(first, gradients, 1.0 - b1)
         torch._foreach_lerp_(second, torch._foreach_mul(gradients, gradients), 1.0 - b2)
         change = torch._foreach_sqrt(second)

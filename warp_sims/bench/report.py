@@ -350,9 +350,9 @@ def page(report: dict[str, Any], command: str) -> list[str]:
         f"- versions: {versions}",
         f"- ceilings, measured in this run: {'; '.join(ceilings)}",
         "- a row is one training update, float32: forward, backward, comparison (C), Adam",
-        f"- contestants take turns in one process, each after a rest of {PAUSE} s, {settings['rounds']} rounds at "
-        "most; medians [quartiles]; ratios are taken within a round, above 1 ours is faster; a word after a time "
-        "names the plan",
+        f"- contestants take turns in one process, each after a rest of {PAUSE} s, "
+        f"{settings['rounds']} rounds at most; medians [quartiles]; ratios are taken within a round, above 1 "
+        "ours is faster; a word after a time names the plan",
         "- before a contestant is timed, loss and gradients of its first update are compared with float64",
         "- GFLOP/s and shares of the ceilings: operations that the mathematics needs, products of the "
         "network alone; bytes of a stored trajectory, written and read once; recomputation is not counted",
