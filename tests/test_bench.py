@@ -325,9 +325,10 @@ def test_scaling_takes_sizes_and_flows_in_turns(capsys, monkeypatch, tmp_path):
     order = []
     turn = sys.modules["warp_sims.bench.timing"].turn
 
-    def recorded(runner, block):
+    def recorded(runner, block, warm):
         order.append(id(runner))
-        return turn(runner, block)
+        assert warm  # the turn before was of another size
+        return turn(runner, block, warm)
 
     monkeypatch.setattr("warp_sims.bench.timing.turn", recorded)
     arguments = command("--scaling", "horizon", "--flows", "R", "C", "--json", str(tmp_path / "bench.json"))

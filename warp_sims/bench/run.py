@@ -201,7 +201,7 @@ def run_rows(
     every = [runner for _, runners in entered for runner in runners]
     if every:
         slowest = max(runner.seconds for runner in every)
-        measure(every, settings.rounds_for(slowest), settings.block)
+        measure(every, settings.rounds_for(slowest), settings.block, warm=len(cases) > 1)
     for case, (row, runners) in zip(cases, entered, strict=True):
         if len(cases) > 1:
             say(_label(case))

@@ -56,22 +56,24 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def turn(runner: Runner, block: float) -> float:
+def turn(runner: Runner, block: float, warm: bool = False) -> float:
     """Seconds per update, over updates that fill `block` seconds, after a pause, and after an update that is
-    not counted where these are short.
+    not counted where these are short, or if `warm`.
     """
     time.sleep(PAUSE)
     update = runner.contestant.update
-    if runner.seconds < _WARM:
+    if warm or runner.seconds < _WARM:
         update()
     count = max(1, min(100, round(block / max(runner.seconds, 1e-6))))
     return timed(lambda: [update() for _ in range(count)])[0] / count
 
 
-def measure(runners: Sequence[Runner], rounds: int, block: float) -> None:
+def measure(runners: Sequence[Runner], rounds: int, block: float, warm: bool = False) -> None:
     """Fills in `times` in rounds: contestants take turns, and who begins changes from round to round.
 
-    A change of the machine's speed meets all of them, and ratios are taken within a round.
+    A change of the machine's speed meets all of them, and ratios are taken within a round. `warm`: every turn
+    begins with an update that is not counted, because the one before was of another size, whose memory this
+    one cannot use.
     """
     for runner in runners:
         runner.times = []
@@ -81,7 +83,7 @@ def measure(runners: Sequence[Runner], rounds: int, block: float) -> None:
         for i in range(rounds):
             shift = i % len(runners)
             for runner in [*runners[shift:], *runners[:shift]]:
-                runner.times.append(turn(runner, block))
+                runner.times.append(turn(runner, block, warm))
     finally:
         if collecting:
             gc.enable()
