@@ -23,17 +23,8 @@ import warp as wp
 
 from .elements import is_large
 from .layout import BLOCK
-from .native_dense import (
-    FORWARD,
-    LAYER,
-    LINEARIZE,
-    PRELUDE,
-    PULL_SEED,
-    TANH,
-    UNIT_SEED,
-    WEIGHT_GRAD,
-    fill,
-)
+from .native_dense import FORWARD, LAYER, LINEARIZE, PULL_SEED, UNIT_SEED, WEIGHT_GRAD
+from .native_tiles import PRELUDE, TANH, fill
 
 
 @functools.cache
@@ -131,7 +122,6 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         row0: wp.int64,
         state_size: int,
         worlds: int,
-        points: int,  # 1
         want_jac: int,
         mu: wp.array(dtype=dtype),
         mu0: wp.int64,  # first element of the block's control cotangents
@@ -139,7 +129,6 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         d0: wp.int64,
         jac: wp.array(dtype=dtype),  # (dN/dx)^T mu of the block's worlds
         j0: wp.int64,
-        jt: wp.int64,
         jr: int,
     ): ...
 

@@ -139,7 +139,6 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                     first_row * wp.int64(row),
                     wp.static(state_size),
                     worlds,
-                    1,
                     edges[f, t0 + t] & wp.static(NETWORK),
                     flat_mu,
                     point * wp.int64(wp.static(control_size)),
@@ -147,7 +146,6 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
                     at * wp.int64(row_adj),
                     flat_pulled,
                     wp.int64(f * wp.static(BLOCK * state_size)),
-                    wp.int64(0),
                     wp.static(state_size),
                 )
             leave_block(adj_x0, pulled, edges, t0 + t, decay, world0, worlds)

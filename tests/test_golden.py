@@ -387,7 +387,7 @@ def test_curves_are_followed(run):
 
     From epoch 8 on rounding decides: among 64 copies of M with weights changed by 1e-7 losses differ by up to
     half. In that epoch the authors' run of R meets a gradient of norm 370, and its loss rises by a quarter; 6
-    of 448 such copies meet one as large in that epoch.
+    of 448 such copies of R meet gradients as large in that epoch.
     """
     policy, curve = run.start(), run.curve()
     settings = run.settings | {"flow": run.flow, "epochs": max(curve) + 1}
