@@ -24,21 +24,51 @@ of a segment are more.
 """
 
 
+def places(module: torch.nn.Module, buffers: bool = False) -> dict[str, tuple[str, ...]]:
+    """Where each parameter (or buffer) of a module stands: the names of all its places, by the first of them,
+    which is its name in `named_parameters`.
+
+    A tied parameter has several places. A module that is registered under several names counts once:
+    `functional_call` would leave the substitutes of the first name in it when it is done with the second.
+    """
+    found: dict[int, list[str]] = {}
+    for prefix, part in module.named_modules():
+        own = part.named_buffers if buffers else part.named_parameters
+        for name, tensor in own(prefix, recurse=False, remove_duplicate=False):
+            found.setdefault(id(tensor), []).append(name)
+    return {names[0]: tuple(names) for names in found.values()}
+
+
+def call_with(module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Any:
+    """Calls a module with tensors in the places of its parameters and buffers, and leaves it as it was."""
+    return functional_call(module, tensors, (x,), tie_weights=False)
+
+
 class Policy(NamedTuple):
-    """A policy that torch evaluates: the module, the names of its parameters, and the autocast it ran
+    """A policy that torch evaluates: the module, the places of its parameters, and the autocast it ran
     under.
     """
 
     module: torch.nn.Module
-    names: tuple[str, ...]
+    places: tuple[tuple[str, ...], ...]
+    """Names of the places of each parameter, see `places`."""
     autocast: torch.dtype | None
 
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         with torch.autocast(
             x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         ):
-            u = functional_call(self.module, dict(zip(self.names, parameters)), (x,))
+            u = call_with(self.module, self.substitutes(parameters), x)
         return u.to(x.dtype)
+
+    def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors in the order of the parameters, by the names of all places they take."""
+        return {name: q for names, q in zip(self.places, parameters) for name in names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters, as `named_parameters` gives them."""
+        return tuple(names[0] for names in self.places)
 
     @property
     def tolerance(self) -> float | None:
@@ -55,13 +85,27 @@ def torch_forward(
     x, states, controls = x0, [x0], []
     for t in range(spec.horizon):
         with span("policy"):
-            u = policy(parameters, x)
+            u = _control(policy, parameters, x0.clone() if t == 0 else x, t)
         x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
         controls.append(u)
         states.append(x)
     all_states, all_controls = torch.stack(states), torch.stack(controls)
     loss = operators.loss(spec.system, all_states, all_controls, spec.final, spec.running, spec.control)
     return all_states, all_controls, loss
+
+
+def _control(policy: Policy, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
+    """What the policy answers to the states of step t, which it must leave as they are."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return policy(parameters, x)
+    version = x._version
+    u = policy(parameters, x)
+    if x._version != version:
+        raise ValueError(
+            f"policy: it changed its input in place at step {t}, expected the states as they are: they are "
+            "simulated from and read again in the backward pass; work on x.clone()"
+        )
+    return u
 
 
 def torch_backward(

@@ -192,6 +192,7 @@ def gradient_pair(
         TypeError, ValueError: an argument does not fit; the message says what was expected.
     """
     call = "gradient_pair"
+    horizon = check_horizon(horizon, call, system, x0)
     base_letters = _one_field(call, "base", base, horizon, window)
     check_letters = _one_field(call, "check", check, horizon, window)
     if loss is None:
@@ -229,7 +230,7 @@ def gradient_pair(
 def _one_field(
     call: str, name: str, flow: str | Flow | Sequence[str | Flow], horizon: int, window: int | None
 ) -> str:
-    one, second = schedule(flow, check_horizon(horizon, call), window, call)
+    one, second = schedule(flow, horizon, window, call)
     if second:
         raise ValueError(
             f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': "

@@ -58,7 +58,8 @@ def record_rollout(
             f"{call}: policy is an Ensemble, expected a single policy: Warp arrays here have one axis of "
             f"worlds; record its members() one by one"
         )
-    base, check = schedule(flow, check_horizon(horizon, call), window, call)
+    horizon = check_horizon(horizon, call, system, x0 if isinstance(x0, Tensor) else None)
+    base, check = schedule(flow, horizon, window, call)
     if check:
         raise ValueError(
             f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape "

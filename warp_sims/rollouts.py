@@ -90,7 +90,8 @@ def rollout(
         ValueError: an argument has a value, shape or device that does not fit; the message says which was
             expected.
     """
-    base, check = schedule(flow, check_horizon(horizon, "rollout"), window)
+    horizon = check_horizon(horizon, "rollout", system, x0)
+    base, check = schedule(flow, horizon, window)
     plan = make_plan(
         "rollout",
         system,
