@@ -30,6 +30,8 @@ def settle() -> None:
     operation would wait for them for ever. Where other programs keep all cores busy and torch's threads wait
     by spinning, which makes an update up to 60 times slower, it says so once.
     """
+    if torch.compiler.is_compiling():
+        return
     if _watch.settled != os.getpid():
         _settle_fork()
     if not _watch.warned:
