@@ -125,7 +125,13 @@ def compared(call, tolerance):
     policy.zero_grad()
     exact = None if given is None else type(given)(*(g.double() for g in given))
     expected = expected_gradients(
-        system, policy.double(), x0.double(), horizon, flow, cotangents=exact, **asked
+        system,
+        policy.double(),
+        x0.double().clone(memory_format=torch.contiguous_format),
+        horizon,
+        flow,
+        cotangents=exact,
+        **asked,
     )
     scale = max(float(torch.linalg.vector_norm(g)) for g in expected.values()) + 1e-30
     for name, value in expected.items():
