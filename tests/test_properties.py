@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from own_systems import Pendulum, Unicycle
 from torch import nn
 from warp_sims.bridge import operators
+from warp_sims.bridge.spec import Spec
 
 import warp_sims as ws
 
@@ -207,27 +208,22 @@ def test_invalid_calls(name, data):
 def operator_samples():
     """Arguments of every operator that are valid, and small."""
     cart, x0 = CART.number, make_states(CART, 3)
-    net = make_net(CART, (5,))
-    parameters = [q.detach() for q in net.parameters()]
+    parameters = [q.detach() for q in make_net(CART, (5,)).parameters()]
     network = "mlp:4,5,1"
     controls = torch.zeros(2, 3, 1).double()
     states = operators.simulate(cart, x0, controls, True)
-    out = operators.fused_rollout(cart, network, parameters, x0, 2, 1.0, 0.0, 0.1, 0)
-    weights = 1.0, 0.0, 0.1
-    one = torch.ones((), dtype=torch.float64)
+    spec = Spec(cart, "MM", "RR", 0.9, 1.0, 0.0, 0.1).text()
+    states, controls, _, hidden, packed = operators.fused_rollout(spec, network, parameters, x0)
+    one, jac = torch.ones((), dtype=torch.float64), torch.zeros(2, 3, 1, 4).double()
+    arrived = (one, torch.ones_like(states), None)
     return {
         "simulate": (cart, x0, controls, True),
-        "loss": (cart, states, controls, *weights),
-        "fused_rollout": (cart, network, parameters, x0, 2, *weights, 0),
-        "fused_backward": (
-            cart, network, "MM", "RR", 0.9, *weights, out[4], out[3], out[0], out[1], one, None, None, 0,
-        ),
-        "adjoint": (
-            cart, "MM", "", 1.0, *weights, states, controls, controls, 1e-9, torch.zeros(2, 3, 1, 4).double(),
-            one, torch.ones_like(states), None, 0, None,
-        ),
+        "loss": (spec, states, controls),
+        "fused_rollout": (spec, network, parameters, x0),
+        "fused_backward": (spec, network, packed, hidden, states, controls, *arrived),
+        "adjoint": (spec, states, controls, controls, 1e-9, jac, *arrived, 0, None, 0),
         "combine": (torch.randn(7).double(), torch.randn(7).double(), False),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

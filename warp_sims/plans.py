@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from .bridge import operators
 from .bridge.arrays import capturing
-from .bridge.autograd import Spec
-from .bridge.evaluated import Policy, call_with, places
+from .bridge.fused_path import FusedPath
 from .bridge.segments import fused_segment, torch_segment
+from .bridge.spec import Spec
 from .bridge.threads import settle
+from .bridge.torch_path import TorchPath, call_with, places
 from .ensembles import Ensemble, fused_ensemble
 from .flows import as_int, check_decay
 from .policies import fused_network
@@ -44,15 +45,21 @@ class Plan:
     """A validated call: what `rollout`, `gradient_pair` and `record_rollout` share."""
 
     spec: Spec
-    network: str | None
-    """Description of a fused policy (see kernels/dense.py), None for one that torch evaluates."""
-    policy: Policy
+    path: FusedPath | TorchPath
+    """How its passes are computed, chosen once."""
+    names: tuple[str, ...]
+    """Of the parameters."""
     parameters: tuple[Tensor, ...]
     """Stacked for an ensemble."""
     x0: Tensor
     """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None
     has_loss: bool
+
+    @property
+    def fused(self) -> bool:
+        """Whether the policy runs inside the sweeps."""
+        return isinstance(self.path, FusedPath)
 
 
 def make_plan(
@@ -85,7 +92,7 @@ def make_plan(
     decay = check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(system.number, horizon, base, check, decay, *weights)
+    spec = Spec(system.number, base, check, decay, *weights)
     fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
@@ -120,14 +127,13 @@ def make_plan(
                 )
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
-    where = {name: (name,) for name in names} if fused is not None else places(policy)
-    evaluated = Policy(
-        policy,
-        tuple(where[name] for name in names),
-        torch.get_autocast_dtype(x0.device.type) if autocast else None,
-    )
-    if network is None:
-        _probe(call, system, evaluated, parameters, x0)
+    if network is not None:
+        path: FusedPath | TorchPath = FusedPath(network)
+    else:
+        where = places(policy)
+        half = torch.get_autocast_dtype(x0.device.type) if autocast else None
+        path = TorchPath(policy, tuple(where[name] for name in names), half)
+        _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
@@ -137,9 +143,8 @@ def make_plan(
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
     spec = spec._replace(segment=segment)
-    return Plan(
-        spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
-    )
+    own_loss = loss if callable(loss) else None
+    return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
 
 
 def _differentiable(parameter: Tensor) -> bool:
@@ -340,7 +345,7 @@ def _loss_weights(
 _PROBE_ROWS = 4
 
 
-def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tensor], x0: Tensor) -> None:
+def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Tensor], x0: Tensor) -> None:
     """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
     randomness.
 

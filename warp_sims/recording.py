@@ -77,4 +77,4 @@ def record_rollout(
         x0 = tensor_of(x0)
     with torch.no_grad():
         plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0, checkpoint_every)
-    return record(tape, plan.spec, plan.network, plan.policy, plan.parameters, plan.x0.detach(), array)
+    return record(tape, plan.spec, plan.path, plan.parameters, plan.x0.detach(), array)
