@@ -20,6 +20,7 @@ from . import fused, sweeps
 from .arrays import capturing
 from .fused_backward import backward
 from .registry import prepare
+from .segments import with_segment
 from .spec import Cotangents, parse
 from .tracing import span
 
@@ -120,7 +121,7 @@ def fused_rollout(
     the description has a segment, the activations are not kept: they have no rows.
     """
     _check_finite(x0)
-    own = parse(spec)
+    own = with_segment(parse(spec), network, x0)
     p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):
         packed = fused.pack(network, parameters, x0.shape[:-2])
@@ -131,7 +132,7 @@ def fused_rollout(
 def _(
     spec: str, network: str, parameters: list[Tensor], x0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    own, lay = parse(spec), layout(network, x0.element_size())
+    own, lay = with_segment(parse(spec), network, x0), layout(network, x0.element_size())
     return (
         x0.new_empty((own.horizon + 1, *x0.shape)),
         x0.new_empty((own.horizon, *x0.shape[:-1], lay.control_size)),
@@ -156,7 +157,7 @@ def fused_backward(
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
     state_size), with a member axis behind the fields for an ensemble.
     """
-    own = parse(spec)
+    own = with_segment(parse(spec), network, states[0])
     p = prepare(own.system, states.dtype, states.device)
     g = Cotangents(adj_loss, adj_states, adj_controls)
     return backward(p, own, network, packed, hidden, states, controls, g)

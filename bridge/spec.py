@@ -9,6 +9,9 @@ import torch
 
 from ..kernels.flow import network_open
 
+BY_SIZE, NONE_KEPT = -1, -2
+"""Segments of a fused rollout that its size decides: activations are kept up to a bound, or in no case."""
+
 
 class LossWeights(NamedTuple):
     """Weights of the system's own loss, before the division by the number of worlds."""
@@ -42,7 +45,7 @@ class Spec(NamedTuple):
     """Loss weights, see `LossWeights`."""
     segment: int = 0
     """Steps whose activations are recomputed at once in the backward pass; 0 where they are kept, or, of a
-    policy that torch evaluates, where all steps go at once. See segments.py.
+    policy that torch evaluates, where all steps go at once; BY_SIZE or NONE_KEPT. See segments.py.
     """
 
     @property

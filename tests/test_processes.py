@@ -206,3 +206,20 @@ for call, right in (
         continue
     assert torch.allclose(getattr(found, "a", found), right, rtol=1e-4)
 """)
+
+
+def test_what_an_import_takes_along():
+    """Torch and Warp, and nothing that is needed later or elsewhere: an import takes little more than theirs."""
+    code = (
+        "import sys, warp_sims; print(*(name for name in sys.modules if '.' not in name or 'dynamo' in name))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    unwanted = {"torch._dynamo", "matplotlib", "rich", "jax", "tensorboard", "sympy", "PIL", "mujoco"}
+    assert not unwanted & set(found.stdout.split())
+    assert found.stderr == ""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .bridge import operators
 from .bridge.arrays import capturing
 from .bridge.fused_path import FusedPath
-from .bridge.segments import fused_segment, torch_segment
-from .bridge.spec import Spec
+from .bridge.segments import torch_segment
+from .bridge.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.threads import settle
 from .bridge.torch_path import TorchPath, call_with, places
 from .ensembles import Ensemble, fused_ensemble
@@ -139,7 +139,7 @@ def make_plan(
     if segment is not None:
         segment = min(segment, horizon)
     elif network is not None:
-        segment = fused_segment(network, x0, horizon, keep)
+        segment = BY_SIZE if keep else NONE_KEPT
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
     spec = spec._replace(segment=segment)
