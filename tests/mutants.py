@@ -248,7 +248,12 @@ _ZERO = re.compile(r"^(\(vec\))?\(?(real\(0\)|0|\{\})\)?$")
 
 def _terms_of_text(text: str) -> list[tuple[int, int]]:
     # comments, and the two functions that return indices, are blanked; nothing moves
-    text = re.sub(r"//[^\n]*|const auto (left|right) = [^\n]*", lambda match: " " * len(match.group()), text)
+    text = re.sub(
+        r"//[^\n]*|^ *#[^\n]*|const auto (left|right) = [^\n]*",
+        lambda match: " " * len(match.group()),
+        text,
+        flags=re.MULTILINE,
+    )
     found: set[tuple[int, int]] = set()
     for match in _ASSIGNMENT.finditer(text):
         begin = max(text.rfind(c, 0, match.start()) for c in ";{}")

@@ -13,7 +13,7 @@ from .differences import Derivative, differentiate
 from .forms import BY_VALUE, Form, Outputs, forms_of
 from .report import Comparison
 
-__all__ = ["Points", "check_functions", "draw_points", "jacobian_of_step"]
+__all__ = ["Points", "check_functions", "compare_adjoint", "draw_points", "jacobian_of_step", "pulled_back"]
 
 DIFFERENCES = "finite differences"
 DOUBLE = Tolerance(1e-6, 1e-10)
@@ -113,6 +113,27 @@ def pulled_back(form: Form, points: Points, fields: int) -> Tensor:
     return both if fields == 1 else both.flip(1)
 
 
+def compare_adjoint(what: str, found: Tensor, step: Derivative) -> Comparison:
+    """Compares the Jacobian by an adjoint of a step (see `pulled_back`) with that by finite differences.
+
+    Of a small step the Jacobian by the state is nearly the identity; what differs from it is looked at.
+    """
+    states, inputs = step.value.shape[1:]
+    identity = torch.eye(states, inputs, dtype=torch.float64)
+    return compare(
+        what,
+        "float64",
+        DIFFERENCES,
+        found,
+        step.value,
+        names("x_next", states),
+        names("x", states) + names("u", inputs - states),
+        DOUBLE,
+        share=identity,
+        usable=settled(step, identity, DOUBLE),
+    )
+
+
 class _Checker:
     """The comparisons of one system; what they share is computed once."""
 
@@ -126,7 +147,6 @@ class _Checker:
         self.draw = torch.Generator().manual_seed(seed + 1)
         self.next_names = names("x_next", self.states)
         self.input_names = names("x", self.states) + names("u", self.controls)
-        # of a small step the Jacobian by the state is nearly the identity; what differs from it is looked at
         self.identity = torch.eye(self.states, self.states + self.controls, dtype=torch.float64)
 
     def normal(self, *shape: int) -> Tensor:
@@ -148,7 +168,7 @@ class _Checker:
         usable = settled(step, self.identity, DOUBLE)
         gradient = _gradient_of_loss(self.forms[0], self.points) if self.has_loss else None
         for form in self.forms:
-            yield from self._adjoint_of_step(form, step, usable)
+            yield from self._adjoint_of_step(form, step)
             yield from self._adjoint_of_loss(form, gradient)
             yield from self._other_form(form)
             yield from self._exact(form)
@@ -160,20 +180,9 @@ class _Checker:
         ):
             yield from self._single(form, double, usable, gradient)
 
-    def _adjoint_of_step(self, form: Form, step: Derivative, usable: Tensor) -> Iterator[Comparison]:
+    def _adjoint_of_step(self, form: Form, step: Derivative) -> Iterator[Comparison]:
         found = pulled_back(form, self.points, 1)
-        yield compare(
-            f"step_vjp {form.name}",
-            "float64",
-            DIFFERENCES,
-            found,
-            step.value,
-            self.next_names,
-            self.input_names,
-            tolerance=DOUBLE,
-            share=self.identity,
-            usable=usable,
-        )
+        yield compare_adjoint(f"step_vjp {form.name}", found, step)
         if form.name != BY_VALUE:
             yield compare(
                 f"step_vjp {form.name}, second field",

@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["CheckReport", "Comparison", "Disagreement"]
 
-SHOWN = 12
+SHOWN = 6
 """Disagreements of one comparison in the table, the largest first."""
 
 
