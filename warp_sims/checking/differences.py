@@ -10,9 +10,11 @@ The error of T_km is estimated by its distance from both neighbours it was made 
 estimate is taken: long steps cost accuracy where f bends, short ones where it rounds. Source: Ridders,
 Advances in Engineering Software 4 (1982) 75.
 
-Where f has a kink, one-sided derivatives differ. With G(h) = (f(x + h e) - 2 f(x) + f(x - h e)) / h, their
-difference at step length h, 2 G(h) - G(2h) tends to the difference of the derivatives, to 0 where f is
-smooth.
+Where f has a kink, one-sided derivatives differ. Their difference at step length h is
+
+    G(h) = (f(x + h e) - 2 f(x) + f(x - h e)) / h
+
+with an error in odd powers of h, which are removed likewise. What is left tends to 0 where f is smooth.
 """
 
 from collections.abc import Callable
@@ -28,6 +30,8 @@ LONGEST = 2.0**-4
 """Longest step length, in units of each input's scale; the shortest is 2^-13."""
 _NUMBERS = 1 << 23
 """Outputs that are computed at once, at most, where one input has fewer."""
+_ODD = 4
+"""Powers h, h^3, ... that are removed from a difference of one-sided derivatives."""
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
@@ -82,8 +86,12 @@ def _at_point(f: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor, some: Ten
         table = finer
 
     bend = (above - 2.0 * here + below) / (0.5 * width)
-    jump = ((2.0 * bend[1:] - bend[:-1]).abs() - 4.0 * rounding[1:]).clamp_min(0.0)
-    jump = torch.where(jump.isnan(), torch.inf, jump).amin(0)
+    jump = torch.full_like(best, torch.inf)
+    for m in range(1, _ODD + 1):
+        power = 2.0 ** (2 * m - 1)
+        bend = (power * bend[1:] - bend[:-1]) / (power - 1.0)
+        left = (bend.abs() - 4.0 * rounding[m:]).clamp_min(0.0)
+        jump = torch.minimum(jump, torch.where(left.isnan(), torch.inf, left).amin(0))
     finite = torch.isfinite(best) & torch.isfinite(error)
     return Derivative(
         torch.where(finite, best, 0.0).T,

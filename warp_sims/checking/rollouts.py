@@ -83,7 +83,8 @@ def _make_case(system: System, points: Points, seed: int) -> _Case:
     scale = points.scale[: system.state_size]
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.copy_(0.5 * normal(*parameter.shape).float())
+            # large enough that R and M differ in sign somewhere
+            parameter.copy_(normal(*parameter.shape).float())
         policy[0].weight.div_(scale * system.state_size**0.5).copy_(policy[0].weight.float())
     worlds = torch.arange(WORLDS) * max(1, len(points.x) // WORLDS) % len(points.x)
     return _Case(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+import torch
 import warp as wp
 
 from ..systems import System
@@ -43,7 +45,22 @@ def _check(system: System, dtype: Any) -> Comparison:
     if memory is not None and (memory.loss is None) != (memory.loss_vjp is None):
         failed.append("the functions in memory have one of loss and loss_vjp: give both or neither")
     failed += _check_parameters(system, dtype, functions.Params)
-    return exactly("sizes", name, "the device functions", failed, 4)
+    failed += _check_initial_states(system)
+    return exactly("sizes", name, "the device functions", failed, 5)
+
+
+def _check_initial_states(system: System) -> list[str]:
+    count = 3
+    try:
+        states = system.initial_states(count)
+    except NotImplementedError:  # it need not have any
+        return []
+    if not isinstance(states, torch.Tensor):
+        return [f"initial_states returns a {type(states).__name__}, expected a tensor"]
+    if tuple(states.shape) != (count, system.state_size):
+        expected = (count, system.state_size)
+        return [f"initial_states({count}) has shape {tuple(states.shape)}, expected {expected}"]
+    return [] if bool(states.isfinite().all()) else ["initial_states has numbers that are not finite"]
 
 
 def _check_parameters(system: System, dtype: Any, Params: Any) -> list[str]:
@@ -67,7 +84,7 @@ def _check_parameters(system: System, dtype: Any, Params: Any) -> list[str]:
             failed.append(
                 f"Params.{name} is {scalar.__name__}, expected {dtype.__name__}, the dtype asked for"
             )
-        length, given = getattr(kind, "_length_", None), getattr(system, name, ())
-        if length is not None and hasattr(given, "__len__") and len(given) != length:
+        length, given = getattr(kind, "_length_", None), getattr(system, name, None)
+        if length is not None and isinstance(given, (list, tuple, np.ndarray)) and len(given) != length:
             failed.append(f"Params.{name} has {length} components, but the field of the system {len(given)}")
     return failed
