@@ -219,7 +219,10 @@ def _of_text(file: str, form: str, adjoint: str, what: str) -> Iterator[Mutant]:
     for name, (text, first_line) in texts.items():
         for first, last in _terms_of_text(text):
             term = text[first:last]
-            changed = f"{text[:first]}({term}) * real({FACTOR}){text[last:]}"
+            larger = f"({term}) * real({FACTOR})"
+            if file == "quantum_memory.py" and _COMPLEX.search(term):
+                larger = f"times({{real({FACTOR}), real(0)}}, {term})"
+            changed = text[:first] + larger + text[last:]
             parts = {other: value for other, (value, _) in texts.items()} | {name: changed}
             mutated = f"_MUTANT = {''.join(parts.values())!r}\n\n\n@functools.cache"
             whole = source.replace(adjoint, "_MUTANT").replace("@functools.cache", mutated, 1)
@@ -243,6 +246,9 @@ _NOT_A_NUMBER = re.compile(
 )
 """Before an assignment: what is assigned to is an index, a pointer, or stands in the head of a loop."""
 _POINTER = re.compile(r"^\((const )?real\*\)|->c$|\.c$|^\[|^\{\{?real")
+_COMPLEX = re.compile(r"^(times|reciprocal|rhs)\(|^pivot$")
+"""Complex numbers of quantum_memory.py, which are no vectors."""
+_CONDITION = re.compile(r"^n > ")
 _ZERO = re.compile(r"^(\(vec\))?\(?(real\(0\)|0|\{\})\)?$")
 
 
@@ -315,7 +321,7 @@ def _expression(text: str, first: int, last: int) -> Iterator[tuple[int, int]]:
         before = text[begin:at].strip()
         if at < last and (not before or before[-1] in "*/?:,<>"):
             continue  # a sign, not a sum
-        if before and not _ZERO.match(before):
+        if before and not _ZERO.match(before) and not _CONDITION.match(before):
             start = begin + len(text[begin:at]) - len(text[begin:at].lstrip())
             yield start, start + len(before)
         begin = at + 1

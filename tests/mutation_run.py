@@ -26,16 +26,13 @@ from warp_sims.checking.functions import check_functions
 
 PAGE = Path(__file__).parents[1] / "docs" / "mutants.md"
 
-EQUIVALENT: dict[str, str] = {}
-"""Mutants that change no result, by name, each with the reason."""
-
 
 class Outcome(NamedTuple):
     """What `check` said about a mutant."""
 
     name: str
     verdict: str
-    """ "caught", "missed", "equivalent", or "no number": the compiler refuses it."""
+    """ "caught", "missed", or "no number": the compiler refuses to multiply it."""
     where: str
     """Of the first disagreement: function, form, output and input."""
     size: float
@@ -55,7 +52,7 @@ def check_mutant(mutant: Mutant) -> Outcome:
                 worst = max(comparison.disagreements, key=lambda d: d.size or 0.0)
                 where = f"{comparison.what}: {worst.output} by {worst.input}"
                 return Outcome(mutant.name, "caught", where, worst.size or 0.0)
-    return Outcome(mutant.name, "equivalent" if mutant.name in EQUIVALENT else "missed", "", 0.0)
+    return Outcome(mutant.name, "missed", "", 0.0)
 
 
 def _start() -> None:
@@ -103,40 +100,39 @@ def main() -> int:
 def page(mutants: list[Mutant], outcomes: list[Outcome], seconds: float, jobs: int) -> str:
     """The page of a full run."""
     rows = collections.defaultdict(collections.Counter)
-    smallest: dict[tuple[str, str], float] = {}
+    smallest = collections.defaultdict(lambda: float("inf"))
     for mutant, outcome in zip(mutants, outcomes, strict=True):
         key = mutant.file, mutant.form
         rows[key][outcome.verdict] += 1
         if outcome.verdict == "caught":
-            smallest[key] = min(smallest.get(key, float("inf")), outcome.size)
+            smallest[key] = min(smallest[key], outcome.size)
     total = sum(rows.values(), collections.Counter())
     made = sum(total.values()) - total["no number"]
     lines = [
         "# Planted errors",
         "",
-        f"`make mutants` multiplies each term of each built-in adjoint by {FACTOR} once, and checks the",
-        "system as `warp-sims check` does, in float64. It writes this page (`tests/mutation_run.py`).",
+        f"`make mutants` multiplies each term of each built-in adjoint by {FACTOR} once, and checks the system as",
+        "`warp-sims check` does, in float64. It writes this page (`tests/mutation_run.py`).",
         "",
-        f"Of {made} mutants {total['caught']} are caught, in the function and form that were changed",
-        f"and with output and input named; {total['equivalent']} change no result, {total['missed']} are",
-        "missed.",
-        f"It took {seconds:.0f} s with {jobs} processes, most of it compiling. A relative difference of",
-        "1e-6 is allowed; the smallest that was caught stands in the last column.",
+        f"**{total['caught']} of {made} mutants are caught**, in the function and form that were changed, with output",
+        f"and input named. It took {seconds:.0f} s with {jobs} processes, most of it compiling. A relative difference",
+        "of 1e-6 is allowed; the smallest that was caught stands in the last column.",
         "",
-        "| file | form | mutants | caught | no change | missed | smallest difference |",
-        "|---|---|---|---|---|---|---|",
+        "| file | form | mutants | caught | smallest difference |",
+        "|---|---|---|---|---|",
     ]
     for (file, form), row in rows.items():
         count = sum(row.values()) - row["no number"]
-        numbers = f"{count} | {row['caught']} | {row['equivalent']} | {row['missed']}"
-        lines.append(f"| `kernels/{file}` | {form} | {numbers} | {smallest[file, form]:.1e} |")
-    for verdict, title in (("equivalent", "Mutants that change no result"), ("missed", "Missed")):
+        lines.append(
+            f"| `kernels/{file}` | {form} | {count} | {row['caught']} | {smallest[file, form]:.1e} |"
+        )
+    for verdict, title in (
+        ("missed", "Missed"),
+        ("no number", "Not counted: the compiler refuses to multiply what is no number"),
+    ):
         names = [outcome.name for outcome in outcomes if outcome.verdict == verdict]
         if names:
-            lines += ["", f"## {title}", ""]
-            lines += [
-                f"- `{name}`" + (f": {EQUIVALENT[name]}" if name in EQUIVALENT else "") for name in names
-            ]
+            lines += ["", f"{title}:", "", *(f"- `{name}`" for name in names)]
     return "\n".join(lines) + "\n"
 
 

@@ -326,7 +326,7 @@ def test_against_generated():
 
 
 def test_finite_differences_say_which_adjoint_is_wrong():
-    """One term of the hand-written adjoint is off by 0.1%, and Warp's is right: errors are relative to that."""
+    """One term of the hand-written adjoint is off by 0.1%, and errors are relative to Warp's."""
     result = ws.profile(Planted(term=3), flows="R", repeats=1, against="generated", **SIZES)
     said = " ".join(result.notes)
     assert "the hand-written step_vjp by value is wrong; x_next[1] by x[0] is" in said

@@ -10,6 +10,7 @@ This needs steps forward only: no adjoint takes part in what the engine's gradie
 combined gradient is held against the two that it compares.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -180,7 +181,7 @@ def _gradients(
     case: _Case, policy: nn.Module, flow: Flow, objective: str, device: torch.device
 ) -> dict[str, Tensor]:
     """The engine's gradients by name, "x0" among them."""
-    policy = policy.to(device)
+    policy = copy.deepcopy(policy).to(device)
     x0 = case.x0.detach().clone().to(device).requires_grad_()
     own = objective.split()[0] if objective.endswith("loss") else None
     out = rollout(
@@ -221,10 +222,9 @@ def _comparisons(case: _Case, form: Form, points: Points) -> Iterator[Comparison
         "by torch": lambda c: _Evaluated(c.policy),
     }
     with torch.no_grad():
-        policy = case.policy.cpu()
         states = [case.x0]
         for _ in range(HORIZON):
-            states.append(_step(form, states[-1], policy(states[-1]))[0])
+            states.append(_step(form, states[-1], case.policy(states[-1]))[0])
     nominal = torch.stack(states)
     found: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
     for flow in (Flow.REGULAR, Flow.MODIFIED, Flow.NETWORK, Flow.STOPPED):
