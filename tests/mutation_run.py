@@ -111,12 +111,12 @@ def page(mutants: list[Mutant], outcomes: list[Outcome], seconds: float, jobs: i
     lines = [
         "# Planted errors",
         "",
-        f"`make mutants` multiplies each term of each built-in adjoint by {FACTOR} once, and checks the system as",
-        "`warp-sims check` does, in float64. It writes this page (`tests/mutation_run.py`).",
+        f"`make mutants` multiplies each term of each built-in adjoint by {FACTOR} once, and checks the "
+        "system as\n`warp-sims check` does, in float64. It writes this page (`tests/mutation_run.py`).",
         "",
-        f"**{total['caught']} of {made} mutants are caught**, in the function and form that were changed, with output",
-        f"and input named. It took {seconds:.0f} s with {jobs} processes, most of it compiling. A relative difference",
-        "of 1e-6 is allowed; the smallest that was caught stands in the last column.",
+        f"**{total['caught']} of {made} mutants are caught**, in the function and form that were changed, "
+        f"with output\nand input named. It took {seconds:.0f} s with {jobs} processes, most of it compiling. "
+        "A relative difference\nof 1e-6 is allowed; the smallest that was caught stands in the last column.",
         "",
         "| file | form | mutants | caught | smallest difference |",
         "|---|---|---|---|---|",

@@ -114,7 +114,7 @@ class _Directions(NamedTuple):
         return total
 
 
-def _directions(case: _Case, scale: Tensor) -> _Directions:
+def _directions(case: _Case, length: Tensor) -> _Directions:
     draw = torch.Generator().manual_seed(11)
 
     def normal(*shape: int) -> Tensor:
@@ -129,8 +129,8 @@ def _directions(case: _Case, scale: Tensor) -> _Directions:
     for d, name in enumerate(named):
         parameters[name][d] = normal(*named[name].shape)
     for d, i in enumerate(moved, len(named)):
-        x0[d, :, i] = normal(WORLDS) * scale[i]
-    x0[-1] = normal(*case.x0.shape) * scale
+        x0[d, :, i] = normal(WORLDS) * length[i]
+    x0[-1] = normal(*case.x0.shape) * length
     return _Directions(names, parameters, x0)
 
 
@@ -214,8 +214,7 @@ def check_rollouts(system: System, form: Form, points: Points, seed: int) -> lis
 
 
 def _comparisons(case: _Case, form: Form, points: Points) -> Iterator[Comparison]:
-    scale = points.scale[: case.system.state_size]
-    directions = _directions(case, scale)
+    directions = _directions(case, points.length[: case.system.state_size])
     device = form.device
     roads: dict[str, Callable[[_Case], nn.Module]] = {
         "fused": lambda c: c.policy,
