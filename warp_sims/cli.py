@@ -128,7 +128,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train",
         _run_train,
         "train a controller through a simulator",
-        "The defaults are the published settings of the system, for one of your own those of the cart-pole. "
+        "The defaults are the published settings of the system, for one of your own its train_defaults or "
+        "those of the cart-pole. "
         "`warp-sims train SYSTEM --help` shows them, and lists the numbers of that system as options, too.",
     )
     # The system that is named decides which options there are: `train cartpole --poles 4`.
