@@ -3,14 +3,11 @@
 import dataclasses
 import functools
 import json
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 import warp as wp
-from mutants import FACTOR, all_mutants
-from mutation_run import check_mutant
 from own_systems import TERMS, Pendulum, Planted, Unicycle, pendulum_functions
 
 import warp_sims as ws
@@ -421,89 +418,3 @@ def test_command(tmp_path, capsys, monkeypatch):
 def test_bad_arguments(arguments, error, words):
     with pytest.raises(error, match=words.replace("(", r"\(")):
         ws.check(**{"system": Pendulum(), **arguments})
-
-
-# A system that was registered by "Add a system in three files"
-
-
-@pytest.fixture
-def registered(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    known = {**ws.systems.registry, "pendulum": Pendulum, "unicycle": Unicycle}
-    monkeypatch.setattr(ws.systems, "registry", MappingProxyType(known))
-
-
-def test_a_registered_system_works_in_every_command(registered, capsys):
-    small = [
-        "--horizon",
-        "4",
-        "--no-progress",
-        "--hidden",
-        "4",
-        "--samples",
-        "4",
-        "--batch",
-        "2",
-        "--epochs",
-        "1",
-    ]
-    assert main(["train", "pendulum", *small]) == 0
-    assert main(["animate", "runs/pendulum_combined"]) == 0
-    assert (
-        main(["profile", "pendulum", "--batch", "2", "--horizon", "3", "--repeats", "1", "--no-kernels"]) == 0
-    )
-    assert main(["check", "pendulum", "--parts", "sizes"]) == 0
-    for command in ("train", "profile", "check"):
-        with pytest.raises(SystemExit, match="0"):
-            main([command, "pendulum", "--help"])
-    capsys.readouterr()
-    for words, expected in (
-        (["train", "unicycle"], "Unicycle has no initial states of its own; define initial_states"),
-        (["bench", "pendulum"], "'pendulum' is none of the problems"),
-        (["reproduce", "pendulum"], "invalid choice: 'pendulum'"),
-    ):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert expected in error and len(error.strip().splitlines()) == 1
-
-
-def test_presets_belong_to_the_system(registered, monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr("warp_sims.cli.train", lambda config, out, **options: seen.append(config) or 1 / 0)
-    preset = {"horizon": 17, "loss": "running", "control_cost": 0.25}
-    monkeypatch.setattr(Pendulum, "train_defaults", preset)
-    with pytest.raises(ZeroDivisionError):
-        main(["train", "pendulum"])
-    assert {name: getattr(seen[0], name) for name in preset} == preset
-    for wrong, words in (({"horizons": 3}, "'horizons'"), ({"policy": "cnn"}, "policy='cnn'")):
-        monkeypatch.setattr(Pendulum, "train_defaults", wrong)
-        assert main(["train", "pendulum"]) == 2
-        assert f"train_defaults has {words}, expected" in capsys.readouterr().err
-
-
-# Mutants of the built-in adjoints; all of them: `make mutants`
-
-
-def test_mutants_are_those_of_the_page():
-    """Every hand-written form of every built-in adjoint has some, and each differs from its source once."""
-    mutants = all_mutants()
-    counts = {(m.file, m.function) for m in mutants}
-    assert counts == {
-        *(
-            (f"{name}.py", what)
-            for name in ("cartpole", "guidance", "quantum")
-            for what in ("step_vjp", "loss_vjp")
-        ),
-        *((f"{name}_block.py", "step_vjp") for name in ("cartpole", "guidance", "quantum")),
-        *(("quantum_memory.py", what) for what in ("step_vjp", "loss_vjp")),
-    }
-    assert len({(m.name, m.source) for m in mutants}) == len(mutants) > 400
-    assert all(m.source.count(FACTOR) == 1 for m in mutants)
-
-
-@pytest.mark.parametrize("number", range(0, 476, 60))
-def test_some_mutants_are_caught(number):
-    mutant = all_mutants()[number]
-    outcome = check_mutant(mutant)
-    assert outcome.verdict == "caught", outcome
-    assert outcome.where.startswith(f"{mutant.function} {mutant.form}") and " by " in outcome.where
