@@ -383,6 +383,24 @@ def test_what_does_not_compile_is_a_disagreement():
     assert "mend this first" in str(report)
 
 
+@functools.cache
+def endless_functions(dtype):
+    functions = pendulum_functions(dtype)
+    State, Control, Params = functions.State, functions.Control, functions.Params
+
+    @wp.func
+    def step(x: State, u: Control, p: Params) -> State:
+        return State(x[0] / (p.dt - p.dt), x[1])
+
+    return functions._replace(step=step)
+
+
+@pytest.mark.parametrize("part", ["functions", "rollouts"])
+def test_a_step_that_is_never_finite_is_a_disagreement(part):
+    report = ws.check(half(endless_functions), parts=[part])
+    assert failing(report) == {"step by value"} and "x_next at every point" in str(report)
+
+
 # The command, and arguments
 
 

@@ -13,7 +13,15 @@ from .differences import Derivative, differentiate
 from .forms import BY_VALUE, Form, Outputs, forms_of
 from .report import Comparison
 
-__all__ = ["Points", "check_functions", "compare_adjoint", "draw_points", "jacobian_of_step", "pulled_back"]
+__all__ = [
+    "Points",
+    "check_functions",
+    "compare_adjoint",
+    "draw_points",
+    "jacobian_of_step",
+    "no_finite_step",
+    "pulled_back",
+]
 
 DIFFERENCES = "finite differences"
 DOUBLE = Tolerance(1e-6, 1e-10)
@@ -369,6 +377,11 @@ def _different(parts: list[tuple[str, Tensor, Tensor]], relative: float) -> list
     return failed
 
 
+def no_finite_step() -> Comparison:
+    """Of a system whose step gives NaN or infinity wherever it is tried."""
+    return exactly("step by value", "float64", "a finite result", ["x_next at every point"], 0)
+
+
 def check_functions(
     system: System, device: torch.device, count: int, seed: int, single: bool = True
 ) -> tuple[list[Comparison], list[str]]:
@@ -377,7 +390,5 @@ def check_functions(
     """
     checker = _Checker(system, device, count, seed)
     if not len(checker.points.x):
-        return [exactly("step by value", "float64", "a finite result", ["x_next at every point"], 0)], list(
-            checker.points.notes
-        )
+        return [no_finite_step()], list(checker.points.notes)
     return list(checker.run(single)), list(checker.points.notes)

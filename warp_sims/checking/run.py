@@ -11,7 +11,7 @@ from ..bridge.arrays import WARP_DTYPE
 from ..systems import System
 from .compare import exactly
 from .forms import Form, forms_of
-from .functions import check_functions, draw_points
+from .functions import check_functions, draw_points, no_finite_step
 from .report import CheckReport, Comparison
 from .rollouts import check_rollouts
 from .sizes import check_sizes
@@ -79,7 +79,9 @@ def check(
         notes += said
     if sound and "rollouts" in parts:
         form = _by_value(system, place)
-        comparisons += check_rollouts(system, form, draw_points(system, form, points, seed), seed)
+        drawn = draw_points(system, form, points, seed)
+        # without any, the step is not finite anywhere
+        comparisons += check_rollouts(system, form, drawn, seed) if len(drawn.x) else [no_finite_step()]
     if not sound:
         notes.append("the rest was not checked: mend this first")
     left = sum(comparison.left_out for comparison in comparisons)

@@ -73,6 +73,11 @@ def decide(system: System, device: torch.device) -> Verdict:
     p = prepare(system.number, torch.float64, device)
     forms = forms_of(system, p.functions, torch.float64, device)
     points = draw_points(system, forms[0], POINTS, SEED)
+    if not len(points.x):
+        raise ValueError(
+            f"profile: against='generated', but the step of {type(system).__name__} is not finite at any "
+            "state it was tried at; warp-sims check says more"
+        )
     step = jacobian_of_step(forms[0], points)
     return Verdict(
         tuple(compare_adjoint(f"step_vjp {form.name}", pulled_back(form, points, 1), step) for form in forms),
