@@ -3,6 +3,7 @@
 #   make demo     train a cart-pole controller with two gradient flows side by side, about two minutes on two cores
 #   make test     lint, types and tests
 #   make lint     lint and types
+#   make mutants  plant an error in every term of every built-in adjoint, and see it caught; writes docs/mutants.md
 #   make clean    remove what these made (runs/ stays)
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
@@ -20,7 +21,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 SETTINGS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint mutants clean
 
 demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
@@ -32,6 +33,9 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/types $(BIN)/pyright $(BIN)/python
+
+mutants: $(VENV)/.ready-dev
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python tests/mutation_run.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .types
