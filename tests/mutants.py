@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 import warp_sims.kernels.layout
+from warp_sims.kernels.native_text import sections
 
 import warp_sims as ws
 
@@ -47,7 +48,7 @@ class Mutant(NamedTuple):
     line: int
     term: str
     source: str
-    """The whole file, mutated."""
+    """The whole module, mutated."""
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class Mutant(NamedTuple):
 
     def systems(self) -> list[ws.System]:
         """Systems with this mutant for an adjoint, in the mutated form and by value alone."""
-        problem = self.file.removesuffix(".py").split("_")[0]
+        problem = self.file.split(".")[0].split("_")[0]
         return [_mutated(self, system) for system in SYSTEMS[problem]]
 
 
@@ -66,9 +67,9 @@ def all_mutants() -> tuple[Mutant, ...]:
     found: list[Mutant] = []
     for problem in SYSTEMS:
         found += _of_python(f"{problem}.py")
-        found += _of_text(f"{problem}_block.py", "in lanes", "_PRELUDE + _STEP_VJP", "step_vjp")
-    found += _of_text("quantum_memory.py", "in memory", "_PRELUDE + _STEP_VJP", "step_vjp")
-    found += _of_text("quantum_memory.py", "in memory", "_OVERLAP + _LOSS_VJP", "loss_vjp")
+        found += _of_text(f"{problem}_block.h", "in lanes", ("prelude", "step_vjp"))
+    found += _of_text("quantum_memory.h", "in memory", ("prelude", "step_vjp"))
+    found += _of_text("quantum_memory.h", "in memory", ("overlap", "loss_vjp"))
     return tuple(found)
 
 
@@ -212,30 +213,28 @@ def _sums_inside(value: Any) -> Iterator[Any]:
 # Terms in native texts
 
 
-def _of_text(file: str, form: str, adjoint: str, what: str) -> Iterator[Mutant]:
-    source = (KERNELS / file).read_text()
-    assert source.count(adjoint) == 1
-    texts = {name: _string(source, name) for name in adjoint.split(" + ")}
-    for name, (text, first_line) in texts.items():
+def _of_text(file: str, form: str, names: tuple[str, str]) -> Iterator[Mutant]:
+    """Mutants of an adjoint whose text is these sections of a header, one behind the other."""
+    module = (KERNELS / file).with_suffix(".py")
+    source, header = module.read_text(), (KERNELS / file).read_text()
+    adjoint = " + ".join(f'_TEXT["{name}"]' for name in names)
+    assert source.count(adjoint) == 1 and source.count("sections(__file__)") == 1
+    # the mutated module lies elsewhere, without a header beside it
+    source = source.replace("sections(__file__)", f"sections({str(module)!r})")
+    texts = {name: sections(str(module))[name] for name in names}
+    for name, text in texts.items():
+        first_line = header[: header.index(f"//: {name}\n")].count("\n") + 1
         for first, last in _terms_of_text(text):
             term = text[first:last]
             larger = f"({term}) * real({FACTOR})"
-            if file == "quantum_memory.py" and _COMPLEX.search(term):
+            if file == "quantum_memory.h" and _COMPLEX.search(term):
                 larger = f"times({{real({FACTOR}), real(0)}}, {term})"
             changed = text[:first] + larger + text[last:]
-            parts = {other: value for other, (value, _) in texts.items()} | {name: changed}
+            parts = texts | {name: changed}
             mutated = f"_MUTANT = {''.join(parts.values())!r}\n\n\n@functools.cache"
             whole = source.replace(adjoint, "_MUTANT").replace("@functools.cache", mutated, 1)
             line = first_line + text[:first].count("\n")
-            yield Mutant(file, form, what, line, term, whole)
-
-
-def _string(source: str, name: str) -> tuple[str, int]:
-    """A string of the module, and the line that it begins in."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return ast.literal_eval(node.value), node.lineno
-    raise AssertionError(f"no string {name}")
+            yield Mutant(file, form, names[1], line, term, whole)
 
 
 _ASSIGNMENT = re.compile(r"(?<![=<>!*/&|^])[+-]?=(?!=)")
@@ -247,7 +246,7 @@ _NOT_A_NUMBER = re.compile(
 """Before an assignment: what is assigned to is an index, a pointer, or stands in the head of a loop."""
 _POINTER = re.compile(r"^\((const )?real\*\)|->c$|\.c$|^\[|^\{\{?real")
 _COMPLEX = re.compile(r"^(times|reciprocal|rhs)\(|^pivot$")
-"""Complex numbers of quantum_memory.py, which are no vectors."""
+"""Complex numbers of quantum_memory.h, which are no vectors."""
 _CONDITION = re.compile(r"^n > ")
 _ZERO = re.compile(r"^(\(vec\))?\(?(real\(0\)|0|\{\})\)?$")
 

@@ -15,8 +15,8 @@ def test_mutants_are_those_of_the_page():
             for name in ("cartpole", "guidance", "quantum")
             for what in ("step_vjp", "loss_vjp")
         ),
-        *((f"{name}_block.py", "step_vjp") for name in ("cartpole", "guidance", "quantum")),
-        *(("quantum_memory.py", what) for what in ("step_vjp", "loss_vjp")),
+        *((f"{name}_block.h", "step_vjp") for name in ("cartpole", "guidance", "quantum")),
+        *(("quantum_memory.h", what) for what in ("step_vjp", "loss_vjp")),
     }
     assert len({(m.name, m.source) for m in mutants}) == len(mutants) > 400
     assert all(m.source.count(FACTOR) == 1 for m in mutants)
