@@ -127,11 +127,19 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@functools.cache
+DEVICES: dict[torch.device, Any] = {}
+"""Warp's devices by torch's, as far as they were asked for. What stands here decides which forms of the
+kernels are launched; a test can put another device in the place of one, such as an emulated GPU.
+"""
+
+
 def warp_device(device: torch.device) -> Any:
     """Warp's device for torch's."""
-    wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
-    return wp.device_from_torch(device)
+    found = DEVICES.get(device)
+    if found is None:
+        wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
+        found = DEVICES[device] = wp.device_from_torch(device)
+    return found
 
 
 _keepers = threading.local()

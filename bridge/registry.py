@@ -85,31 +85,37 @@ class Prepared:
 
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     """Returns what a launch for this system, dtype and device needs; the same object each time."""
-    key = (number, dtype, device)
+    # by the identity of Warp's device, which has no hash
+    key = (number, dtype, device, id(warp_device(device)))
     found = _prepared.get(key)
     if found is None:
         with PREPARING:
-            found = _prepared.get(key) or _prepare(*key)
+            found = _prepared.get(key) or _prepare(number, dtype, device)
             _prepared[key] = found
     return found
 
 
-_prepared: dict[tuple[int, torch.dtype, torch.device], Prepared] = {}
+_prepared: dict[tuple[int, torch.dtype, torch.device, int], Prepared] = {}
 
 
 def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     system = find(number)
     scalar = WARP_DTYPE[dtype]
     functions = system.device_functions(scalar)
-    cuda = device.type == "cuda"
+    served = warp_device(device)
+    kernels = (
+        make_system_kernels(functions, scalar, True)
+        if served.is_cpu
+        else make_cuda_system_kernels(functions, scalar)
+    )
     return Prepared(
         dtype,
         device,
         system.state_size,
         system.control_size,
         scalar,
-        warp_device(device),
+        served,
         functions,
         system.parameters(scalar),
-        make_cuda_system_kernels(functions, scalar) if cuda else make_system_kernels(functions, scalar, True),
+        kernels,
     )

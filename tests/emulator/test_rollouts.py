@@ -1,0 +1,72 @@
+"""Whole rollouts by the kernels of a GPU, executed: the CPU's numbers, the same bits in any order of lanes.
+
+Forward sweep, linearisation and weight products (bridge/wide.py), adjoint sweep. Random cotangents on every
+output at once; memory that nothing writes is NaN.
+"""
+
+import pytest
+import torch
+
+from .problems import FORMS, PROBLEMS, Case, assert_as_on_a_cpu, form_of_sweep, in_every_order
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def compare(emulator, form, case, **options):
+    expected = case.run(**options)
+    with emulator.standing_in(), form_of_sweep(form):
+        found = in_every_order(emulator, lambda: case.run(**options))
+    assert_as_on_a_cpu(found, expected)
+    return found
+
+
+@pytest.mark.parametrize("members, nworld, horizon", [(0, 1, 1), (0, 17, 2), (3, 5, 3)])
+@pytest.mark.parametrize("form", FORMS)
+@DTYPES
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_as_on_a_cpu(name, dtype, form, members, nworld, horizon, emulator):
+    compare(emulator, form, Case(name, dtype, nworld, horizon, members))
+
+
+@pytest.mark.parametrize("nworld, horizon", [(3, 100), (300, 2)])
+@pytest.mark.parametrize("form", ["as chosen", "any network"])
+@pytest.mark.parametrize("name", ["cartpole", "odd widths", "guidance", "quantum"])
+def test_long_and_many(name, form, nworld, horizon, emulator):
+    """In float64: a hundred steps amplify the rounding of float32 by more than any mistake."""
+    compare(emulator, form, Case(name, torch.float64, nworld, horizon))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "R", "check": ""},
+        {"base": "N", "check": "S", "decay": 1.0},
+        {"base": "M", "check": "R", "decay": 0.0},
+        {"base": "RMNSRMN", "check": "SNMRRRS"},
+        {"base": "SSSSSSS", "check": ""},
+    ],
+    ids=repr,
+)
+@DTYPES
+@pytest.mark.parametrize("name", ["odd widths", "guidance", "odd points", "own system, no loss"])
+def test_flows_schedules_and_decay(name, dtype, options, emulator):
+    compare(emulator, "as chosen", Case(name, dtype, 3, 7), **options)
+
+
+@pytest.mark.parametrize("segment", [1, 3, 7])
+@pytest.mark.parametrize("form", FORMS)
+@DTYPES
+@pytest.mark.parametrize("name", ["odd widths", "guidance", "quantum"])
+def test_checkpointed_segments(name, dtype, form, segment, emulator):
+    """Activations that the sweep gives again, in segments: the trajectory has the bits it has without."""
+    case = Case(name, dtype, 5, 7, members=2)
+    found = compare(emulator, form, case, base="RMNSRMM", segment=segment)
+    with emulator.standing_in(), form_of_sweep(form):
+        whole = case.run(base="RMNSRMM")
+    assert all(map(torch.equal, found[:2], whole[:2]))
+
+
+def test_what_is_not_written_would_show(emulator):
+    """The check that the others rely on: memory that torch gives is NaN."""
+    with form_of_sweep(FORMS[0]):
+        assert torch.empty(5).isnan().all() and torch.ones(3).new_empty((2, 2)).isnan().all()
