@@ -189,7 +189,7 @@ struct Block {
     size_t left = lanes.size();
     while (left && !error[0]) {
       for (int i : order) {
-        if (lanes[i].state != READY) continue;
+        if (lanes[i].state != READY || error[0]) continue;
         resume(lanes[i]);
         left -= lanes[i].state == RETURNED;
       }
@@ -247,6 +247,17 @@ uint64_t sync_warp(unsigned mask, int from, uint64_t value, int line) {
   lane.value = value;
   block->leave(lane);
   return lane.found;
+}
+
+[[noreturn]] void refuse(const char* expression, const char* file, int line) {
+  Lane& lane = *block->current;
+  const char* name = strrchr(file, '/');
+  block->fail("block %u, thread %u: not so, %s:%d: %s", lane.place.block.x, lane.place.thread.x, name ? name + 1 : file, line,
+              expression);
+  if (__tsan_release) __tsan_release(&end_token);
+  lane.state = RETURNED;
+  block->leave(lane, true);
+  abort();
 }
 
 // order: 0 the lanes and blocks as they are numbered, 1 backwards, 2 shuffled by the seed

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import make_net, make_states
+from cases import make_cotangents, make_net, make_states
 from own_systems import Pendulum, Unicycle
 from torch import Tensor
-from warp_sims.bridge import fused, fused_backward, registry
+from warp_sims.bridge import fused, fused_backward, registry, sweeps
+from warp_sims.bridge.launches import Pool
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
 
 import warp_sims as ws
@@ -63,6 +64,16 @@ one for networks that do not fit the registers."""
 
 
 @contextlib.contextmanager
+def fresh_launches() -> Iterator[pytest.MonkeyPatch]:
+    """Forgets prepared launches, which know neither the form of a sweep nor changes of its text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_rollout", Pool(fused._Rollout))
+        for name in ("_Simulate", "_Loss", "_Adjoint", "_Combine"):
+            patch.setattr(sweeps, name.lower(), Pool(getattr(sweeps, name)))
+        yield patch
+
+
+@contextlib.contextmanager
 def form_of_sweep(form: str) -> Iterator[None]:
     """Lets rollouts take one of `FORMS`."""
     choose = fused.choose_plan
@@ -71,10 +82,8 @@ def form_of_sweep(form: str) -> Iterator[None]:
         FORMS[1]: lambda network, itemsize, nworld: choose(network, itemsize, 4096),
         FORMS[2]: lambda *_: None,
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with fresh_launches() as patch:
         patch.setattr(fused, "choose_plan", plans[form])
-        # prepared launches do not know the form
-        patch.setattr(fused, "_rollout", fused.Pool(fused._Rollout))
         # what is not written shows
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         before = torch.are_deterministic_algorithms_enabled()
@@ -131,6 +140,28 @@ class Case:
             p, back, self.network, self.packed, hidden, states, controls, self.cotangents(), segment
         )
         return [states, controls, loss, hidden, grads, adj_x0]
+
+
+def open_loop(
+    p: registry.Prepared, system: ws.System, nworld: int, horizon: int, check: str, outside: bool
+) -> list[Tensor]:
+    """States, loss, cotangents of the controls and of x0 of a rollout under given controls.
+
+    With a `check` the adjoint sweep has two fields; `outside`: cotangents of states and controls, too.
+    """
+    dtype = p.torch_dtype
+    draw = torch.Generator().manual_seed(5)
+    controls = torch.randn(horizon, nworld, system.control_size, generator=draw, dtype=torch.float64).to(
+        dtype
+    )
+    jac = 0.1 * torch.randn(*controls.shape, system.state_size, generator=draw, dtype=torch.float64).to(dtype)
+    states = sweeps.simulate(p, 0.5 * make_states(system, nworld, dtype), controls)
+    weights = LossWeights(0.7, 0.3, 0.2) if p.functions.loss else LossWeights(0.0, 0.0, 0.2)
+    c = make_cotangents(system, horizon, nworld, dtype)
+    g = Cotangents(c.loss, *((c.states, c.controls) if outside else (None, None)))
+    back = Backward(("RMNS" * horizon)[:horizon], check and ("SRMN" * horizon)[:horizon], 0.9, weights)
+    mu, adj_x0 = sweeps.adjoint(p, back, states, controls, jac, g)
+    return [states, sweeps.loss(p, states, controls, weights), mu, adj_x0]
 
 
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import warp as wp
-from cases import make_cotangents, make_states
+from cases import make_states
 from own_systems import Pendulum, Unicycle
 from warp_sims.bridge import registry, sweeps
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
@@ -16,7 +16,7 @@ from warp_sims.kernels.streamed import make_streamed_kernels
 import warp_sims as ws
 
 from .device import CPU
-from .problems import in_every_order
+from .problems import in_every_order, open_loop
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Relative to the norm of each tensor: the same sums, contracted and ordered by other compilers in other
@@ -33,23 +33,6 @@ SYSTEMS = {
     "own system": Pendulum(),
     "own system, no loss": Unicycle(),
 }
-
-
-def everything(p, system, nworld, horizon, check, outside):
-    """States, loss, cotangents of the controls and of x0 of a rollout under given controls."""
-    dtype = p.torch_dtype
-    draw = torch.Generator().manual_seed(5)
-    controls = torch.randn(horizon, nworld, system.control_size, generator=draw, dtype=torch.float64).to(
-        dtype
-    )
-    jac = 0.1 * torch.randn(*controls.shape, system.state_size, generator=draw, dtype=torch.float64).to(dtype)
-    states = sweeps.simulate(p, 0.5 * make_states(system, nworld, dtype), controls)
-    weights = LossWeights(0.7, 0.3, 0.2) if p.functions.loss else LossWeights(0.0, 0.0, 0.2)
-    c = make_cotangents(system, horizon, nworld, dtype)
-    g = Cotangents(c.loss, *((c.states, c.controls) if outside else (None, None)))
-    back = Backward(("RMNS" * horizon)[:horizon], check and ("SRMN" * horizon)[:horizon], 0.9, weights)
-    mu, adj_x0 = sweeps.adjoint(p, back, states, controls, jac, g)
-    return [states, sweeps.loss(p, states, controls, weights), mu, adj_x0]
 
 
 def on_cpu(system, dtype):
@@ -82,10 +65,10 @@ def assert_same(found, expected, dtype):
 def test_open_loop_loss_and_adjoint(name, dtype, nworld, horizon, check, outside, emulator):
     shape = nworld, horizon, check, outside
     system = SYSTEMS[name]
-    expected = everything(on_cpu(system, dtype), system, *shape)
+    expected = open_loop(on_cpu(system, dtype), system, *shape)
     p = on_emulator(emulator, system, dtype)
     assert p.kernels.worlds == 1, "the form of a GPU takes a world a thread"
-    found = in_every_order(emulator, lambda: everything(p, system, *shape))
+    found = in_every_order(emulator, lambda: open_loop(p, system, *shape))
     assert_same(found, expected, dtype)
 
 
@@ -94,9 +77,9 @@ def test_open_loop_loss_and_adjoint(name, dtype, nworld, horizon, check, outside
 def test_long_and_many(name, nworld, horizon, emulator):
     """More worlds than a block has threads, and a block that is not whole."""
     system = SYSTEMS[name]
-    expected = everything(on_cpu(system, torch.float64), system, nworld, horizon, "R", True)
+    expected = open_loop(on_cpu(system, torch.float64), system, nworld, horizon, "R", True)
     p = on_emulator(emulator, system, torch.float64)
-    found = in_every_order(emulator, lambda: everything(p, system, nworld, horizon, "R", True))
+    found = in_every_order(emulator, lambda: open_loop(p, system, nworld, horizon, "R", True))
     assert_same(found, expected, torch.float64)
 
 
@@ -114,9 +97,9 @@ OTHER_FORMS = {
 def test_other_forms(form, dtype, emulator):
     name, make, functions = OTHER_FORMS[form]
     system = SYSTEMS[name]
-    expected = everything(on_cpu(system, dtype), system, 5, 4, "R", True)
+    expected = open_loop(on_cpu(system, dtype), system, 5, 4, "R", True)
     p = on_emulator(emulator, system, dtype, make, **functions)
-    assert_same(in_every_order(emulator, lambda: everything(p, system, 5, 4, "R", True)), expected, dtype)
+    assert_same(in_every_order(emulator, lambda: open_loop(p, system, 5, 4, "R", True)), expected, dtype)
 
 
 @pytest.mark.parametrize("keep_check", [False, True])
