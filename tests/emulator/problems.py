@@ -164,15 +164,17 @@ def open_loop(
     return [states, sweeps.loss(p, states, controls, weights), mu, adj_x0]
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, relative to that of what is expected."""
+    difference = torch.linalg.vector_norm(found.double() - expected.double())
+    return float(difference / (torch.linalg.vector_norm(expected.double()) or 1.0))
+
+
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     """Of states, controls, loss, gradients and cotangents of x0; activations lie in memory in other orders of
     rows than their own only in paddings, and are left out."""
-    errors = []
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if i != 3:
-            difference = torch.linalg.vector_norm(a.double() - b.double())
-            errors.append(float(difference / (torch.linalg.vector_norm(b.double()) or 1.0)))
-    return errors
+    pairs = enumerate(zip(found, expected, strict=True))
+    return [relative_error(a, b) for i, (a, b) in pairs if i != 3]
 
 
 def assert_as_on_a_cpu(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from warp_sims.kernels.streamed import make_streamed_kernels
 import warp_sims as ws
 
 from .device import CPU
-from .problems import in_every_order, open_loop
+from .problems import in_every_order, open_loop, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Relative to the norm of each tensor: the same sums, contracted and ordered by other compilers in other
@@ -51,10 +51,7 @@ def on_emulator(emulator, system, dtype, make=None, **functions):
 
 def assert_same(found, expected, dtype):
     for a, b in zip(found, expected, strict=True):
-        error = torch.linalg.vector_norm(a.double() - b.double()) / (
-            torch.linalg.vector_norm(b.double()) or 1.0
-        )
-        assert error <= TOLERANCE[dtype], float(error)
+        assert relative_error(a, b) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
