@@ -3,6 +3,7 @@
 #   make demo     train a cart-pole controller with two gradient flows side by side, about two minutes on two cores
 #   make test     lint, types and tests
 #   make lint     lint and types
+#   make test-emulator   the kernels of GPUs executed on this machine: all cases, sanitizers (needs g++; about half an hour)
 #   make clean    remove what these made (runs/ stays)
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
@@ -20,13 +21,16 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 SETTINGS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-emulator lint clean
 
 demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-emulator: $(VENV)/.ready-dev
+	EMULATOR=whole $(BIN)/python -m pytest tests/emulator tests/test_gpu.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -7,9 +7,13 @@ output at once; memory that nothing writes is NaN.
 import pytest
 import torch
 
+from .library import WHOLE
 from .problems import FORMS, PROBLEMS, Case, assert_as_on_a_cpu, form_of_sweep, in_every_order
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+SOME = ("cartpole", "odd widths", "wide", "linear", "guidance", "quantum", "own system, no loss")
+"""Problems of ordinary runs."""
 
 
 def compare(emulator, form, case, **options):
@@ -23,7 +27,7 @@ def compare(emulator, form, case, **options):
 @pytest.mark.parametrize("members, nworld, horizon", [(0, 1, 1), (0, 17, 2), (3, 5, 3)])
 @pytest.mark.parametrize("form", FORMS)
 @DTYPES
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", PROBLEMS if WHOLE else SOME)
 def test_as_on_a_cpu(name, dtype, form, members, nworld, horizon, emulator):
     compare(emulator, form, Case(name, dtype, nworld, horizon, members))
 
@@ -48,7 +52,7 @@ def test_long_and_many(name, form, nworld, horizon, emulator):
     ids=repr,
 )
 @DTYPES
-@pytest.mark.parametrize("name", ["odd widths", "guidance", "odd points", "own system, no loss"])
+@pytest.mark.parametrize("name", ["odd widths", "guidance", "quantum", "own system, no loss"])
 def test_flows_schedules_and_decay(name, dtype, options, emulator):
     compare(emulator, "as chosen", Case(name, dtype, 3, 7), **options)
 

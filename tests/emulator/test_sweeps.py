@@ -16,6 +16,7 @@ from warp_sims.kernels.streamed import make_streamed_kernels
 import warp_sims as ws
 
 from .device import CPU
+from .library import WHOLE
 from .problems import in_every_order, open_loop, relative_error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
@@ -33,6 +34,10 @@ SYSTEMS = {
     "own system": Pendulum(),
     "own system, no loss": Unicycle(),
 }
+
+
+SOME = ("4 poles", "2 drivers, 4 evaders", "17 points", "own system", "own system, no loss")
+"""Systems of ordinary runs."""
 
 
 def on_cpu(system, dtype):
@@ -58,7 +63,7 @@ def assert_same(found, expected, dtype):
     "nworld, horizon, check, outside", [(5, 3, "", True), (17, 2, "R", True), (1, 9, "R", False)]
 )
 @DTYPES
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", SYSTEMS if WHOLE else SOME)
 def test_open_loop_loss_and_adjoint(name, dtype, nworld, horizon, check, outside, emulator):
     shape = nworld, horizon, check, outside
     system = SYSTEMS[name]
