@@ -98,10 +98,10 @@ class Case:
     """A problem at one size."""
 
     def __init__(
-        self, name: str, dtype: torch.dtype, nworld: int = 5, horizon: int = 3, members: int = 0
+        self, problem: str | Problem, dtype: torch.dtype, nworld: int = 5, horizon: int = 3, members: int = 0
     ) -> None:
         self.horizon = horizon
-        self.system, make = PROBLEMS[name]
+        self.system, make = PROBLEMS[problem] if isinstance(problem, str) else problem
         nets = [make(self.system, seed).to(dtype) for seed in range(max(members, 1))]
         self.network = fused_network(nets[0]).description
         parameters = [torch.stack(p) if members else p[0] for p in zip(*(n.parameters() for n in nets))]

@@ -4,11 +4,16 @@ Forward sweep, linearisation and weight products (bridge/wide.py), adjoint sweep
 output at once; memory that nothing writes is NaN.
 """
 
+import random
+
 import pytest
 import torch
+from cases import make_net
+
+import warp_sims as ws
 
 from .library import WHOLE
-from .problems import FORMS, PROBLEMS, Case, assert_as_on_a_cpu, form_of_sweep, in_every_order
+from .problems import FORMS, PROBLEMS, Case, Problem, assert_as_on_a_cpu, form_of_sweep, in_every_order
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -74,3 +79,32 @@ def test_what_is_not_written_would_show(emulator):
     """The check that the others rely on: memory that torch gives is NaN."""
     with form_of_sweep(FORMS[0]):
         assert torch.empty(5).isnan().all() and torch.ones(3).new_empty((2, 2)).isnan().all()
+
+
+def draw_case(seed):
+    """A problem of any shape, and options of its backward pass."""
+    draw = random.Random(seed)
+    systems = [
+        ws.CartPole(poles=draw.randint(1, 6)),
+        ws.GuidanceByRepulsion(draw.randint(1, 4), draw.randint(1, 8)),
+        ws.QuantumControl(points=draw.randint(4, 24)),
+    ]
+    widths = [draw.choice([1, 3, 8, 31, 32, 33, 64, 127, 200]) for _ in range(draw.randint(0, 3))]
+    horizon, members = draw.choice([1, 2, 5, 9]), draw.choice([0, 0, 1, 3])
+    problem = Problem(
+        draw.choice(systems), lambda system, seed: make_net(system, widths, seed=seed, gain=1.0)
+    )
+    dtype, form = draw.choice([torch.float32, torch.float64]), draw.choice(FORMS)
+    options = {
+        "base": "".join(draw.choices("RMNS", k=horizon)),
+        "check": draw.choice(["", "".join(draw.choices("RMNS", k=horizon))]),
+        "decay": draw.choice([0.0, 0.5, 1.0]),
+        "segment": draw.choice([0, 0, 1, 3]),
+    }
+    return form, Case(problem, dtype, draw.choice([1, 2, 3, 4, 6, 9]), horizon, members), options
+
+
+@pytest.mark.parametrize("seed", range(100 if WHOLE else 8))
+def test_cases_drawn_at_random(seed, emulator):
+    form, case, options = draw_case(seed)
+    compare(emulator, form, case, **options)
