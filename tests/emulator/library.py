@@ -42,16 +42,18 @@ ARCH = 90
 
 @functools.cache
 def compiler() -> str | None:
-    """Path of the C++ compiler: CXX, g++ or clang++; None without one."""
+    """Path of the C++ compiler: CXX, g++ or clang++ (15 or newer); None without one."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
 @functools.cache
 def has_sanitizers() -> bool:
-    """Whether the compiler brings the sanitizers' shared runtimes, as GCC does."""
+    """Whether the compiler is GCC and brings the shared runtimes of its sanitizers."""
     found = compiler()
-    return found is not None and all(
-        Path(runtime(found, name)).is_absolute() for name in ("asan", "ubsan", "tsan")
+    return (
+        found is not None
+        and _is_gcc()
+        and all(Path(runtime(found, name)).is_absolute() for name in ("asan", "ubsan", "tsan"))
     )
 
 
