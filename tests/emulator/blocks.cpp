@@ -62,15 +62,16 @@ struct Lane {
 char begin_token, end_token;
 int skipped;  // line of a barrier that is passed over, 0 for none
 
-char* new_stack() {
+// Stacks of the lanes of a block, with a page without access below each where a sanitizer looks on.
+char* new_stacks(size_t lanes) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  char* stack = (char*)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (stack == MAP_FAILED) {
-    fprintf(stderr, "no memory for the stack of a lane\n");
+  char* stacks = (char*)mmap(nullptr, lanes * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (stacks == MAP_FAILED) {
+    fprintf(stderr, "no memory for the stacks of %zu lanes\n", lanes);
     abort();
   }
-  mprotect(stack, GUARD, PROT_NONE);
-  return stack;
+  for (size_t i = 0; watched && i < lanes; ++i) mprotect(stacks + i * STACK, GUARD, PROT_NONE);
+  return stacks;
 }
 
 struct Block {
@@ -170,14 +171,13 @@ struct Block {
     return any;
   }
   static void enter(unsigned low, unsigned high);
-  void run(const std::vector<int>& order, Place first, std::vector<char*>& stacks) {
+  void run(const std::vector<int>& order, Place first, char* stacks) {
     home_sanitizer = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
-    while (stacks.size() < lanes.size()) stacks.push_back(new_stack());
     for (size_t i = 0; i < lanes.size(); ++i) {
       Lane& l = lanes[i];
       l.place = first;
       l.place.thread = {unsigned(i), 0, 0};
-      l.stack = stacks[i];
+      l.stack = stacks + i * STACK;
       if (__tsan_create_fiber) l.sanitizer = __tsan_create_fiber(0);
       getcontext(&l.context);
       l.context.uc_stack.ss_sp = l.stack;
@@ -272,7 +272,7 @@ int run(Body body, void** params, unsigned blocks, unsigned threads, int order, 
   };
   message[0] = 0;
   skipped = skip;
-  std::vector<char*> stacks;
+  char* stacks = nullptr;
   if (__tsan_release) __tsan_release(&begin_token);
   for (int number : ordered(blocks)) {
     if (begin != end) memset(begin, 0xff, end - begin);  // NaN
@@ -282,6 +282,7 @@ int run(Body body, void** params, unsigned blocks, unsigned threads, int order, 
       own.lanes.resize(threads);
       own.body = body;
       own.params = params;
+      if (!stacks) stacks = new_stacks(threads);
       own.run(lanes, {{}, {unsigned(number), 0, 0}, {threads, 1, 1}, {blocks, 1, 1}, 0}, stacks);
       memcpy(message, own.error, sizeof message);
       // ThreadSanitizer would see the lanes' last reads race with the end of their block
@@ -289,10 +290,10 @@ int run(Body body, void** params, unsigned blocks, unsigned threads, int order, 
     };
     if (__tsan_create_fiber) std::thread(go).join();
     else go();
-    if (__tsan_create_fiber) stacks.clear();  // and those of its stack
+    if (__tsan_create_fiber) stacks = nullptr;  // and those of its stacks
     if (message[0]) break;
   }
-  for (char* stack : stacks) munmap(stack, STACK);
+  if (stacks) munmap(stacks, threads * size_t(STACK));
   if (__tsan_acquire) __tsan_acquire(&end_token);
   return message[0] != 0;
 }

@@ -41,7 +41,7 @@ def assert_clean(emulator, mode, run):
 
 
 @MODES
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS if WHOLE else FORMS[1:])
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_rollouts(name, dtype, form, mode, emulator):
     case = Case(name, dtype, 5, 3)
