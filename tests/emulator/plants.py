@@ -1,7 +1,7 @@
 """Planted mistakes, and what finds them.
 
-    python -m emulator.plants            (in tests/) prints the table that README.md keeps
-    python -m emulator.plants --write    and puts it there
+    PYTHONPATH=tests python -m emulator.plants            prints the table that README.md keeps
+    PYTHONPATH=tests python -m emulator.plants --write    and puts it there
 
 A plant is one change of the text of one kernel, or a barrier that all lanes pass over. What finds it:
 
