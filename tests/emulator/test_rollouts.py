@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from cases import make_net
+from warp_sims.bridge import segments
 
 import warp_sims as ws
 
@@ -73,6 +74,12 @@ def test_checkpointed_segments(name, dtype, form, segment, emulator):
     with emulator.standing_in(), form_of_sweep(form):
         whole = case.run(base="RMNSRMM")
     assert all(map(torch.equal, found[:2], whole[:2]))
+
+
+def test_products_in_pieces(emulator, monkeypatch):
+    """Kept activations, but products over a step at a time: the adjoint sweep carries a cotangent between."""
+    monkeypatch.setitem(segments.SEGMENT_BYTES, "cuda", 1)
+    compare(emulator, "as chosen", Case("guidance", torch.float64, 5, 4, members=2), base="RMNR")
 
 
 def test_what_is_not_written_would_show(emulator):
