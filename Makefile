@@ -3,7 +3,7 @@
 #   make demo     train a cart-pole controller with two gradient flows side by side, about two minutes on two cores
 #   make test     lint, types and tests
 #   make lint     lint and types
-#   make test-emulator   the kernels of GPUs executed on this machine: all cases, sanitizers (needs g++; about half an hour)
+#   make test-emulator   the kernels of GPUs executed on this machine: all cases, all sanitized (needs g++; long)
 #   make clean    remove what these made (runs/ stays)
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
