@@ -4,6 +4,7 @@
 #   make test     lint, types and tests
 #   make lint     lint and types
 #   make mutants  plant an error in every term of every built-in adjoint, and see it caught; writes docs/mutants.md
+#   make test-emulator   the kernels of GPUs executed on this machine: all cases, all sanitized (needs g++; long)
 #   make clean    remove what these made (runs/ stays)
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
@@ -21,13 +22,16 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 SETTINGS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint mutants clean
+.PHONY: demo test test-emulator lint mutants clean
 
 demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-emulator: $(VENV)/.ready-dev
+	EMULATOR=whole $(BIN)/python -m pytest tests/emulator tests/test_gpu.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -144,12 +144,20 @@ def cache_errors() -> Iterator[None]:
         ) from error
 
 
-@functools.cache
+DEVICES: dict[torch.device, Any] = {}
+"""Warp's devices by torch's, as far as they were asked for. What stands here decides which forms of the
+kernels are launched; a test can put another device in the place of one, such as an emulated GPU.
+"""
+
+
 def warp_device(device: torch.device) -> Any:
     """Warp's device for torch's."""
-    with cache_errors():
-        wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
-    return wp.device_from_torch(device)
+    found = DEVICES.get(device)
+    if found is None:
+        with cache_errors():
+            wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
+        found = DEVICES[device] = wp.device_from_torch(device)
+    return found
 
 
 _keepers = threading.local()

@@ -116,8 +116,8 @@ class Launch:
         self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
     ) -> None:
         with cache_errors():
-            # an empty launch records nothing
-            self._command: Any = wp.launch(
+            # an empty launch records nothing; a device that is not Warp's records it itself
+            self._command: Any = getattr(device, "record_launch", wp.launch)(
                 kernel,
                 dim=dim,
                 inputs=list(args),

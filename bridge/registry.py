@@ -6,6 +6,7 @@ Append-only: a number, once given, stands for the same system for the life of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -86,16 +87,17 @@ class Prepared:
 
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     """Returns what a launch for this system, dtype and device needs; the same object each time."""
-    key = (number, dtype, device)
+    # by the identity of Warp's device, which has no hash
+    key = (number, dtype, device, id(warp_device(device)))
     found = _prepared.get(key)
     if found is None:
         with PREPARING:
-            found = _prepared.get(key) or _prepare(*key)
+            found = _prepared.get(key) or _prepare(number, dtype, device)
             _prepared[key] = found
     return found
 
 
-_prepared: dict[tuple[int, torch.dtype, torch.device], Prepared] = {}
+_prepared: dict[tuple[int, torch.dtype, torch.device, int], Prepared] = {}
 
 
 def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -104,7 +106,9 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     functions, params = functions_of(system, scalar), system.parameters(scalar)
     on = warp_device(device)
     check_contract(system, functions, params, scalar, on)
-    cuda = device.type == "cuda"
+    make = make_cuda_system_kernels
+    if on.is_cpu:
+        make = functools.partial(make_system_kernels, block=True)
     return Prepared(
         dtype,
         device,
@@ -114,5 +118,5 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         on,
         functions,
         params,
-        make_cuda_system_kernels(functions, scalar) if cuda else make_system_kernels(functions, scalar, True),
+        make(functions, scalar),
     )

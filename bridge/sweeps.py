@@ -305,17 +305,16 @@ class _Combine:
         size: int,
         keep_check: bool,
         _threads: int,
+        _served: int,
     ) -> None:
         itemsize, threads = dtype.itemsize, members * chunks(size)
         self.base, self.check, self.combined = (array(itemsize, members, size) for _ in range(3))
         self.stats = array(8, threads, NSTATS)
         before, after = [self.base, self.check, size, int(keep_check)], [self.combined, self.stats]
-        cpu = device.type == "cpu"
-        kernel = make_combine(WARP_DTYPE[dtype], in_lanes=cpu)
-        parts = shares(threads, CHUNKS_PER_THREAD) if cpu else [range(threads)]
-        self.run = Team(
-            [Launch(kernel, len(part), [*before, part.start, *after], warp_device(device)) for part in parts]
-        )
+        served = warp_device(device)
+        kernel = make_combine(WARP_DTYPE[dtype], in_lanes=served.is_cpu)
+        parts = shares(threads, CHUNKS_PER_THREAD) if served.is_cpu else [range(threads)]
+        self.run = Team([Launch(kernel, len(part), [*before, part.start, *after], served) for part in parts])
 
 
 _combine = Pool(_Combine)
@@ -329,8 +328,9 @@ def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[
     combined = torch.empty_like(base)
     stats = base.new_empty((*base.shape[:-1], chunks(size), NSTATS), dtype=torch.float64)
     if base.numel():
-        key = (base.dtype, base.device, base.numel() // size, size, keep_check, torch.get_num_threads())
-        with _combine.borrow(*key) as c, stream(base.device):
+        key = (base.dtype, base.device, base.numel() // size, size, keep_check)
+        served = id(warp_device(base.device))
+        with _combine.borrow(*key, torch.get_num_threads(), served) as c, stream(base.device):
             c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
             c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
             c.run()

@@ -71,6 +71,8 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         own_params = params[member]
         for r in range(lane, worlds, lanes):
             begin(states, x0, world0 + r)
+        # lanes without a world read a state of another lane, too
+        barrier()
         for t in range(horizon):
             first_row = (block * kept + t % kept) * wp.static(BLOCK)
             load_rows(states, t, world0, worlds, lane, lanes, hidden, first_row, skip, section)

@@ -14,9 +14,6 @@ the state stays in their registers. The rows go to memory in one piece, 16 bytes
 
 The sizes of the network must be known when the kernel is compiled, so there is a kernel per network, and only
 where its weights fit the registers (`make_plan`). Everything else takes the sweep of fused_rollout.py.
-
-The text of the block's work has macros for what differs between machines: a test runs the same text lane by
-lane on a CPU, in any order of the lanes.
 """
 
 import functools
@@ -125,24 +122,14 @@ def _share(lay: Layout, threads: int, lanes: int) -> tuple[list[HiddenLayer], in
     return hidden, first
 
 
-CUDA = """
-  #define WS_SHARED __shared__
-  #define WS_SYNC() __syncthreads()
-  // what each thread does until the next barrier or exchange, and what it keeps for the part behind it
-  #define WS_EACH_LANE {
-  #define WS_END }
-  #define WS_KEPT(type, name, size) type name[size]
-  #define WS_MINE(name) name
-  #define WS_WEIGHT(i) w.c[i]
-  // every lane gets the sum over those that differ from it in the bits below `most`
-  #define WS_EXCHANGE(name, size, most) \\
-    _Pragma("unroll") for (int bit = 1; bit < (most); bit *= 2) \\
-      _Pragma("unroll") for (int r = 0; r < (size); ++r) \\
-        name[r] += __shfl_xor_sync(0xffffffffu, name[r], bit);
-"""
-"""The macros of the texts below for CUDA, but for `WS_STATE`."""
-
 _UNROLL = '_Pragma("unroll")'
+
+
+def _sum_over_lanes(name: str, size: str, most: str) -> str:
+    """Gives every lane the sums over those that differ from it in the bits below `most`."""
+    return f"""{_UNROLL} for (int bit = 1; bit < {most}; bit *= 2)
+        {_UNROLL} for (int r = 0; r < {size}; ++r)
+          {name}[r] += __shfl_xor_sync(0xffffffffu, {name}[r], bit);"""
 
 
 def _constants(plan: Plan) -> str:
@@ -178,8 +165,8 @@ def _layer_constants(plan: Plan, i: int) -> str:
     return "enum { " + ", ".join(f"{name} = {value}" for name, value in values.items()) + " };"
 
 
-def load_text(plan: Plan) -> str:
-    """The text that fills a thread's weights from `params`."""
+def _load_text(plan: Plan) -> str:
+    """The text that fills a thread's weights `w` from `params`."""
     layers = "".join(
         f"""
   {{
@@ -187,101 +174,85 @@ def load_text(plan: Plan) -> str:
     const int unit = lane / SPLIT;
     {_UNROLL} for (int k = 0; k < COUNT; ++k) {{
       const int from = k / LANES * (LANES * SPLIT) + lane % SPLIT * LANES + k % LANES;
-      WS_WEIGHT(FIRST + k) = unit < UNITS && from < WINDOW ? P[FORWARD + from * PITCH_UNITS + unit] : real(0);
+      w.c[FIRST + k] = unit < UNITS && from < WINDOW ? P[FORWARD + from * PITCH_UNITS + unit] : real(0);
     }}
-    WS_WEIGHT(FIRST + COUNT) = unit < UNITS ? P[BIAS + unit] : real(0);
+    w.c[FIRST + COUNT] = unit < UNITS ? P[BIAS + unit] : real(0);
   }}"""
         for i in range(len(plan.hidden))
     )
-    return f"{_constants(plan)}\n  const real* P = params.data;\n  WS_EACH_LANE{layers}\n  WS_END\n"
+    return f"{_constants(plan)}\n  const real* P = params.data;{layers}\n"
 
 
-def policy_text(plan: Plan) -> str:
+def _policy_text(plan: Plan, read_state: str) -> str:
     """The text of one evaluation of the policy: from the states of a block's worlds to `us`, their controls.
 
     It keeps the rows [x | a_1 | ... ] in `rows` and writes them to `hidden`. Between two barriers no lane
-    reads what another has written.
+    reads what another has written. `read_state` is component i of the thread's state.
     """
     begin = f"""{_constants(plan)}
-  alignas({BANK}) WS_SHARED real rows[WORLDS * ROW];
-  WS_SHARED real matrix[CONTROLS * (OUT_PITCH + 1)];
-  WS_SHARED real us[WORLDS * CONTROLS];
+  alignas({BANK}) __shared__ real rows[WORLDS * ROW];
+  __shared__ real matrix[CONTROLS * (OUT_PITCH + 1)];
+  __shared__ real us[WORLDS * CONTROLS];
   if (fresh) {{
-    WS_EACH_LANE
-      // paddings stay zero from here on
-      for (int i = lane; i < WORLDS * ROW; i += THREADS) rows[i] = real(0);
-      for (int i = lane; i < CONTROLS * OUT_PITCH; i += THREADS) matrix[i] = params.data[OUT_MATRIX + i];
-      for (int i = lane; i < CONTROLS; i += THREADS)
-        matrix[CONTROLS * OUT_PITCH + i] = params.data[OUT_BIAS + i];
-    WS_END
-    WS_SYNC();
+    // paddings stay zero from here on
+    for (int i = lane; i < WORLDS * ROW; i += THREADS) rows[i] = real(0);
+    for (int i = lane; i < CONTROLS * OUT_PITCH; i += THREADS) matrix[i] = params.data[OUT_MATRIX + i];
+    for (int i = lane; i < CONTROLS; i += THREADS)
+      matrix[CONTROLS * OUT_PITCH + i] = params.data[OUT_BIAS + i];
+    __syncthreads();
   }}
-  WS_EACH_LANE
-    if (owner)
-      for (int i = 0; i < STATE; ++i) rows[lane * ROW + i] = WS_STATE(i);
-  WS_END
-  WS_SYNC();
+  if (owner)
+    for (int i = 0; i < STATE; ++i) rows[lane * ROW + i] = {read_state};
+  __syncthreads();
 """
     layers = "".join(
         f"""
   {{
     {_layer_constants(plan, i)}
+    const int unit = lane / SPLIT;
     _Pragma("unroll 1") for (int position = 0; position < POSITIONS; ++position) {{
-      WS_KEPT(real, share, WORLDS);
-      WS_EACH_LANE
-        const real* read = rows + INPUT + position * HOP + lane % SPLIT * LANES;
-        real sums[WORLDS][LANES];
-        {_UNROLL} for (int r = 0; r < WORLDS; ++r)
-          {_UNROLL} for (int q = 0; q < LANES; ++q) sums[r][q] = real(0);
-        {_UNROLL} for (int k = 0; k < COUNT; k += LANES)
-          {_UNROLL} for (int r = 0; r < WORLDS; ++r) {{
-            const Bank bank = *reinterpret_cast<const Bank*>(read + r * ROW + k * SPLIT);
-            {_UNROLL} for (int q = 0; q < LANES; ++q) sums[r][q] += bank.of[q] * WS_WEIGHT(FIRST + k + q);
-          }}
+      const real* read = rows + INPUT + position * HOP + lane % SPLIT * LANES;
+      real sums[WORLDS][LANES];
+      {_UNROLL} for (int r = 0; r < WORLDS; ++r)
+        {_UNROLL} for (int q = 0; q < LANES; ++q) sums[r][q] = real(0);
+      {_UNROLL} for (int k = 0; k < COUNT; k += LANES)
         {_UNROLL} for (int r = 0; r < WORLDS; ++r) {{
-          WS_MINE(share)[r] = sums[r][0];
-          {_UNROLL} for (int q = 1; q < LANES; ++q) WS_MINE(share)[r] += sums[r][q];
+          const Bank bank = *reinterpret_cast<const Bank*>(read + r * ROW + k * SPLIT);
+          {_UNROLL} for (int q = 0; q < LANES; ++q) sums[r][q] += bank.of[q] * w.c[FIRST + k + q];
         }}
-      WS_END
-      WS_EXCHANGE(share, WORLDS, SPLIT)
-      WS_EACH_LANE
-        const int unit = lane / SPLIT;
-        real* written = rows + INPUT + SECTION + position * PITCH_UNITS + unit;
-        // the threads of a unit take the worlds in turn
-        {_UNROLL} for (int r = 0; r < WORLDS; ++r)
-          if (unit < UNITS && r % SPLIT == lane % SPLIT)
-            written[r * ROW] = tanh(WS_MINE(share)[r] + WS_WEIGHT(FIRST + COUNT));
-      WS_END
+      real share[WORLDS];
+      {_UNROLL} for (int r = 0; r < WORLDS; ++r) {{
+        share[r] = sums[r][0];
+        {_UNROLL} for (int q = 1; q < LANES; ++q) share[r] += sums[r][q];
+      }}
+      {_sum_over_lanes("share", "WORLDS", "SPLIT")}
+      real* written = rows + INPUT + SECTION + position * PITCH_UNITS + unit;
+      // the threads of a unit take the worlds in turn
+      {_UNROLL} for (int r = 0; r < WORLDS; ++r)
+        if (unit < UNITS && r % SPLIT == lane % SPLIT)
+          written[r * ROW] = tanh(share[r] + w.c[FIRST + COUNT]);
     }}
   }}
-  WS_SYNC();
+  __syncthreads();
 """
         for i in range(len(plan.hidden))
     )
-    end = """
-  WS_EACH_LANE
-    Bank* stored = reinterpret_cast<Bank*>(hidden.data + row0);
-    const Bank* banks = reinterpret_cast<const Bank*>(rows);
-    for (int i = lane; i < WORLDS * ROW / LANES; i += THREADS) stored[i] = banks[i];
-  WS_END
-  for (int first = 0; first < WORLDS * CONTROLS; first += THREADS / 32) {
-    WS_KEPT(real, sum, 1);
-    WS_EACH_LANE
-      const int at = first + lane / 32;
-      WS_MINE(sum)[0] = real(0);
-      const real* a = rows + at / CONTROLS * ROW + OUT_INPUT;
-      const real* weights = matrix + at % CONTROLS * OUT_PITCH;
-      if (at < WORLDS * CONTROLS)
-        for (int k = lane % 32; k < OUT_WINDOW; k += 32) WS_MINE(sum)[0] += a[k] * weights[k];
-    WS_END
-    WS_EXCHANGE(sum, 1, 32)
-    WS_EACH_LANE
-      const int at = first + lane / 32;
-      if (at < WORLDS * CONTROLS && lane % 32 == 0)
-        us[at] = WS_MINE(sum)[0] + matrix[CONTROLS * OUT_PITCH + at % CONTROLS];
-    WS_END
-  }
-  WS_SYNC();
+    end = f"""
+  Bank* stored = reinterpret_cast<Bank*>(hidden.data + row0);
+  const Bank* banks = reinterpret_cast<const Bank*>(rows);
+  for (int i = lane; i < WORLDS * ROW / LANES; i += THREADS) stored[i] = banks[i];
+  for (int first = 0; first < WORLDS * CONTROLS; first += THREADS / 32) {{
+    const int at = first + lane / 32;
+    const real* a = rows + at / CONTROLS * ROW + OUT_INPUT;
+    const real* weights = matrix + at % CONTROLS * OUT_PITCH;
+    real sum[1] = {{real(0)}};
+    if (at < WORLDS * CONTROLS)
+      for (int k = lane % 32; k < OUT_WINDOW; k += 32) sum[0] += a[k] * weights[k];
+    {_sum_over_lanes("sum", "1", "32")}
+    if (at < WORLDS * CONTROLS && lane % 32 == 0)
+      us[at] = sum[0] + matrix[CONTROLS * OUT_PITCH + at % CONTROLS];
+  }}
+  __syncthreads();
 """
     return begin + layers + end
 
@@ -309,13 +280,13 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
     row = plan.layout.row
 
     @wp.func_native(
-        f"{CUDA}\n  wp::vec_t<{plan.weights}, {'float' if plan.itemsize == 4 else 'double'}> w;"
-        f"{load_text(plan)}\n  return w;"
+        f"  wp::vec_t<{plan.weights}, {'float' if plan.itemsize == 4 else 'double'}> w;"
+        f"{_load_text(plan)}  return w;"
     )
     def load_weights(params: wp.array(dtype=dtype), lane: int) -> Weights: ...
 
     @wp.func_native(
-        f"{CUDA}  #define WS_STATE(i) {read_state}\n{policy_text(plan)}"
+        f"{_policy_text(plan, read_state)}"
         f"  wp::vec_t<CONTROLS, real> u;\n"
         f"  for (int c = 0; c < CONTROLS; ++c) u.c[c] = us[(lane < WORLDS ? lane : 0) * CONTROLS + c];\n"
         f"  return u;\n"
