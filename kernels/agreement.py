@@ -4,10 +4,11 @@ With a base gradient b (the paper: modified, M) and a check gradient c (regular,
 
     C_i = b_i  where sign(b_i) = sign(c_i),  else 0          with sign(0) = sign(0)
 
-A NaN in the base stays NaN: a diverged simulation must not look like a disagreement. A NaN in the check gives
-0. Non-finite components of either are counted. From the same pass come the sums that the norms, the cosine
-and the share of agreeing signs need; they are taken in float64, chunk by chunk in a fixed order, so they are
-deterministic. Of an ensemble, each member has sums of its own.
+A NaN or an infinity in the base stays as it is: a diverged simulation must not look like a disagreement. One
+in the check gives 0: an infinity is what an overflow left, and its sign is no sign to agree with. Non-finite
+components are counted, of either and of each. From the same pass come the sums that the norms, the cosine
+and the shares of agreeing signs and of zeros need; they are taken in float64, chunk by chunk in a fixed
+order, so they are deterministic. Of an ensemble, each member has sums of its own.
 
 Source of the rule: Schnell and Thuerey, ICLR 2024, section 3 ("gradient combination").
 """
@@ -20,8 +21,20 @@ import warp as wp
 CHUNK = 512
 """Components that one thread compares."""
 
-NSTATS = 6
-"""Sums per chunk: b.c, |b|^2, |c|^2, equal signs where either is nonzero, either is nonzero, non-finite."""
+SUMS = (
+    "dot",  # b.c
+    "base_sq",  # |b|^2
+    "check_sq",  # |c|^2
+    "equal",  # equal signs of finite components where either is nonzero
+    "nonzero",  # either is nonzero
+    "nonfinite",  # either is NaN or infinite
+    "nonfinite_base",
+    "nonfinite_check",
+    "kept",  # components of the result that are not zero
+)
+"""What is summed over each chunk."""
+
+NSTATS = len(SUMS)
 
 
 def chunks(size: int) -> int:
@@ -88,6 +101,9 @@ def _make_compare(dtype: Any) -> Any:
         equal = wp.int32(0)
         nonzero = wp.int32(0)
         nonfinite = wp.int32(0)
+        nonfinite_base = wp.int32(0)
+        nonfinite_check = wp.int32(0)
+        survived = wp.int32(0)
         for i in range(begin, begin + count):
             b = base[member, i]
             c = check[member, i]
@@ -96,14 +112,21 @@ def _make_compare(dtype: Any) -> Any:
             if keep_check != 0:
                 kept = c
                 other = b
-            agree = sign(b) == sign(c) and not wp.isnan(other)
-            combined[member, i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
+            agree = sign(b) == sign(c) and wp.isfinite(other)
+            result = wp.where(agree or not wp.isfinite(kept), kept, dtype(0.0))
+            combined[member, i] = result
+            if not wp.isfinite(b):
+                nonfinite_base += 1
+            if not wp.isfinite(c):
+                nonfinite_check += 1
             if not wp.isfinite(b) or not wp.isfinite(c):
                 nonfinite += 1
             if b != dtype(0.0) or c != dtype(0.0):
                 nonzero += 1
-                if agree and not wp.isnan(kept):
+                if agree and wp.isfinite(kept):
                     equal += 1
+            if result != dtype(0.0):
+                survived += 1
             dot += wp.float64(b) * wp.float64(c)
             base_sq += wp.float64(b) * wp.float64(b)
             check_sq += wp.float64(c) * wp.float64(c)
@@ -113,6 +136,9 @@ def _make_compare(dtype: Any) -> Any:
         stats[chunk, 3] = wp.float64(equal)
         stats[chunk, 4] = wp.float64(nonzero)
         stats[chunk, 5] = wp.float64(nonfinite)
+        stats[chunk, 6] = wp.float64(nonfinite_base)
+        stats[chunk, 7] = wp.float64(nonfinite_check)
+        stats[chunk, 8] = wp.float64(survived)
 
     return compare
 
@@ -133,23 +159,32 @@ _LANES = """
     return v;
   };
   dvec dot = (dvec)(0.0), base_sq = dot, check_sq = dot;
-  mask equal = (mask)(0), nonzero = equal, nonfinite = equal;
+  mask equal = (mask)(0), nonzero = equal, nonfinite = equal, nonfinite_base = equal, nonfinite_check = equal,
+       survived = equal;
+  const vec largest = (vec)(real(LARGEST));
   for (int i = 0; i < count; i += L) {
     // behind the end zeros, which count as nothing
     const int rest = count - i;
     vec b = (vec)(real(0)), c = b;
     if (rest >= L) { b = at(bs, i); c = at(cs, i); }
     else for (int l = 0; l < rest; ++l) { b[l] = bs[i + l]; c[l] = cs[i + l]; }
-    const vec kept = keep_check ? c : b, other = keep_check ? b : c, zero = (vec)(real(0));
-    const mask agree = ((b > zero) == (c > zero)) & ((b < zero) == (c < zero)) & (other == other);
-    const vec result = (agree | (kept != kept)) ? kept : zero;
+    const vec kept = keep_check ? c : b, zero = (vec)(real(0));
+    // a comparison with NaN does not hold
+    const mask finite_b = __builtin_elementwise_abs(b) <= largest;
+    const mask finite_c = __builtin_elementwise_abs(c) <= largest;
+    const mask finite_kept = keep_check ? finite_c : finite_b;
+    const mask finite_other = keep_check ? finite_b : finite_c;
+    const mask agree = ((b > zero) == (c > zero)) & ((b < zero) == (c < zero)) & finite_other;
+    const vec result = (agree | ~finite_kept) ? kept : zero;
     if (rest >= L) __builtin_memcpy(out + i, &result, sizeof(vec));
     else for (int l = 0; l < rest; ++l) out[i + l] = result[l];
     const mask any = (b != zero) | (c != zero);
     nonzero -= any;
-    equal -= any & agree & (kept == kept);
-    const vec largest = (vec)(real(LARGEST));
-    nonfinite += 1 + ((__builtin_elementwise_abs(b) <= largest) & (__builtin_elementwise_abs(c) <= largest));
+    equal -= any & agree & finite_kept;
+    nonfinite += 1 + (finite_b & finite_c);
+    nonfinite_base += 1 + finite_b;
+    nonfinite_check += 1 + finite_c;
+    survived -= result != zero;
     const dvec b2 = __builtin_convertvector(b, dvec), c2 = __builtin_convertvector(c, dvec);
     dot += b2 * c2;
     base_sq += b2 * b2;
@@ -159,6 +194,7 @@ _LANES = """
   double* const row = wp::address(stats, chunk, 0);
   row[0] = sum(dot); row[1] = sum(base_sq); row[2] = sum(check_sq);
   row[3] = sum(equal); row[4] = sum(nonzero); row[5] = sum(nonfinite);
+  row[6] = sum(nonfinite_base); row[7] = sum(nonfinite_check); row[8] = sum(survived);
 #endif
 """
 
