@@ -36,8 +36,8 @@ class TrainResult:
             each), loss_train, loss_test (after the epoch), grad_norm (root of the mean squared norm, before
             clipping), cosine and agreement of the two gradients that C compares (NaN for other flows),
             seconds since training began, nonfinite (how many components of the gradients were NaN or
-            infinite, in all updates since the row before), zeros (share of zeros in the gradient, mean over
-            the updates).
+            infinite, in all updates since the row before), zeros (share of zeros in the combined gradient,
+            mean over the updates; NaN for other flows).
         path: The run folder; None where none was asked for, and in all but the first of several processes.
         diverged: Of `train_together`: what ended this run before its last epoch, where its loss became NaN or
             infinite. `train` raises it instead.

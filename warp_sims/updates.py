@@ -21,7 +21,8 @@ from .train_config import TrainConfig
 SUMMARY = ("loss", "norm", "cosine", "agreement", "nonfinite", "zeros")
 """What rows of the log are made of, of every update."""
 
-_COLUMN = {name: i for i, name in enumerate(RECORDED)}
+_NONFINITE = slice(RECORDED.index("nonfinite"), RECORDED.index("nonfinite_base") + 1)
+"""The two counts of a flow with one field: of the field, and of any."""
 
 
 def summary(record: torch.Tensor, size: int) -> torch.Tensor:
@@ -221,15 +222,13 @@ class Updates:
         self.optimizer.step()
 
     def _count(self, gradients: list[torch.Tensor], norm: torch.Tensor, record: torch.Tensor) -> None:
-        """Records how many components of the one gradient are not finite, and how many are not zero."""
-        flat = torch.cat([g.reshape(*self._members, -1) for g in gradients], dim=-1)
-        record[..., _COLUMN["kept"]] = flat.count_nonzero(dim=-1)
+        """Records how many components of the one gradient are not finite."""
         if self.device.type == "cpu" and math.isfinite(float(norm.sum())):
-            nonfinite: Any = 0.0  # or the norm would not be finite
-        else:
-            nonfinite = flat.shape[-1] - torch.isfinite(flat).sum(dim=-1)
-        record[..., _COLUMN["nonfinite"]] = nonfinite
-        record[..., _COLUMN["nonfinite_base"]] = nonfinite
+            record[..., _NONFINITE] = 0.0  # or the norm would not be finite
+            return
+        flat = torch.cat([g.reshape(*self._members, -1) for g in gradients], dim=-1)
+        nonfinite = flat.shape[-1] - torch.isfinite(flat).sum(dim=-1, keepdim=True)
+        record[..., _NONFINITE] = nonfinite.to(record.dtype)
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         norm = torch.nn.utils.get_total_norm
