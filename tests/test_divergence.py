@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from warp_sims.runs import read_checkpoint, read_log
-from warp_sims.training import TrainingRun
 
 import warp_sims as ws
+from warp_sims.runs import read_checkpoint, read_log
+from warp_sims.training import TrainingRun
 
 SYSTEM = ws.CartPole(poles=1, dt=0.05)
 
