@@ -92,7 +92,9 @@ def go_on(config: TrainConfig, path: str | os.PathLike[str]) -> str:
     return f"ws.train(config, out={os.fspath(path)!r}, resume=True)"
 
 
-def resumed_config(path: str | os.PathLike[str], *, epochs: int | None, device: str | None) -> TrainConfig:
+def resumed_config(
+    path: str | os.PathLike[str], *, epochs: int | None = None, device: str | None = None
+) -> TrainConfig:
     """Returns the settings of the run at `path`, to go on with it.
 
     Args:
