@@ -1,11 +1,7 @@
-"""One of several processes that train together: `python distributed_training.py CASE RANK COUNT FOLDER`.
-
-`expected` is what one process does of the same.
-"""
+"""One of several processes that train together: `python distributed_training.py CASE RANK COUNT FOLDER`."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import signal
@@ -27,7 +23,9 @@ SAMPLES, BATCH = 14, 4
 
 def own_loss(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
     """It cannot do with no worlds at all."""
-    return states[-1].square().mean() + 0.1 * states[-1, 0].square().mean() * 0 + controls.sin().mean()
+    if states.shape[1] == 0:
+        raise ZeroDivisionError("a mean over no worlds")
+    return states[-1].square().mean() + controls.sin().mean()
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -127,13 +125,13 @@ def diverge(rank: int, folder: Path) -> None:
         def initial_states(self, n: int, seed: int = 42, split: str = "train") -> torch.Tensor:
             x0 = torch.zeros(n, self.state_size, dtype=torch.float64)
             if split == "train":
-                x0[SAMPLES - 3, 1] = 1e300
+                x0[SAMPLES - 3, 3] = 1e200
             return x0
 
     spoiled = config("regular", loss="running", on_divergence="stop")
     spoiled = ws.TrainConfig(Spoiled(poles=1), spoiled.policy, **spoiled.settings())
-    with contextlib.suppress(AttributeError):
-        Updates.evaluate = lambda self: [1.0, 1.0]  # type: ignore[method-assign]
+    # else the evaluation before training would find it
+    Updates.evaluate = lambda self: [1.0, 1.0]  # type: ignore[method-assign]
     said = ""
     try:
         ws.train(spoiled, folder / "diverged", progress=False)

@@ -86,8 +86,8 @@ def test_what_differs_is_named_in_every_process(tmp_path):
         "ValueError: train_together: 2 configs in a group of 2 processes",
         "ValueError: GradientPair.all_reduce: part 1 of process 1 is '0.weight' of shape (9, 4) and float32, "
         "expected '0.weight' of shape (8, 4) and float32",
-        "ValueError: GradientPair.all_reduce: part 0 of process 1 is 'loss' of shape () and float64, expected",
-        "ValueError: GradientPair.all_reduce: process 1 has its parameters in the order ['0.bias', '0.weight', ",
+        "ValueError: GradientPair.all_reduce: part 0 of process 1 is 'loss' of shape () and float64",
+        "ValueError: GradientPair.all_reduce: process 1 has its parameters in the order ['0.bias', ",
         str(2**24 + 1),
     )
     for words in said:

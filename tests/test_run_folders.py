@@ -17,6 +17,7 @@ import torch
 import warp_sims as ws
 from warp_sims import durable
 from warp_sims.cli import main
+from warp_sims.resuming import resumed_config
 from warp_sims.run_lock import LOCK, RunLock
 from warp_sims.runs import LOG_HEADER, PREVIOUS, read_checkpoint, read_log
 from warp_sims.training import TrainingRun
@@ -281,12 +282,8 @@ def test_ctrl_c_says_how_to_go_on_and_that_helps(tmp_path):
         _, errors = process.communicate(timeout=60)
     assert f"to go on: warp-sims train --resume {tmp_path / 'run'}" in errors
     reached = read_checkpoint(tmp_path / "run")["epoch"]
-    with pytest.raises(ValueError, match="now epochs="):
-        ws.train(
-            dataclasses.replace(ws.load_run(tmp_path / "run")[0], epochs=reached),
-            tmp_path / "run",
-            resume=True,
-        )
+    with TrainingRun(resumed_config(tmp_path / "run"), tmp_path / "run", resume=True) as run:
+        assert run.epoch == reached
 
 
 # Going on
@@ -414,8 +411,8 @@ def mutated_bytes(data, draw):
 
 
 def test_mutated_files_are_refused_in_one_line(tmp_path):
-    """Either everything is as it was, or TypeError or ValueError (FileExistsError for what is no run any more)
-    says in one line what to do; and never is a weight another one.
+    """Either everything is as it was, or TypeError or ValueError (FileExistsError for what is no run any
+    more) says in one line what to do; and never is a weight another one.
     """
     whole = stopped(tmp_path / "whole", epochs=6)
     weights = {name: read_checkpoint(whole, name)["policy"] for name in ("last", "best")}
