@@ -3,6 +3,8 @@
 #   make demo     train a cart-pole controller with two gradient flows side by side, about two minutes on two cores
 #   make test     lint, types and tests
 #   make lint     lint and types
+#   make kills    200 trainings ended by SIGKILL and resumed, in about three minutes (KILLS=N: so many)
+#   make memory   memory over 20 000 updates of two flows, in about two minutes (UPDATES=N: so many)
 #   make clean    remove what these made (runs/ stays)
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
@@ -20,7 +22,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 SETTINGS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+KILLS ?= 200
+UPDATES ?= 20000
+
+.PHONY: demo test lint kills memory clean
 
 demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
@@ -32,6 +37,12 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/types $(BIN)/pyright $(BIN)/python
+
+kills: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/kills.py $(KILLS)
+
+memory: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/long_run.py $(UPDATES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .types

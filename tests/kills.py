@@ -1,8 +1,8 @@
 """Training that is killed again and again, beside a training that is not: `python tests/kills.py [KILLS]`.
 
 A child process trains into a folder and is ended by SIGKILL; the next one resumes it. Half of the kills fall
-on an operation on files (before or after it, one position after the other), the others on a time drawn at
-random. When a run is through, its weights, its log and its checkpoints are compared with those of a run that
+on an operation on files (before it, after it, or with half of a checkpoint written; one position after the
+other), the others on a time drawn at random. When a run is through, its weights, its log and its checkpoints are compared with those of a run that
 nobody killed, bit for bit, and the next run begins.
 
 Children are forked from a process that has trained once, on one thread: one that starts anew takes seconds to
@@ -11,6 +11,7 @@ import and to load kernels, and a hundredth of them to train.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -87,6 +88,19 @@ def killed_at(folder: Path, count: int, after: bool) -> None:
     for name in OPERATIONS:
         setattr(os, name, dying(getattr(os, name)))
     durable.__dict__["open"] = dying(open)
+    save = torch.save
+
+    def half_saved(contents, file):
+        left[0] -= 1
+        if left[0] == 0:
+            whole = io.BytesIO()
+            save(contents, whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(contents, file)
+
+    torch.save = half_saved
     train(folder)
 
 
