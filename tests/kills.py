@@ -2,8 +2,8 @@
 
 A child process trains into a folder and is ended by SIGKILL; the next one resumes it. Half of the kills fall
 on an operation on files (before it, after it, or with half of a checkpoint written; one position after the
-other), the others on a time drawn at random. When a run is through, its weights, its log and its checkpoints are compared with those of a run that
-nobody killed, bit for bit, and the next run begins.
+other), the others on a time drawn at random. When a run is through, its weights, its log and its checkpoints
+are compared with those of a run that nobody killed, bit for bit, and the next run begins.
 
 Children are forked from a process that has trained once, on one thread: one that starts anew takes seconds to
 import and to load kernels, and a hundredth of them to train.

@@ -40,11 +40,9 @@ class Place(NamedTuple):
         """Says where it is."""
         what = "control" if self.control else "state"
         of_member = "" if self.member is None else f" of member {self.member}"
-        dt = getattr(system, "dt", None)
-        length = "" if dt is None else f", with a time step of dt={dt:g}"
         return (
             f"the first world that is not finite is world {self.world}{of_member}, in its {what} at step "
-            f"{self.step} of {horizon} (component {self.component} is {self.value}){length}"
+            f"{self.step} of {horizon} (component {self.component} is {self.value}){time_step(system)}"
         )
 
 
@@ -120,9 +118,37 @@ def reason(row: Sequence[float], size: int, config: TrainConfig) -> str | None:
     return None
 
 
-def not_reached(row: Sequence[float]) -> bool:
-    """Whether nothing is recorded of an update."""
-    return math.isnan(row[0]) and math.isnan(row[1])
+def first_lost(
+    rows: Sequence[Sequence[float]], size: int, config: TrainConfig, broken_off: bool
+) -> tuple[int, str] | None:
+    """Returns the first update of an epoch that ends the run and why, see `reason`; None where none does.
+
+    Args:
+        rows: What is `RECORDED` of each update.
+        size: Number of components of the gradient.
+        config: The settings. Where such updates are skipped, they end the run if all were.
+        broken_off: Whether the epoch ended early, by an error that may be a consequence.
+    """
+    reasons: list[str | None] = []
+    for row in rows:
+        if broken_off and math.isnan(row[0]) and math.isnan(row[1]):
+            break  # not reached
+        reasons.append(reason(row, size, config))
+    first = next((i for i, why in enumerate(reasons) if why is not None), None)
+    if first is None:
+        return None
+    what = str(reasons[first])
+    if config.on_divergence == "skip" and not broken_off:
+        if None in reasons:
+            return None
+        what += f", like every other update of the {len(rows)} of this epoch, all of them skipped"
+    return first, what
+
+
+def time_step(system: System) -> str:
+    """Says what the time step of a system is, where it has one."""
+    dt = getattr(system, "dt", None)
+    return "" if dt is None else f"; the time step is dt={dt:g}"
 
 
 def lost(contents: Any, name: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .divergence import not_reached, reason
+from .divergence import first_lost, time_step
 from .flows import Flow
 from .interruption import uninterrupted
 from .meeting import meet
@@ -306,23 +306,13 @@ class TrainingRun:
         """Raises at the first update of the next epoch whose loss or gradient is not finite, or one of whose
         gradient fields is not in any component; where such updates are skipped, if all were.
         """
-        rows = record.T.tolist()
-        reasons: list[str | None] = []
-        for row in rows:
-            if error is not None and not_reached(row):
-                break
-            reasons.append(reason(row, self.updates.size, self.config))
-        first = next((i for i, why in enumerate(reasons) if why is not None), None)
-        if first is None:
+        found = first_lost(record.T.tolist(), self.updates.size, self.config, error is not None)
+        if found is None:
             return
-        skipped = ""
-        if self.config.on_divergence == "skip" and error is None:
-            if None in reasons:
-                return
-            skipped = f", like every other update of the {len(rows)} of this epoch, all of them skipped"
-        when = f" in epoch {self.epoch + 1}, update {first} of {len(rows)},"
-        where = "" if error is not None and self.processes.several else self._place(first)
-        raise self._divergence(str(reasons[first]).format(when=when) + skipped, where) from error
+        update, what = found
+        when = f" in epoch {self.epoch + 1}, update {update} of {record.shape[1]},"
+        where = "" if error is not None and self.processes.several else self._place(update)
+        raise self._divergence(what.format(when=when), where) from error
 
     def _place(self, update: int) -> str:
         """Says where the rollout of an update of this epoch is first not finite. The epoch is repeated up to
@@ -335,7 +325,7 @@ class TrainingRun:
         except Exception:  # a policy or a loss of the user's own that raises, or does not repeat itself
             return ""
         if place is None:
-            return "; all states and controls of it are finite" + _time_step(self.config)
+            return "; all states and controls of it are finite" + time_step(self.config.system)
         return f"; {place.text(self.config.horizon, self.config.system)}"
 
     def _check_weights(self, when: str) -> None:
@@ -348,7 +338,7 @@ class TrainingRun:
         """Returns train and test loss, both finite."""
         for name, loss in zip(("train", "test"), losses, strict=True):
             if not math.isfinite(loss):
-                raise self._divergence(f"{name} loss {when} is {loss}", _time_step(self.config))
+                raise self._divergence(f"{name} loss {when} is {loss}", time_step(self.config.system))
         return losses[0], losses[1]
 
     def _divergence(self, what: str, where: str) -> FloatingPointError:
@@ -412,11 +402,6 @@ class TrainingRun:
 
 def _flow_name(config: TrainConfig) -> str:
     return config.flow.name.lower() if isinstance(config.flow, Flow) else "schedule"
-
-
-def _time_step(config: TrainConfig) -> str:
-    dt = getattr(config.system, "dt", None)
-    return "" if dt is None else f"; the time step is dt={dt:g}"
 
 
 def _summary_writer() -> Any:
