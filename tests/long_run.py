@@ -29,7 +29,7 @@ def growth(updates: int, folder: Path, flow: str) -> tuple[float, float]:
     by how much more it is at the end.
     """
     system = ws.CartPole(poles=1)
-    policy = ws.MLP(system.state_size, (32,), 1)
+    policy = ws.MLP(system.state_size, (32, 32), 1)
     policy.reset_parameters(seed=0)
     sizes = {"horizon": 20, "samples": 256, "batch": 8, "lr": 1e-5}
     epochs = updates // 32
