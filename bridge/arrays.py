@@ -127,10 +127,28 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+@contextlib.contextmanager
+def cache_errors() -> Iterator[None]:
+    """Says what to do where Warp cannot write or read the compiled kernels that it keeps."""
+    try:
+        yield
+    except Exception as error:
+        damaged = isinstance(error, ValueError) and "JSON" in type(error).__name__
+        # Warp raises plain exceptions where a binary does not load
+        if not (isinstance(error, OSError) or damaged or "Failed to load" in str(error)):
+            raise
+        raise RuntimeError(
+            f"the cache of compiled kernels in {wp.config.kernel_cache_dir} cannot be used "
+            f"({type(error).__name__}: {error}), expected a folder to write to with whole files; remove the "
+            "cache folder, or name another in the environment variable WARP_CACHE_PATH, and start again"
+        ) from error
+
+
 @functools.cache
 def warp_device(device: torch.device) -> Any:
     """Warp's device for torch's."""
-    wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
+    with cache_errors():
+        wp.init()  # device_from_torch needs the runtime, which is otherwise started by the first launch
     return wp.device_from_torch(device)
 
 

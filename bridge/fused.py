@@ -17,7 +17,8 @@ from .arrays import constant, empty, stream
 from .launches import Launch, Pool, array
 from .registry import Prepared
 from .segments import blocks_of, hidden_shape, pieces
-from .sweeps import LossWeights, check_has_loss, loss, members_of, total
+from .spec import LossWeights
+from .sweeps import check_has_loss, loss, members_of, total
 from .team import Team, shares
 
 GPU_LANES = 128

@@ -20,7 +20,8 @@ from .fused import activations, blocks_per_thread, fixed, table
 from .launches import Launch, Pool, array
 from .registry import Prepared
 from .segments import SEGMENT_BYTES, blocks_of, cpu_steps, pieces
-from .sweeps import AdjointArguments, Backward, Cotangents, Shape, adjoint, shape_of
+from .spec import Cotangents, Spec
+from .sweeps import AdjointArguments, Shape, adjoint, shape_of
 from .team import Program, Step, Task, Team, shares
 from .tracing import span
 
@@ -63,61 +64,60 @@ def _parameter_index(key: tuple[str, int]) -> np.ndarray:
 
 def backward(
     p: Prepared,
-    back: Backward,
+    spec: Spec,
     network: str,
     packed: torch.Tensor,
     hidden: torch.Tensor,
     states: torch.Tensor,
     controls: torch.Tensor,
     g: Cotangents,
-    segment: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters) and cotangents of x0 (fields,
     nworld, state_size).
 
-    Those of an ensemble are (fields, members, parameters) and (fields, members, nworld, state_size). With a
-    `segment` the activations are recomputed, so many steps at once, and `hidden` is not read.
+    Those of an ensemble are (fields, members, parameters) and (fields, members, nworld, state_size). Where
+    the description has a segment the activations are recomputed, so many steps at once, and `hidden` is not
+    read.
     """
-    fields = len(back.schedules)
+    fields = len(spec.schedules)
     grads = states.new_empty((fields, *states.shape[1:-2], layout(network, p.itemsize).unpack.size))
     adj_x0 = states.new_empty((fields, *states.shape[1:]))
     if states.shape[-2] == 0:
         return grads.zero_(), adj_x0
     if not p.device.is_cpu:
-        return wide_backward(p, back, network, packed, hidden, states, controls, g, segment)
-    shape = shape_of(controls, back.network_open, g)
-    segment = min(segment, shape.steps)
-    with _backward.borrow(p, back, network, shape, segment, torch.get_num_threads()) as sweep:
+        return wide_backward(p, spec, network, packed, hidden, states, controls, g)
+    shape = shape_of(controls, spec.network_open, g)
+    segment = min(spec.segment, shape.steps)
+    with _backward.borrow(p, spec, network, shape, segment, torch.get_num_threads()) as sweep:
         sweep(packed, hidden, states, controls, g, grads, adj_x0)
     return grads, adj_x0
 
 
 def wide_backward(
     p: Prepared,
-    back: Backward,
+    spec: Spec,
     network: str,
     packed: torch.Tensor,
     hidden: torch.Tensor,
     states: torch.Tensor,
     controls: torch.Tensor,
     g: Cotangents,
-    segment: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same through torch's products, in segments that bound what these hold: the road of GPUs."""
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)
     kept = wide.Rows(lay, packed, hidden, horizon, nworld)
-    steps = segment or wide.bounded_steps(kept, back.network_open, SEGMENT_BYTES["cuda"])
+    steps = spec.segment or wide.bounded_steps(kept, spec.network_open, SEGMENT_BYTES["cuda"])
     grads = adj_x0 = None
     for t0, t1 in pieces(horizon, steps):
         part = states[t0 : t1 + 1]
         rows = kept.steps(t0, t1)
-        if segment:
+        if spec.segment:
             rows = wide.Rows(lay, packed, activations(p, network, packed, part), t1 - t0, nworld)
         with span("linearize"):
-            d, jac = wide.linearize(rows, back.network_open)
-        mu, adj_x0 = adjoint(p, back, part, controls[t0:t1], jac, g.steps(t0, t1), t0, adj_x0)
+            d, jac = wide.linearize(rows, spec.network_open)
+        mu, adj_x0 = adjoint(p, spec, part, controls[t0:t1], jac, g.steps(t0, t1), t0, adj_x0)
         with span("weight_grad"):
             own = wide.weight_grad(rows, d, mu, unpack)
         grads = own if grads is None else grads.add_(own)
@@ -154,9 +154,9 @@ class _Group:
     sweep (kernels/fused_adjoint.py), and no Jacobian is kept.
     """
 
-    def __init__(self, whole: "_Backward", p: Prepared, back: Backward, network: str, shape: Shape) -> None:
+    def __init__(self, whole: "_Backward", p: Prepared, spec: Spec, network: str, shape: Shape) -> None:
         n, m, size, steps = p.state_size, p.control_size, p.itemsize, shape.steps
-        fields, several, nworld = len(back.schedules), m > 1, shape.nworld
+        fields, several, nworld = len(spec.schedules), m > 1, shape.nworld
         lay = layout(network, size)
         kernels = make_network_kernels(p.dtype)
         like, group, self._member_worlds = whole.mu, whole.group, nworld // shape.members
@@ -169,7 +169,7 @@ class _Group:
         rows = empty(like, group * steps * BLOCK * lay.row if recomputed else 0)
         self.scratch = [d, mu_rows, scaled, pulled, unused, rows]
 
-        self._arguments = a = AdjointArguments(p, back, shape)
+        self._arguments = a = AdjointArguments(p, spec, shape)
         a.mu.data, a.jac.data = whole.mu.data_ptr(), whole.jac.data_ptr()
         self._packed = array(size, shape.members, lay.packed)
         self._hidden = array(size, rows.numel() // lay.row if recomputed else whole.rows, lay.row)
@@ -179,7 +179,7 @@ class _Group:
         scalar_mu.data = whole.mu.data_ptr()
         lay_table = fixed(whole.table)
         policy = [self._packed, lay_table, lay.layers, lay.row]
-        rows_of = [lay.row_adj, self._hidden, 0, steps if recomputed else len(back.base)]
+        rows_of = [lay.row_adj, self._hidden, 0, steps if recomputed else spec.horizon]
 
         self._passes: list[_Pass] = []
         if recomputed:
@@ -201,7 +201,7 @@ class _Group:
         args += [self._member_worlds, m, chunk, 0, 0, 0, 0, 0, fixed(mu_rows), fixed(scaled), whole.sums]
         self._products = _Pass(p, kernels.weight_grad, args, True)
         self._all = [*self._passes, self._products]
-        self._recomputed, self.pieces = recomputed, pieces(len(back.base), steps)
+        self._recomputed, self.pieces = recomputed, pieces(spec.horizon, steps)
         self._at = -1
         self._first_state = self._first_row = 0
         self._step = BLOCK * lay.row * size
@@ -262,9 +262,9 @@ class _Backward:
     """
 
     def __init__(
-        self, p: Prepared, back: Backward, network: str, shape: Shape, segment: int, threads: int
+        self, p: Prepared, spec: Spec, network: str, shape: Shape, segment: int, threads: int
     ) -> None:
-        horizon, size, fields = shape.steps, p.itemsize, len(back.schedules)
+        horizon, size, fields = shape.steps, p.itemsize, len(spec.schedules)
         lay = layout(network, size)
         blocks = blocks_of(shape.nworld // shape.members)
         steps, group, slots = division(blocks, horizon, BLOCK * lay.row * size, segment)
@@ -299,7 +299,7 @@ class _Backward:
                 return Program([step for visit in visits(wave, part) for step in go.steps(*visit)])
             return functools.partial(_through_pieces, go, lambda: visits(wave, part))
 
-        self.groups = [_Group(self, p, back, network, shape) for _ in shares(len(waves[0]) * slots, least)]
+        self.groups = [_Group(self, p, spec, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
         self.grads = array(size, fields, shape.members, lay.unpack.size)
         sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)

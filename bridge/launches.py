@@ -18,7 +18,7 @@ import torch
 import warp as wp
 
 from . import tracing
-from .arrays import keep
+from .arrays import cache_errors, keep
 
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
@@ -115,16 +115,17 @@ class Launch:
     def __init__(
         self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
     ) -> None:
-        # an empty launch records nothing
-        self._command: Any = wp.launch(
-            kernel,
-            dim=dim,
-            inputs=list(args),
-            device=device,
-            record_cmd=True,
-            record_tape=False,
-            block_dim=block_dim,
-        )
+        with cache_errors():
+            # an empty launch records nothing
+            self._command: Any = wp.launch(
+                kernel,
+                dim=dim,
+                inputs=list(args),
+                device=device,
+                record_cmd=True,
+                record_tape=False,
+                block_dim=block_dim,
+            )
         self.kernel = kernel
         self.direct = direct = DirectCall(self._command) if DirectCall.possible(self._command) else None
         self._run: Callable[[], None] = direct or self._command.launch

@@ -1,8 +1,8 @@
 """The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need
 values.
 
-None has an autograd formula: rollout.py and evaluated.py put them into autograd Functions (a formula
-registered here would make forward-mode derivatives silently zero).
+None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would
+make forward-mode derivatives silently zero).
 """
 
 import math
@@ -20,7 +20,8 @@ from . import fused, sweeps
 from .arrays import capturing
 from .fused_backward import backward
 from .registry import prepare
-from .sweeps import Backward, Cotangents, LossWeights
+from .segments import with_segment
+from .spec import Cotangents, parse
 from .tracing import span
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -98,76 +99,53 @@ def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
 
 
 @_operator("loss")
-def loss(
-    system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float
-) -> Tensor:
+def loss(spec: str, states: Tensor, controls: Tensor) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
-    p = prepare(system, states.dtype, states.device)
-    return sweeps.loss(p, _dense(states), _dense(controls), LossWeights(final, running, control))
+    own = parse(spec)
+    p = prepare(own.system, states.dtype, states.device)
+    return sweeps.loss(p, _dense(states), _dense(controls), own.weights)
 
 
 @loss.register_fake
-def _(system: int, states: Tensor, controls: Tensor, final: float, running: float, control: float) -> Tensor:
+def _(spec: str, states: Tensor, controls: Tensor) -> Tensor:
     return states.new_empty(())
 
 
 @_operator("fused_rollout")
 def fused_rollout(
-    system: int,
-    network: str,
-    parameters: list[Tensor],
-    x0: Tensor,
-    horizon: int,
-    final: float,
-    running: float,
-    control: float,
-    segment: int = 0,
+    spec: str, network: str, parameters: list[Tensor], x0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
 
-    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. With a
-    `segment` the activations are not kept: they have no rows, and `fused_backward` needs the same segment.
+    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. Where
+    the description has a segment, the activations are not kept: they have no rows.
     """
     _check_finite(x0)
-    p = prepare(system, x0.dtype, x0.device)
+    own = with_segment(parse(spec), network, x0)
+    p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):
         packed = fused.pack(network, parameters, x0.shape[:-2])
-    weights = LossWeights(final, running, control)
-    return *fused.rollout(p, network, packed, _dense(x0), horizon, weights, segment), packed
+    return *fused.rollout(p, network, packed, _dense(x0), own.horizon, own.weights, own.segment), packed
 
 
 @fused_rollout.register_fake
 def _(
-    system: int,
-    network: str,
-    parameters: list[Tensor],
-    x0: Tensor,
-    horizon: int,
-    final: float,
-    running: float,
-    control: float,
-    segment: int = 0,
+    spec: str, network: str, parameters: list[Tensor], x0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lay = layout(network, x0.element_size())
+    own, lay = with_segment(parse(spec), network, x0), layout(network, x0.element_size())
     return (
-        x0.new_empty((horizon + 1, *x0.shape)),
-        x0.new_empty((horizon, *x0.shape[:-1], lay.control_size)),
+        x0.new_empty((own.horizon + 1, *x0.shape)),
+        x0.new_empty((own.horizon, *x0.shape[:-1], lay.control_size)),
         x0.new_empty(x0.shape[:-2]),
-        x0.new_empty(fused.hidden_shape(x0, horizon, lay.row, segment)),
+        x0.new_empty(fused.hidden_shape(x0, own.horizon, lay.row, own.segment)),
         x0.new_empty((*x0.shape[:-2], lay.packed)),
     )
 
 
 @_operator("fused_backward")
 def fused_backward(
-    system: int,
+    spec: str,
     network: str,
-    base: str,
-    check: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
     packed: Tensor,
     hidden: Tensor,
     states: Tensor,
@@ -175,34 +153,20 @@ def fused_backward(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
-    segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
-    state_size), with a member axis behind the fields for an ensemble. `segment`: see fused_backward.py.
+    state_size), with a member axis behind the fields for an ensemble.
     """
-    return backward(
-        prepare(system, states.dtype, states.device),
-        Backward(base, check, decay, LossWeights(final, running, control)),
-        network,
-        packed,
-        hidden,
-        states,
-        controls,
-        Cotangents(adj_loss, adj_states, adj_controls),
-        segment,
-    )
+    own = with_segment(parse(spec), network, states[0])
+    p = prepare(own.system, states.dtype, states.device)
+    g = Cotangents(adj_loss, adj_states, adj_controls)
+    return backward(p, own, network, packed, hidden, states, controls, g)
 
 
 @fused_backward.register_fake
 def _(
-    system: int,
+    spec: str,
     network: str,
-    base: str,
-    check: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
     packed: Tensor,
     hidden: Tensor,
     states: Tensor,
@@ -210,9 +174,8 @@ def _(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
-    segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    fields = 2 if check else 1
+    fields = len(parse(spec).schedules)
     parameters = layout(network, states.element_size()).unpack.size
     grads = states.new_empty((fields, *states.shape[1:-2], parameters))
     return grads, states.new_empty((fields, *states.shape[1:]))
@@ -220,13 +183,7 @@ def _(
 
 @_operator("adjoint")
 def adjoint(
-    system: int,
-    base: str,
-    check: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
+    spec: str,
     states: Tensor,
     controls: Tensor,
     recomputed: Tensor | None,
@@ -237,36 +194,26 @@ def adjoint(
     adj_controls: Tensor | None,
     t0: int = 0,
     carried: Tensor | None = None,
+    loss_worlds: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Adjoint sweep: cotangents of the controls (fields, horizon, nworld, control_size) and of x0.
+    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of x0.
 
     `recomputed` are the controls as the policy gives them for all stored states at once; they must be the
     stored ones. Over a segment of a rollout everything begins with its step `t0`, schedules excepted, and
-    `carried` is what the sweep over the steps behind it gave for the state between them.
+    `carried` is what the sweep over the steps behind it gave for the state between them. The loss is a mean
+    over `loss_worlds` worlds, those of the trajectory where that is 0.
     """
     if recomputed is not None:
         _check_recomputed(recomputed, controls, tolerance, t0)
-    return sweeps.adjoint(
-        prepare(system, states.dtype, states.device),
-        Backward(base, check, decay, LossWeights(final, running, control)),
-        _dense(states),
-        _dense(controls),
-        None if jac is None else jac.contiguous(),
-        Cotangents(adj_loss, adj_states, adj_controls),
-        t0,
-        carried,
-    )
+    own = parse(spec)
+    p, g = prepare(own.system, states.dtype, states.device), Cotangents(adj_loss, adj_states, adj_controls)
+    jac = None if jac is None else jac.contiguous()
+    return sweeps.adjoint(p, own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds)
 
 
 @adjoint.register_fake
 def _(
-    system: int,
-    base: str,
-    check: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
+    spec: str,
     states: Tensor,
     controls: Tensor,
     recomputed: Tensor | None,
@@ -277,8 +224,9 @@ def _(
     adj_controls: Tensor | None,
     t0: int = 0,
     carried: Tensor | None = None,
+    loss_worlds: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    fields = 2 if check else 1
+    fields = len(parse(spec).schedules)
     return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
 
 

@@ -17,6 +17,7 @@ from ..kernels.rollout import SystemKernels, make_system_kernels
 from ..kernels.streamed import make_cuda_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
+from .contract import check_contract, functions_of
 from .launches import PREPARING
 
 
@@ -100,7 +101,9 @@ _prepared: dict[tuple[int, torch.dtype, torch.device], Prepared] = {}
 def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     system = find(number)
     scalar = WARP_DTYPE[dtype]
-    functions = system.device_functions(scalar)
+    functions, params = functions_of(system, scalar), system.parameters(scalar)
+    on = warp_device(device)
+    check_contract(system, functions, params, scalar, on)
     cuda = device.type == "cuda"
     return Prepared(
         dtype,
@@ -108,8 +111,8 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         system.state_size,
         system.control_size,
         scalar,
-        warp_device(device),
+        on,
         functions,
-        system.parameters(scalar),
+        params,
         make_cuda_system_kernels(functions, scalar) if cuda else make_system_kernels(functions, scalar, True),
     )

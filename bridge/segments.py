@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.layout import BLOCK, layout
+from .spec import BY_SIZE, NONE_KEPT, Spec
 
 STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
 """Activations up to which a rollout keeps them, by device."""
@@ -48,7 +49,7 @@ def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = Tru
     """Steps of a segment of a fused rollout; 0 where all activations are kept, never without `keep`."""
     size, device = x0.element_size(), x0.device.type
     blocks = x0.shape[:-2].numel() * blocks_of(x0.shape[-2])
-    step = BLOCK * _row(network, size) * size
+    step = BLOCK * layout(network, size).row * size
     if keep and blocks * step * horizon <= STORED_BYTES[device]:
         return 0
     if device == "cpu":
@@ -56,10 +57,11 @@ def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = Tru
     return _even(horizon, SEGMENT_BYTES[device] // (max(blocks, 1) * step))
 
 
-@torch.compiler.assume_constant_result
-def _row(network: str, itemsize: int) -> int:
-    # a layout is made with numpy, which a tracer would take for a part of the graph
-    return layout(network, itemsize).row
+def with_segment(spec: Spec, network: str, x0: torch.Tensor) -> Spec:
+    """The description of a fused rollout with the segment that its size asks for, where none is given."""
+    if spec.segment not in (BY_SIZE, NONE_KEPT):
+        return spec
+    return spec._replace(segment=fused_segment(network, x0, spec.horizon, spec.segment == BY_SIZE))
 
 
 def cpu_steps(step: int, horizon: int, whole: int = 0) -> int:

@@ -15,72 +15,17 @@ import torch
 import warp as wp
 
 from ..kernels.agreement import NSTATS, chunks, make_combine
-from ..kernels.flow import PHYSICS, Flow, network_open
+from ..kernels.flow import PHYSICS, Flow
 from .arrays import WARP_DTYPE, constant, empty, stream, warp_device
 from .launches import Launch, Pool, array
 from .registry import Prepared
+from .spec import Cotangents, LossWeights, Spec
 from .team import Team, shares
 
 WORLD_STEPS_PER_THREAD = 256
 """Below this, a second thread costs a sweep without a policy more than it brings: some 5 to 10 us."""
 CHUNKS_PER_THREAD = 8
 """The same for the comparison of two gradients."""
-
-
-class LossWeights(NamedTuple):
-    """Weights of the built-in loss, before the division by the number of worlds."""
-
-    final: float
-    """Of the cost of x_T."""
-    running: float
-    """Of the cost of each of x_1 ... x_T."""
-    control: float
-    """Of the mean squared control."""
-
-    def per_world(self, nworld: int, horizon: int, control_size: int) -> tuple[float, float, float]:
-        """Factors on the per-world sums that the kernels take."""
-        return self.final / nworld, self.running / nworld, self.control / (nworld * horizon * control_size)
-
-
-class Backward(NamedTuple):
-    """What the backward pass of a rollout is told besides its trajectory."""
-
-    base: str
-    """One flow letter a step: the edges that leave x_t."""
-    check: str
-    """The same for the second gradient field; empty where there is one field."""
-    decay: float
-    """Factor on what crosses a physics edge."""
-    weights: LossWeights
-
-    @property
-    def schedules(self) -> tuple[str, ...]:
-        return (self.base, self.check) if self.check else (self.base,)
-
-    @property
-    def network_open(self) -> bool:
-        """Whether any field crosses a network edge at any step."""
-        return network_open(self.base + self.check)
-
-
-class Cotangents(NamedTuple):
-    """Cotangents of a rollout's outputs; None where nothing arrived."""
-
-    loss: torch.Tensor | None
-    states: torch.Tensor | None
-    controls: torch.Tensor | None
-
-    def dense(self) -> Cotangents:
-        """The same in memory that holds the values as they are."""
-        return Cotangents(*(None if t is None else t.resolve_neg().contiguous() for t in self))
-
-    def steps(self, t0: int, t1: int) -> Cotangents:
-        """Those of the steps t0 ... t1 - 1 and of the state behind them."""
-        return Cotangents(
-            self.loss,
-            None if self.states is None else self.states[t0 : t1 + 1],
-            None if self.controls is None else self.controls[t0:t1],
-        )
 
 
 def _edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
@@ -224,16 +169,18 @@ class Shape(NamedTuple):
     adj_loss: bool
     adj_states: bool
     adj_controls: bool
+    loss_worlds: int = 0
+    """Worlds over which the loss is a mean, where they are more than those of a member here."""
 
 
 class AdjointArguments:
     """Arguments of the adjoint kernel around the first world of a launch."""
 
-    def __init__(self, p: Prepared, back: Backward, shape: Shape) -> None:
+    def __init__(self, p: Prepared, spec: Spec, shape: Shape) -> None:
         steps, nworld, n, m, size = shape.steps, shape.nworld, p.state_size, p.control_size, p.itemsize
-        fields, horizon = len(back.schedules), len(back.base)
+        fields, horizon = len(spec.schedules), spec.horizon
         self.kernel = p.kernels.adjoint[fields - 1]
-        self.edges = constant((back.schedules, back.decay == 0.0), _edge_masks, p.torch_device)
+        self.edges = constant((spec.schedules, spec.decay == 0.0), _edge_masks, p.torch_device)
         edges = array(4, fields, horizon)
         edges.data = self.edges.data_ptr()
         self.states = array(size, steps + 1, nworld, n, components=1)
@@ -244,9 +191,9 @@ class AdjointArguments:
         self.adj_controls = array(size, *((steps, nworld) if shape.adj_controls else (0, 0)), m, components=1)
         self.mu = array(size, fields, steps, nworld, m, components=1)
         self.adj_x0 = array(size, fields, nworld, n, components=1)
-        self.before = [self.states, self.controls, self.jac, p.params, edges, back.decay, steps, 0, 0]
+        self.before = [self.states, self.controls, self.jac, p.params, edges, spec.decay, steps, 0, 0]
         self.before += [
-            *back.weights.per_world(nworld // shape.members, horizon, m),
+            *spec.weights.per_world(shape.loss_worlds or nworld // shape.members, horizon, m),
             self.adj_loss,
             self.adj_states,
             self.adj_controls,
@@ -289,8 +236,8 @@ def members_of(shape: torch.Size) -> tuple[int, int]:
 class _Adjoint:
     """Prepared adjoint sweep over all worlds."""
 
-    def __init__(self, p: Prepared, back: Backward, shape: Shape, threads: int) -> None:
-        self.arguments = a = AdjointArguments(p, back, shape)
+    def __init__(self, p: Prepared, spec: Spec, shape: Shape, threads: int) -> None:
+        self.arguments = a = AdjointArguments(p, spec, shape)
         over = _threads(p, shape.members, shape.nworld)
         self.launches = _launches(p, a.kernel, over, shape.steps, a.before, a.after, p.kernels.worlds)
         self.run = Team(self.launches)
@@ -311,28 +258,30 @@ _adjoint = Pool(_Adjoint)
 
 def adjoint(
     p: Prepared,
-    back: Backward,
+    spec: Spec,
     states: torch.Tensor,
     controls: torch.Tensor,
     jac: torch.Tensor | None,
     g: Cotangents,
     t0: int = 0,
     carried: torch.Tensor | None = None,
+    loss_worlds: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of the first state
     (fields, nworld, state_size), with two axes of worlds for an ensemble.
 
     `jac` is dN/dx (steps, nworld, control_size, state_size), None where no network edge is open. Over a
     segment of a rollout the trajectories begin with its step `t0`, and `carried` is what the sweep over the
-    steps behind the segment has found for the state between them.
+    steps behind the segment has found for the state between them. The loss is a mean over `loss_worlds`
+    worlds, those of a member where that is 0.
     """
-    fields = len(back.schedules)
+    fields = len(spec.schedules)
     mu = empty(states, fields, *controls.shape)
     adj_x0 = states.new_empty((fields, *states.shape[1:])) if carried is None else carried.clone()
-    shape = shape_of(controls, jac is not None, g)
+    shape = shape_of(controls, jac is not None, g)._replace(loss_worlds=loss_worlds)
     if shape.nworld:
         with (
-            _adjoint.borrow(p, back, shape, torch.get_num_threads()) as sweep,
+            _adjoint.borrow(p, spec, shape, torch.get_num_threads()) as sweep,
             stream(states.device),
         ):
             a = sweep.arguments

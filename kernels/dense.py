@@ -12,7 +12,7 @@ from the layout's table), one source for float32 and float64:
 `linearize` is the backward pass of the policy for a unit cotangent of control c. It does not depend on the
 cotangents of the rollout, so it is taken out of the adjoint sweep; `weight_grad` scales its rows by them.
 
-What they do, and how, is in native_dense.py. Layers may be convolutions, see layout.py, which also says where
+What they do, and how, is in dense.h. Layers may be convolutions, see layout.py, which also says where
 everything lies.
 """
 
@@ -23,8 +23,10 @@ import warp as wp
 
 from .elements import is_large
 from .layout import BLOCK
-from .native_dense import FORWARD, LAYER, LINEARIZE, PULL_SEED, UNIT_SEED, WEIGHT_GRAD
+from .native_text import sections
 from .native_tiles import PRELUDE, TANH, fill
+
+_TEXT = sections(__file__)
 
 
 @functools.cache
@@ -72,7 +74,10 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
     """Returns the device functions for `dtype` (wp.float32 or wp.float64)."""
 
     @wp.func_native(
-        fill(PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + TANH + "#endif\n" + LAYER + FORWARD, dtype)
+        fill(
+            PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + TANH + "#endif\n" + _TEXT["layer"] + _TEXT["forward"],
+            dtype,
+        )
     )
     def network_forward(
         params: wp.array(dtype=dtype),
@@ -89,7 +94,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         lanes: int,
     ): ...
 
-    @wp.func_native(fill(PRELUDE + LAYER + UNIT_SEED + LINEARIZE, dtype))
+    @wp.func_native(fill(PRELUDE + _TEXT["layer"] + _TEXT["unit_seed"] + _TEXT["linearize"], dtype))
     def network_linearize(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
@@ -111,7 +116,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         jr: int,  # the same for two worlds
     ): ...
 
-    @wp.func_native(fill(PRELUDE + LAYER + PULL_SEED + LINEARIZE, dtype))
+    @wp.func_native(fill(PRELUDE + _TEXT["layer"] + _TEXT["pull_seed"] + _TEXT["linearize"], dtype))
     def network_pull(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
@@ -132,7 +137,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         jr: int,
     ): ...
 
-    @wp.func_native(fill(PRELUDE + LAYER + WEIGHT_GRAD, dtype))
+    @wp.func_native(fill(PRELUDE + _TEXT["layer"] + _TEXT["weight_grad"], dtype))
     def network_weight_grad(
         table: wp.array(dtype=wp.int32),
         layers: int,

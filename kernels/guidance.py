@@ -6,17 +6,19 @@ step. With r the vector between two agents, d = softening + |r|, perp(r) = (-r_y
 control (c_0, c_1):
 
     center_i = x_i - sum_j x_j
-    a_i = c_0 center_i + c_1 perp(center_i) - driver_drag v_i + driver_repulsion sum_{k != i} (x_i - x_k) /
-    d^2 a_j = -evader_repulsion sum_i (x_i - x_j) / d^2 - evader_drag v_j + flocking sum_{k != j} f(d) (x_k -
-    x_j) f(d) = flocking_length / d^2 - 1 / d
+    a_i      = c_0 center_i + c_1 perp(center_i) - driver_drag v_i
+               + driver_repulsion sum_{k != i} (x_i - x_k) / d^2
+    a_j      = -evader_repulsion sum_i (x_i - x_j) / d^2 - evader_drag v_j
+               + flocking sum_{k != j} f(d) (x_k - x_j)
+    f(d)     = flocking_length / d^2 - 1 / d
 
     x' = x + h v        v' = v + h a
 
 A pair force g(d) r is differentiated as
 
-    adj_r = g(d) adj + (r . adj) g'(d) r / |r|          the second term is 0 where two agents coincide: |r| r
-    -> 0
+    adj_r = g(d) adj + (r . adj) g'(d) r / |r|
 
+whose second term is 0 where two agents coincide (its norm is at most |r| |adj| |g'|),
 with g = 1/d^2, g' = -2/d^3 and f' = -2 flocking_length / d^3 + 1/d^2. Backwards, with b_a = h adj_v' the
 cotangent of an acceleration:
 

@@ -6,15 +6,8 @@ from typing import Any
 import warp as wp
 
 from .layout import BLOCK
+from .native_text import fill
 from .system import BlockFunctions
-
-
-def fill(text: str, words: Mapping[str, Any], dtype: Any) -> str:
-    """Returns a text with REAL replaced by the scalar type, and every key of `words` by its value."""
-    real = "float" if dtype == wp.float32 else "double"
-    for word, value in {**words, "REAL": real}.items():
-        text = text.replace(word, str(value))
-    return text
 
 
 def native_block(

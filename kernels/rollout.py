@@ -8,8 +8,9 @@ Factories that turn a system's device functions into kernels. All trajectories h
     adjoint     the recursion of flow.py backwards, for one or two gradient fields at once; over all
                 steps, or over some: the cotangent of their last state comes from the steps behind
 
-The loss of a rollout is   sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_t
-|u_t|^2 ]   with c the system's cost of a state; means and the like are in the weights.
+The loss of a rollout, with c the system's cost of a state; means and the like are in the weights:
+
+    sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_{t=0..T-1} |u_t|^2 ]
 """
 
 import functools

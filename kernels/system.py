@@ -56,16 +56,19 @@ class MemoryFunctions(NamedTuple):
 
 
 class DeviceFunctions(NamedTuple):
-    """Device functions of a system for one dtype, made once (cache the factory: the kernels are compiled per
-    object).
+    """Device functions of a system for one dtype, made once: cache the factory, because the kernels are
+    compiled for each object that it returns.
 
     With `State` and `Control` vectors of the system's sizes and of that dtype, and `Params` a Warp struct:
 
         step(x: State, u: Control, p: Params) -> State
-        step_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> (State, Control)      cotangents of x
-        and u loss(x: State, p: Params) -> dtype                                                    cost of
-        one state loss_vjp(x: State, p: Params, adj_loss: dtype) -> State
-        cotangent of x
+            the next state
+        step_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> State, Control
+            cotangents of x and u
+        loss(x: State, p: Params) -> dtype
+            cost of one state
+        loss_vjp(x: State, p: Params, adj_loss: dtype) -> State
+            cotangent of x
 
     All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` and
     `memory` are optional further forms of the step, for CPUs and for large states on GPUs.

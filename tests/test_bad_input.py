@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import warp as wp
@@ -14,6 +15,7 @@ from warp_sims.bridge.launches import DirectCall
 from warp_sims.bridge.team import _Job
 
 import warp_sims as ws
+from warp_sims import plans
 
 CART = ws.CartPole(poles=2)
 NAN, INF = float("nan"), float("inf")
@@ -419,3 +421,58 @@ def test_initial_states(options, error, message):
 def test_mlp(sizes, error, message):
     with pytest.raises(error, match=f"MLP: .*{message}"):
         ws.MLP(*sizes)
+
+
+@pytest.mark.parametrize("call", [ws.rollout, ws.gradient_pair])
+@pytest.mark.parametrize(
+    ("horizon", "worlds", "message"),
+    [
+        (10**12, 3, "horizon is 1000000000000 with 3 worlds of 1 controls, expected at most"),
+        (10**7, 50_000, "horizon is 10000000 with 50000 worlds of 1 controls, expected at most"),
+        (
+            2 * 10**9,
+            1,
+            "horizon is 2000000000 with 1 worlds: states and controls take .* GiB, expected at most",
+        ),
+    ],
+)
+def test_a_horizon_that_does_not_fit(call, horizon, worlds, message, no_launch, monkeypatch):
+    monkeypatch.setattr(plans, "_memory", lambda device: 2**35)
+    with pytest.raises(ValueError, match=message):
+        call(CART, make_net(CART), torch.zeros(worlds, 6).double(), horizon=horizon)
+
+
+def test_whole_numbers_of_other_libraries():
+    net, x0 = make_net(CART), make_states(CART, 3)
+    expected = ws.rollout(CART, net, x0, horizon=4, window=2, checkpoint_every=3).states
+    for whole in (np.int64, np.int32, np.uint8, torch.tensor):
+        out = ws.rollout(CART, net, x0, horizon=whole(4), window=whole(2), checkpoint_every=whole(3))
+        assert torch.equal(out.states, expected)
+    for wrong in (4.0, np.float64(4), np.bool_(True), True, "4", None, torch.tensor(4.0)):
+        with pytest.raises(TypeError, match="horizon is"):
+            ws.rollout(CART, net, x0, horizon=wrong)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_policy_that_changes_its_input(gradient):
+    """The states are the user's: refused, and x0 as it was."""
+    policy = Returning(lambda x: x.mul_(2.0)[:, :1]).double()
+    x0 = make_states(CART, 3)
+    before = x0.clone()
+    with pytest.raises(ValueError, match="policy.* chang.* its input in place.*x.clone"):
+        if gradient:
+            torch.func.grad(lambda x: ws.rollout(CART, policy, x, horizon=3).loss)(x0)
+        else:
+            ws.rollout(CART, policy, x0, horizon=3)
+    assert torch.equal(x0, before)
+
+
+def test_a_policy_that_changes_its_input_later():
+    def late(x):
+        return (x.mul_(2.0) if float(x.abs().max()) > 5.0 else x)[:, :1]
+
+    x0 = make_states(CART, 9)
+    before = x0.clone()
+    with pytest.raises(ValueError, match="changed its input in place at step"):
+        ws.rollout(CART, Returning(late).double(), x0, horizon=200)
+    assert torch.equal(x0, before)

@@ -14,7 +14,7 @@ from cases import assert_close, gradients, make_cotangents, make_net, make_state
 from own_systems import Pendulum, pendulum_functions
 from warp_sims.bridge import sweeps
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.spec import Cotangents, Spec
 from warp_sims.kernels.layout import BLOCK
 from warp_sims.kernels.rollout import make_system_kernels
 
@@ -63,7 +63,7 @@ def test_same_trajectories_and_gradients(system, nworld, dtype):
         HORIZON, nworld, system.control_size, system.state_size, generator=draw, dtype=torch.float64
     ).to(dtype)
     for base, check in (("R", ""), ("R", "M"), ("N", "S")):
-        back = Backward(base * HORIZON, check * HORIZON, 0.9, LossWeights(0.7, 0.3, 0.2))
+        back = Spec(0, base * HORIZON, check * HORIZON, 0.9, 0.7, 0.3, 0.2)
         found = sweeps.adjoint(block, back, states, controls, 0.1 * jac, g)
         for a, b in zip(found, sweeps.adjoint(one, back, states, controls, 0.1 * jac, g)):
             assert_close(a, b, TOLERANCE[dtype])
@@ -74,7 +74,7 @@ def test_worlds_do_not_touch():
     for system in SYSTEMS:
         p, _ = two_forms(system, torch.float32)
         x0, controls, g = numbers(system, 5, torch.float32)
-        back = Backward("M" * HORIZON, "", 1.0, LossWeights(1.0, 0.0, 0.0))
+        back = Spec(0, "M" * HORIZON, "", 1.0, 1.0, 0.0, 0.0)
         clean = sweeps.simulate(p, x0, controls)
         clean_back = sweeps.adjoint(p, back, clean, controls, None, g)
         x0[2] = torch.nan

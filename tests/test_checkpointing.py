@@ -22,7 +22,7 @@ from cases import (
 )
 from warp_sims.bridge import fused, fused_backward, operators, segments, sweeps
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
 from warp_sims.bridge.team import Program
 from warp_sims.kernels.layout import layout
 
@@ -295,27 +295,27 @@ def test_the_road_of_gpus(system, every, monkeypatch):
     network = ws.policies.fused_network(policy).description
     weights = LossWeights(0.3, 0.6, 0.4)
     p = prepare(system.number, torch.float64, torch.device("cpu"))
-    args = (system.number, network, list(ensemble.parameters()), x0, HORIZON, *weights)
-    states, controls, loss, hidden, packed = operators.fused_rollout(*args)
+    spec = Spec(system.number, "M" * HORIZON, "R" * HORIZON, 0.9, *weights)
+    args = (network, list(ensemble.parameters()), x0)
+    states, controls, loss, hidden, packed = operators.fused_rollout(spec.text(), *args)
     with monkeypatch.context() as patch:
         patch.setattr(fused, "_cut", lambda p, t, k: (segments.pieces(t, k)[::-1], k))
-        again = operators.fused_rollout(*args, every)
+        again = operators.fused_rollout(spec._replace(segment=every).text(), *args)
     for one, other in zip(again[:3], (states, controls, loss)):
         assert torch.equal(one, other)
     assert again[3].shape == (2, 0, hidden.shape[-1])
 
-    back = Backward("M" * HORIZON, "R" * HORIZON, 0.9, weights)
     draw = torch.Generator().manual_seed(0)
     g = Cotangents(*(torch.randn(y.shape, generator=draw, dtype=y.dtype) for y in (loss, states, controls)))
-    common = (p, back, network, packed)
-    expected = fused_backward.backward(*common, hidden, states, controls, g)
-    found = fused_backward.wide_backward(*common, again[3], states, controls, g, every)
+    expected = fused_backward.backward(p, spec, network, packed, hidden, states, controls, g)
+    common = (network, packed, again[3], states, controls, g)
+    found = fused_backward.wide_backward(p, spec._replace(segment=every), *common)
     for one, other in zip(found, expected):
         assert_close(one, other, TOLERANCE[torch.float64])
     # kept activations, products in pieces that are bounded
     with monkeypatch.context() as patch:
         patch.setitem(segments.SEGMENT_BYTES, "cuda", 1)
-        found = fused_backward.wide_backward(*common, hidden, states, controls, g, 0)
+        found = fused_backward.wide_backward(p, spec, network, packed, hidden, states, controls, g)
     for one, other in zip(found, expected):
         assert_close(one, other, TOLERANCE[torch.float64])
 

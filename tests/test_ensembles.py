@@ -11,7 +11,8 @@ from ensemble_cases import CART, CASES, HORIZON, TOLERANCE, assert_same_bits, ba
 from warp_sims.bridge import fused_backward, operators, wide
 from warp_sims.bridge.launches import Pool
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights, adjoint
+from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.sweeps import adjoint
 from warp_sims.kernels.layout import layout
 
 import warp_sims as ws
@@ -173,11 +174,9 @@ def test_the_road_of_gpus(case, flow, dtype):
     stacked = list(ws.Ensemble(nets).parameters())
     weights = LossWeights(0.3, 0.0 if flow == "S" else 0.6, 0.4)
     p = prepare(system.number, dtype, torch.device("cpu"))
-    states, controls, loss, hidden, packed = operators.fused_rollout(
-        system.number, network, stacked, x0, HORIZON, *weights
-    )
     base, check = ("M", "R") if flow == "C" else (flow, "")
-    back = Backward(base * HORIZON, check * HORIZON, 0.9, weights)
+    back = Spec(system.number, base * HORIZON, check * HORIZON, 0.9, *weights)
+    states, controls, loss, hidden, packed = operators.fused_rollout(back.text(), network, stacked, x0)
     draw = torch.Generator().manual_seed(0)
     g = Cotangents(*(torch.randn(y.shape, generator=draw, dtype=dtype) for y in (loss, states, controls)))
     expected = fused_backward.backward(p, back, network, packed, hidden, states, controls, g)

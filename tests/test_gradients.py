@@ -23,7 +23,7 @@ from cases import (
 )
 from own_systems import Pendulum, Unicycle
 from reference import rollout as oracle
-from warp_sims.bridge import evaluated
+from warp_sims.bridge import torch_path
 
 import warp_sims as ws
 
@@ -244,7 +244,7 @@ def test_jacobians_in_blocks_of_worlds(system, loss, block, flow, monkeypatch):
     options = {"loss": loss, "control_cost": 0.5, "cotangents": make_cotangents(system, HORIZON, 17)}
     expected = gradients(system, policy, x0, HORIZON, flow, **options)
     elements = HORIZON * system.state_size * system.control_size
-    monkeypatch.setattr(evaluated, "JACOBIAN_ELEMENTS", block * elements)
+    monkeypatch.setattr(torch_path, "JACOBIAN_ELEMENTS", block * elements)
     assert_close(gradients(system, policy, x0, HORIZON, flow, **options), expected, TOLERANCE[x0.dtype])
 
 

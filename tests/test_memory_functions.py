@@ -22,7 +22,7 @@ from test_golden import test_rollout_and_gradients as check_golden_rollout
 from test_golden import test_step_and_its_vjp as check_golden_step
 from warp_sims.bridge import registry, sweeps
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
 from warp_sims.kernels.fused_rollout import make_fused_rollout
 from warp_sims.kernels.streamed import make_streamed_kernels
 
@@ -77,7 +77,7 @@ def test_as_the_block_form(points, dtype):
     g = Cotangents(c.loss, c.states, c.controls)
     for base in "RMNS":
         for check in ("", *"RMNS"):
-            back = Backward(base * HORIZON, check * HORIZON, 0.9, weights)
+            back = Spec(0, base * HORIZON, check * HORIZON, 0.9, *weights)
             found, expected = (sweeps.adjoint(p, back, states, controls, jac, g) for p in (memory, block))
             for a, b in zip(found, expected, strict=True):
                 assert_close(a, b, TOLERANCE[dtype])
@@ -138,7 +138,7 @@ def test_without_a_loss_in_memory():
     found, expected = (
         (sweeps.loss(q, states, controls, weights), *sweeps.adjoint(q, back, states, controls, None, g))
         for q in (other, memory)
-        for back in [Backward("M" * HORIZON, "", 1.0, weights)]
+        for back in [Spec(0, "M" * HORIZON, "", 1.0, *weights)]
     )
     for a, b in zip(found, expected, strict=True):
         assert b.any()

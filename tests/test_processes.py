@@ -3,6 +3,11 @@
 import os
 import subprocess
 import sys
+import warnings
+
+import pytest
+import torch
+from warp_sims.bridge import threads
 
 PROLOGUE = """
 import copy, os, threading, warnings
@@ -71,14 +76,97 @@ for dtype in (torch.float32, torch.float64):
 
 
 def test_a_forked_process():
-    """The engine's threads do not survive a fork. Torch's may hang, so it evaluates nothing here."""
+    """Threads do not survive a fork, neither the engine's nor torch's, which are busy here on both sides."""
     run("""
-expected = gradient(net, x0)
+import signal
+
+large = make_states(cart, 9000, torch.float32)  # from 32768 numbers on torch uses its threads
+wide = make_net(cart, (100, 100), torch.float32)
+expected = [gradient(p, large) for p in (wide, Evaluated(wide))]
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(gradient(net, x0), expected) else 1)
+    signal.alarm(60)
+    found = [gradient(p, large) for p in (wide, Evaluated(wide))]
+    right = torch.get_num_threads() == 1 and all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(found, expected)
+    )
+    os._exit(0 if right else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.get_num_threads() == 2
 """)
+
+
+def test_a_spawned_process():
+    run("""
+import multiprocessing
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(torch.get_num_threads)
+    assert torch.equal(gradient(net, x0), gradient(net, x0))
+""")
+
+
+@pytest.mark.parametrize(("order", "policy"), [("warp_sims, torch", "PASSIVE"), ("torch, warp_sims", None)])
+def test_threads_that_wait_step_aside(order, policy):
+    """As far as it can be chosen: the runtime reads it once, when torch is loaded."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = f"import {order}, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(policy)
+
+
+def test_busy_cores_are_named_once(monkeypatch):
+    watch = threads._Watch()
+    watch.warned = False
+    monkeypatch.setattr(threads, "_watch", watch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        threads.settle()
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0, 0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3 * threads._ASKED_EVERY):
+            threads.settle()
+    assert ["OMP_WAIT_POLICY=PASSIVE" in str(w.message) for w in caught] == [True]
+
+
+@pytest.mark.parametrize("damage", ["object", "metadata", "folder"])
+def test_a_damaged_kernel_cache(tmp_path, damage):
+    """What cannot be read or written is named, with what to do."""
+    code = """
+import sys, torch, warp as wp
+import warp_sims as ws
+cart = ws.CartPole(poles=1)
+print(ws.step(cart, torch.zeros(1, 4), torch.zeros(1, 1)))
+"""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "WARP_CACHE_PATH": str(tmp_path / "cache"),
+    }
+
+    def start():
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    if damage == "folder":
+        (tmp_path / "cache").write_text("")
+    else:
+        assert start().returncode == 0
+        for path in (tmp_path / "cache").rglob({"object": "*.o", "metadata": "*.meta"}[damage]):
+            path.write_text("")
+    last = start().stderr.splitlines()[-1]
+    assert (
+        last.startswith("RuntimeError: the cache of compiled kernels in")
+        and "remove the cache folder" in last
+    )
 
 
 def test_a_default_device():
@@ -118,3 +206,20 @@ for call, right in (
         continue
     assert torch.allclose(getattr(found, "a", found), right, rtol=1e-4)
 """)
+
+
+def test_what_an_import_takes_along():
+    """Torch and Warp, and nothing that is needed later or elsewhere: an import takes little more than theirs."""
+    code = (
+        "import sys, warp_sims; print(*(name for name in sys.modules if '.' not in name or 'dynamo' in name))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    unwanted = {"torch._dynamo", "matplotlib", "rich", "jax", "tensorboard", "sympy", "PIL", "mujoco"}
+    assert not unwanted & set(found.stdout.split())
+    assert found.stderr == ""

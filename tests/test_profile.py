@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from warp_sims.bridge import fused, wide
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import LossWeights
+from warp_sims.bridge.spec import LossWeights
 from warp_sims.bridge.tracing import Event, trace
 from warp_sims.kernels.layout import layout
 

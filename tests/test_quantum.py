@@ -29,7 +29,8 @@ from reference import quantum
 from reference import rollout as oracle
 from warp_sims.bridge import fused_backward, operators, wide
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights, adjoint
+from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.sweeps import adjoint
 from warp_sims.kernels.layout import layout
 
 import warp_sims as ws
@@ -263,10 +264,8 @@ def two_roads(system, net, nworld, flows, dtype):
     p = prepare(system.number, dtype, torch.device("cpu"))
     x0, c = make_states(system, nworld, dtype), make_cotangents(system, horizon, nworld, dtype)
     weights = LossWeights(0.0, 0.0, 0.4)
-    states, controls, _, hidden, packed = operators.fused_rollout(
-        system.number, description, parameters, x0, horizon, *weights
-    )
-    back = Backward(base, check, 1.0, weights)
+    back = Spec(system.number, base, check, 1.0, *weights)
+    states, controls, _, hidden, packed = operators.fused_rollout(back.text(), description, parameters, x0)
     g = Cotangents(c.loss, c.states, c.controls)
     kernels = fused_backward.backward(p, back, description, packed, hidden, states, controls, g)
 

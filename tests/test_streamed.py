@@ -8,6 +8,7 @@ from cases import assert_close, make_cotangents, make_states
 from warp_sims.bridge import sweeps
 from warp_sims.bridge.arrays import WARP_DTYPE
 from warp_sims.bridge.registry import prepare
+from warp_sims.bridge.spec import Cotangents, Spec
 from warp_sims.kernels.elements import is_large
 from warp_sims.kernels.streamed import make_streamed_kernels
 
@@ -43,10 +44,8 @@ def test_streamed_adjoint_is_the_adjoint(name, dtype, check, outside):
     jac = torch.randn(*controls.shape, system.state_size, generator=draw, dtype=dtype)
     states = sweeps.simulate(p, make_states(system, nworld, dtype), controls)
     cotangents = make_cotangents(system, horizon, nworld, dtype)
-    g = sweeps.Cotangents(
-        cotangents.loss, *((cotangents.states, cotangents.controls) if outside else (None, None))
-    )
-    back = sweeps.Backward("RMNSRMNSM", check, 0.9, sweeps.LossWeights(0.7, 0.3, 0.2))
+    g = Cotangents(cotangents.loss, *((cotangents.states, cotangents.controls) if outside else (None, None)))
+    back = Spec(0, "RMNSRMNSM", check, 0.9, 0.7, 0.3, 0.2)
     expected = sweeps.adjoint(p, back, states, controls, jac, g)
     actual = sweeps.adjoint(q, back, states, controls, jac, g)
     for a, b in zip(actual, expected):
@@ -62,8 +61,8 @@ def test_a_closed_gate_selects(flow):
     jac = torch.full((3, 2, 1, system.state_size), torch.inf, dtype=torch.float64)
     adj_states = torch.zeros_like(states)
     adj_states[2] = 1.0 if flow == "M" else torch.inf
-    back = sweeps.Backward("SS" + flow if flow == "N" else "MMM", "", 1.0, sweeps.LossWeights(0.0, 0.0, 0.0))
-    mu, adj_x0 = sweeps.adjoint(q, back, states, controls, jac, sweeps.Cotangents(None, adj_states, None))
+    back = Spec(0, "SS" + flow if flow == "N" else "MMM", "", 1.0, 0.0, 0.0, 0.0)
+    mu, adj_x0 = sweeps.adjoint(q, back, states, controls, jac, Cotangents(None, adj_states, None))
     if flow == "M":
         assert torch.isfinite(adj_x0).all() and torch.isfinite(mu).all(), "the network edge is closed"
     else:

@@ -12,7 +12,14 @@ See `rollout` for training through a simulator, `gradient_pair` for micro-batche
 `System` for systems of your own, `train` for the whole loop, and the command `warp-sims`.
 """
 
+import os as _os
+import sys as _sys
 from pathlib import Path as _Path
+
+# Threads of OpenMP that spin while they wait keep a busy core from the thread they wait for: 60 times slower
+# there, no quicker elsewhere. Read once, when torch is loaded; bridge/threads.py warns where it came first.
+if "torch" not in _sys.modules and "GOMP_SPINCOUNT" not in _os.environ:
+    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In a checkout the folders kernels/ and bridge/ stand beside this package; installed, they lie inside it.
 if not (_Path(__file__).parent / "kernels").is_dir():

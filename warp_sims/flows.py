@@ -1,6 +1,7 @@
 """Flows as users give them, turned into one letter a step."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 from .kernels.flow import Flow
@@ -45,21 +46,32 @@ def schedule(
             f"list of these"
         )
     if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int):
+        every = as_int(window)
+        if every is None:
             raise TypeError(
                 f"{call}: window is {window!r} of type {type(window).__name__}, expected an int of at least "
                 f"1 or None"
             )
-        if window < 1:
+        if every < 1:
             raise ValueError(
                 f"{call}: window is {window}, expected at least 1 step (both edges close at t = window, 2 "
                 f"window, ...), or None"
             )
-        for t in range(window, horizon, window):
+        for t in range(every, horizon, every):
             base[t] = Flow.STOPPED.value
             if check:
                 check[t] = Flow.STOPPED.value
     return "".join(base), "".join(check)
+
+
+def as_int(value: object) -> int | None:
+    """A whole number of any library as an int, None for everything else, True and False included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 def check_decay(decay: float, call: str = "rollout") -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge import operators
-from .bridge.evaluated import torch_backward, torch_forward
+from .bridge.spec import Cotangents
 from .flows import Flow, schedule
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
 from .processes import agreed_worlds, reduced_mean
@@ -207,6 +207,7 @@ def gradient_pair(
         TypeError, ValueError: an argument does not fit; the message says what was expected.
     """
     call = "gradient_pair"
+    horizon = check_horizon(horizon, call, system, x0)
     base_letters = _one_field(call, "base", base, horizon, window)
     check_letters = _one_field(call, "check", check, horizon, window)
     if loss is None:
@@ -227,7 +228,7 @@ def gradient_pair(
         checkpoint_every,
     )
     named = dict(policy.named_parameters())
-    trainable = [named[name].requires_grad for name in plan.policy.names]
+    trainable = [named[name].requires_grad for name in plan.names]
     # inference mode would keep a callable loss from being differentiated: its gradients would come out zero
     with torch.inference_mode(False), torch.no_grad():
         value, grads = _pair(plan, call)
@@ -236,7 +237,7 @@ def gradient_pair(
             parts = grads.split([q.numel() // members for q in plan.parameters], dim=-1)
             kept = [part for part, wanted in zip(parts, trainable) if wanted]
             grads = torch.cat(kept, dim=-1) if kept else grads[..., :0]
-    names = tuple(n for n, wanted in zip(plan.policy.names, trainable) if wanted)
+    names = tuple(n for n, wanted in zip(plan.names, trainable) if wanted)
     shapes = tuple(q.shape for q, wanted in zip(plan.parameters, trainable) if wanted)
     return GradientPair(value, plan.x0.shape[-2], names, shapes, grads)
 
@@ -244,7 +245,7 @@ def gradient_pair(
 def _one_field(
     call: str, name: str, flow: str | Flow | Sequence[str | Flow], horizon: int, window: int | None
 ) -> str:
-    one, second = schedule(flow, check_horizon(horizon, call), window, call)
+    one, second = schedule(flow, horizon, window, call)
     if second:
         raise ValueError(
             f"{call}: {name} is 'combined', expected 'regular', 'modified', 'network' or 'stopped': "
@@ -255,22 +256,9 @@ def _one_field(
 
 def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
     """Loss and the two flat gradients (2, components) over all parameters."""
-    spec, parameters = plan.spec, [q.detach() for q in plan.parameters]
-    hidden = packed = None
-    if plan.network is not None:
-        states, controls, value, hidden, packed = operators.fused_rollout(
-            spec.system,
-            plan.network,
-            parameters,
-            plan.x0,
-            spec.horizon,
-            spec.final,
-            spec.running,
-            spec.control,
-            spec.segment,
-        )
-    else:
-        states, controls, value = torch_forward(plan.policy, spec, plan.x0, parameters)
+    parameters = [q.detach() for q in plan.parameters]
+    saved, value = plan.path.forward(plan.spec, plan.x0, parameters)
+    states, controls = saved.states, saved.controls
     adj_states = adj_controls = None
     if plan.custom_loss is not None:
         with torch.enable_grad():
@@ -283,27 +271,6 @@ def _pair(plan: Plan, call: str) -> tuple[Tensor, Tensor]:
         value = value + own.detach()
     # one for each member of an ensemble
     adj_loss = torch.ones(states.shape[1:-2], dtype=states.dtype, device=states.device)
-    if hidden is not None and packed is not None and plan.network is not None:
-        grads, _ = operators.fused_backward(
-            spec.system,
-            plan.network,
-            spec.base,
-            spec.check,
-            spec.decay,
-            spec.final,
-            spec.running,
-            spec.control,
-            packed,
-            hidden,
-            states,
-            controls,
-            adj_loss,
-            adj_states,
-            adj_controls,
-            spec.segment,
-        )
-    else:
-        grads, _ = torch_backward(
-            plan.policy, spec, states, controls, parameters, adj_loss, adj_states, adj_controls
-        )
+    g = Cotangents(adj_loss, adj_states, adj_controls)
+    grads, _ = plan.path.backward(plan.spec, saved, parameters, g)
     return value, grads

@@ -3,20 +3,23 @@ kernel runs, and what the bridge is handed.
 """
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .bridge import operators
 from .bridge.arrays import capturing
-from .bridge.autograd import Spec
-from .bridge.evaluated import Policy
-from .bridge.segments import fused_segment, torch_segment
+from .bridge.fused_path import FusedPath
+from .bridge.segments import torch_segment
+from .bridge.spec import BY_SIZE, NONE_KEPT, Spec
+from .bridge.threads import settle
+from .bridge.torch_path import TorchPath, call_with, places
 from .ensembles import Ensemble, fused_ensemble
-from .flows import check_decay
+from .flows import as_int, check_decay
 from .policies import fused_network
 from .systems import System
 
@@ -42,15 +45,21 @@ class Plan:
     """A validated call: what `rollout`, `gradient_pair` and `record_rollout` share."""
 
     spec: Spec
-    network: str | None
-    """Description of a fused policy (see kernels/dense.py), None for one that torch evaluates."""
-    policy: Policy
+    path: FusedPath | TorchPath
+    """How its passes are computed, chosen once."""
+    names: tuple[str, ...]
+    """Of the parameters."""
     parameters: tuple[Tensor, ...]
     """Stacked for an ensemble."""
     x0: Tensor
     """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None
     has_loss: bool
+
+    @property
+    def fused(self) -> bool:
+        """Whether the policy runs inside the sweeps."""
+        return isinstance(self.path, FusedPath)
 
 
 def make_plan(
@@ -83,7 +92,7 @@ def make_plan(
     decay = check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(system.number, horizon, base, check, decay, *weights)
+    spec = Spec(system.number, base, check, decay, *weights)
     fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
@@ -118,21 +127,24 @@ def make_plan(
                 )
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
-    evaluated = Policy(policy, tuple(names), torch.get_autocast_dtype(x0.device.type) if autocast else None)
-    if network is None:
-        _probe(call, system, evaluated, parameters, x0)
+    if network is not None:
+        path: FusedPath | TorchPath = FusedPath(network)
+    else:
+        where = places(policy)
+        half = torch.get_autocast_dtype(x0.device.type) if autocast else None
+        path = TorchPath(policy, tuple(where[name] for name in names), half)
+        _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
         segment = min(segment, horizon)
     elif network is not None:
-        segment = fused_segment(network, x0, horizon, keep)
+        segment = BY_SIZE if keep else NONE_KEPT
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
     spec = spec._replace(segment=segment)
-    return Plan(
-        spec, network, evaluated, tuple(parameters), x0, loss if callable(loss) else None, loss is not None
-    )
+    own_loss = loss if callable(loss) else None
+    return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
 
 
 def _differentiable(parameter: Tensor) -> bool:
@@ -166,35 +178,77 @@ def _checked_loss(
 
 
 def check_system(system: Any, call: str) -> None:
-    """Raises TypeError unless `system` is one, and not its class."""
+    """Raises TypeError unless `system` is one, and not its class; the first check of every call."""
     if not isinstance(system, System):
         hint = "; make an instance of it" if isinstance(system, type) else ""
         raise TypeError(
             f"{call}: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}"
         )
+    settle()
 
 
-def check_horizon(horizon: Any, call: str) -> int:
-    """Returns the number of steps; raises TypeError or ValueError unless it is an int of at least 1."""
-    if isinstance(horizon, bool) or not isinstance(horizon, int):
+def check_horizon(horizon: Any, call: str, system: Any = None, x0: Any = None) -> int:
+    """Returns the number of steps as an int.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: below 1, or trajectories from `x0` would not fit into memory or the indices of a kernel.
+    """
+    steps = as_int(horizon)
+    if steps is None:
         raise TypeError(
             f"{call}: horizon is {horizon!r} of type {type(horizon).__name__}, expected an int of at least 1"
         )
-    if horizon < 1:
-        raise ValueError(f"{call}: horizon is {horizon}, expected at least 1 step")
-    return horizon
+    if steps < 1:
+        raise ValueError(f"{call}: horizon is {steps}, expected at least 1 step")
+    if isinstance(x0, Tensor) and isinstance(system, System):
+        _check_size(call, system, x0, steps)
+    return steps
+
+
+def _check_size(call: str, system: System, x0: Tensor, horizon: int) -> None:
+    worlds = x0.shape[:-1].numel()
+    most = 2**31 - 1
+    if horizon * max(worlds * system.control_size, 1) > most:
+        raise ValueError(
+            f"{call}: horizon is {horizon} with {worlds} worlds of {system.control_size} controls, expected "
+            f"at most {most} controls in one rollout, the range of a kernel's indices; shorten it or split "
+            "the worlds"
+        )
+    numbers = (horizon + 1) * worlds * (system.state_size + system.control_size)
+    # tracing a compiled graph, the machine cannot be asked
+    if torch.compiler.is_compiling():
+        return
+    size, memory = numbers * x0.element_size(), _memory(x0.device)
+    if size > memory:
+        raise ValueError(
+            f"{call}: horizon is {horizon} with {worlds} worlds: states and controls take {size / 2**30:.3g} "
+            f"GiB, expected at most the {memory / 2**30:.3g} GiB that {x0.device} has; shorten it or split "
+            "the worlds"
+        )
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, taken or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**47  # what an address can reach
 
 
 def _check_checkpoint(every: Any, call: str) -> int | None:
     remedy = "leave it out, and the rollout's size decides"
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+    steps = None if every is None else as_int(every)
+    if every is not None and steps is None:
         raise TypeError(
             f"{call}: checkpoint_every is {every!r} of type {type(every).__name__}, expected a number of "
             f"steps, an int of at least 1, or None; {remedy}"
         )
-    if every is not None and every < 1:
-        raise ValueError(f"{call}: checkpoint_every is {every}, expected at least 1 step; {remedy}")
-    return every
+    if steps is not None and steps < 1:
+        raise ValueError(f"{call}: checkpoint_every is {steps}, expected at least 1 step; {remedy}")
+    return steps
 
 
 def check_states(system: System, x: Any, call: str, name: str, members: int | None = None) -> Tensor:
@@ -291,7 +345,7 @@ def _loss_weights(
 _PROBE_ROWS = 4
 
 
-def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tensor], x0: Tensor) -> None:
+def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Tensor], x0: Tensor) -> None:
     """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
     randomness.
 
@@ -304,7 +358,8 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
     if capturing(x0.device):
         return
     rows = x0[:_PROBE_ROWS].detach()
-    fixed = {name: parameter.detach() for name, parameter in zip(policy.names, parameters)}
+    fixed = policy.substitutes([parameter.detach() for parameter in parameters])
+    held = places(policy.module, buffers=True)
     written: list[str] = []
     with (
         torch.no_grad(),
@@ -316,13 +371,20 @@ def _probe(call: str, system: System, policy: Policy, parameters: Sequence[Tenso
 
         def evaluate(x: Tensor) -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
+            given = x.clone()
+            substitutes = fixed | {place: buffers[name] for name in held for place in held[name]}
             try:
-                u = functional_call(policy.module, fixed | buffers, (x,))
+                u = call_with(policy.module, substitutes, given)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(
                     f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
                     f"(n, {system.control_size}): {error}"
                 ) from error
+            if not bool(((given == x) | (x != x)).all()):
+                raise ValueError(
+                    f"{call}: policy changes its input in place, expected the states as they are: they are "
+                    "simulated from and read again in the backward pass; work on x.clone()"
+                )
             for name, before in policy.module.named_buffers():
                 if buffers[name].shape != before.shape or not bool(
                     ((buffers[name] == before) | (buffers[name] != buffers[name])).all()

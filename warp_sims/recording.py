@@ -58,7 +58,8 @@ def record_rollout(
             f"{call}: policy is an Ensemble, expected a single policy: Warp arrays here have one axis of "
             f"worlds; record its members() one by one"
         )
-    base, check = schedule(flow, check_horizon(horizon, call), window, call)
+    horizon = check_horizon(horizon, call, system, x0 if isinstance(x0, Tensor) else None)
+    base, check = schedule(flow, horizon, window, call)
     if check:
         raise ValueError(
             f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape "
@@ -76,4 +77,4 @@ def record_rollout(
         x0 = tensor_of(x0)
     with torch.no_grad():
         plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0, checkpoint_every)
-    return record(tape, plan.spec, plan.network, plan.policy, plan.parameters, plan.x0.detach(), array)
+    return record(tape, plan.spec, plan.path, plan.parameters, plan.x0.detach(), array)

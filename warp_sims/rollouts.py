@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .bridge import arrays
 from .bridge import rollout as _bridge
-from .bridge.evaluated import torch_rollout
 from .divergence import check_rollout
 from .flows import Flow, schedule
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
@@ -96,7 +95,8 @@ def rollout(
             expected.
         FloatingPointError: with `locate_divergence`, a state, a control or the loss is NaN or infinite.
     """
-    base, check = schedule(flow, check_horizon(horizon, "rollout"), window)
+    horizon = check_horizon(horizon, "rollout", system, x0)
+    base, check = schedule(flow, horizon, window)
     plan = make_plan(
         "rollout",
         system,
@@ -111,17 +111,12 @@ def rollout(
         checkpoint_every,
         keep=_differentiated(),
     )
-    if plan.network is not None:
-        states, controls, value, _, _ = _bridge.fused_rollout(
-            plan.x0, plan.spec, plan.network, *plan.parameters
-        )
-    else:
-        states, controls, value = torch_rollout(plan.x0, plan.spec, plan.policy, *plan.parameters)
+    states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:
         value = custom_loss_value("rollout", plan, states, controls) + value
     if locate_divergence:
         check_rollout(system, states, controls, value if plan.has_loss else None)
-    return Rollout(states, controls, value if plan.has_loss else None, plan.network is not None)
+    return Rollout(states, controls, value if plan.has_loss else None, plan.fused)
 
 
 def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .bridge import registry as _numbers
+from .bridge.contract import functions_of
 from .kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions
 
 __all__ = ["BlockFunctions", "DeviceFunctions", "MemoryFunctions", "System"]
@@ -44,6 +45,11 @@ class System(abc.ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise TypeError(
+                    f"{type(self).__name__}: {field.name} is a tensor that requires a gradient, expected a "
+                    "number: a system is fixed, the gradient would be dropped; pass float(value)"
+                )
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(
                     f"{type(self).__name__}: {field.name} is {value!r}, expected a finite number"
@@ -67,7 +73,7 @@ class System(abc.ABC):
 
     def parameters(self, dtype: Any) -> Any:
         """The parameter struct, filled from the fields of the same names."""
-        params = self.device_functions(dtype).Params()
+        params = functions_of(self, dtype).Params()
         names = {field.name for field in dataclasses.fields(self)}
         for name in params._cls.vars:
             if name not in names:
@@ -98,7 +104,7 @@ class System(abc.ABC):
         """Whether the system has a loss of its own, so that loss='final' and loss='running' exist."""
         import warp as wp
 
-        return self.device_functions(wp.float32).loss is not None
+        return functions_of(self, wp.float32).loss is not None
 
     @property
     def number(self) -> int:

@@ -1,26 +1,28 @@
-"""Native text of the dense layers: what the device functions of dense.py do.
+// Native text of the dense layers: what the device functions of dense.py do.
+//
+// On a CPU every layer runs through register tiles: BLOCK rows times up to four vectors of units, or with
+// AVX-512 twice as many rows times up to three, one fused multiply-add per vector and k. That is 24 accumulators
+// for 11 loads, so that the multiply-add units, not the loads, are the bound: of what these can do on one core
+// the forward sweep reaches five sixths with 256 units a layer, and half with 100, whose padding, tanh and
+// physics weigh more. What the next step needs from memory is asked for behind every tile, a little at a time:
+// all at once it would hold up what follows. On a GPU the threads of a block share the units of a layer, and the
+// rows of the block stay in registers.
+//
+// unit_seed: Cotangent of a_L in row r: for a unit cotangent of one control, or for those that the sweep has
+// found.
+// weight_grad: Rows of one chunk stay in the nearest cache for all products of the chunk. The order of the
+// sums depends on the chunk alone, never on threads.
 
-On a CPU every layer runs through register tiles: BLOCK rows times up to four vectors of units, or with
-AVX-512 twice as many rows times up to three, one fused multiply-add per vector and k. That is 24 accumulators
-for 11 loads, so that the multiply-add units, not the loads, are the bound: of what these can do on one core
-the forward sweep reaches five sixths with 256 units a layer, and half with 100, whose padding, tanh and
-physics weigh more. What the next step needs from memory is asked for behind every tile, a little at a time:
-all at once it would hold up what follows. On a GPU the threads of a block share the units of a layer, and the
-rows of the block stay in registers.
-"""
-
-LAYER = """
+//: layer
   enum { WINDOW, UNITS, PITCH_WINDOW, PITCH_UNITS, FORWARD, BIAS, BACKWARD,
          INPUT, POSITIONS, HOP, SECTION, TABLE = 12 };
-"""
-
-FORWARD = """
+//: forward
   const real* P = params.data;
-  #define WS_LAYER_OF(l) \\
-    const int* T = table.data + (l) * TABLE; \\
-    const int units = T[UNITS], window = T[WINDOW]; \\
-    const int pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS]; \\
-    const real* b = P + T[BIAS]; \\
+  #define WS_LAYER_OF(l) \
+    const int* T = table.data + (l) * TABLE; \
+    const int units = T[UNITS], window = T[WINDOW]; \
+    const int pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS]; \
+    const real* b = P + T[BIAS]; \
     const real* x = rows + T[INPUT];
 #if defined(__CUDA_ARCH__)
   real* rows = hidden.data + row0;
@@ -93,12 +95,12 @@ FORWARD = """
         for (int i = 0; i < T[POSITIONS]; ++i) {
           const real* xb = x + i * T[HOP];
           real* yb = y + i * pitch_units;
-          #define WS_LAYER(V) { \\
-              fetch(); \\
-              WS_ZERO(ROWS, V) \\
-              if (V == 1) WS_NARROW_TILE(ROWS, xb, at_row, wt + j, pitch_units, window) \\
-              else WS_TILE(ROWS, V, xb, at_row, 1, wt + j, pitch_units, window) \\
-              WS_EACH(ROWS, V, const int at = j + v * VL; \\
+          #define WS_LAYER(V) { \
+              fetch(); \
+              WS_ZERO(ROWS, V) \
+              if (V == 1) WS_NARROW_TILE(ROWS, xb, at_row, wt + j, pitch_units, window) \
+              else WS_TILE(ROWS, V, xb, at_row, 1, wt + j, pitch_units, window) \
+              WS_EACH(ROWS, V, const int at = j + v * VL; \
                                WS_STORE(yb + at_row(r) + at, vtanh(acc[r][v] + WS_LOAD(b + at)));) }
           WS_COLUMNS(ROWS, pitch_units, WS_LAYER)
           #undef WS_LAYER
@@ -114,10 +116,7 @@ FORWARD = """
   else for (int world = 0; world < worlds; world += BLOCK) pass(One(), world);
 #endif
   #undef WS_LAYER_OF
-"""
-
-# Cotangent of a_L in row r: for a unit cotangent of one control, or for those that the sweep has found.
-UNIT_SEED = """
+//: unit_seed
 #if !defined(__CUDA_ARCH__)
   const int ahead = 1;
   typedef Two Tall;
@@ -125,8 +124,7 @@ UNIT_SEED = """
     + component * table.data[(layers - 1) * TABLE + PITCH_WINDOW];
   const auto seed = [&](int r, int j) -> vec { return WS_LOAD(wo + j); };
 #endif
-"""
-PULL_SEED = """
+//: pull_seed
 #if !defined(__CUDA_ARCH__)
   const int ahead = -1;
   typedef One Tall;  // one point at a time: no code for two
@@ -143,9 +141,7 @@ PULL_SEED = """
     return s;
   };
 #endif
-"""
-
-LINEARIZE = """
+//: linearize
 #if !defined(__CUDA_ARCH__)
   const real* P = params.data;
   const int* O = table.data + (layers - 1) * TABLE;
@@ -203,20 +199,20 @@ LINEARIZE = """
         const real* x = ds + (T[INPUT] + T[SECTION] - x_section) + at * T[PITCH_UNITS];
         const real* a = rows + T[INPUT];
         real* y = ds + T[INPUT] - x_section + at * T[HOP];
-        #define WS_LAYER(V) { \\
-            fetch(); \\
-            WS_ZERO(ROWS, V) \\
-            if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, w + j, pitch_window, units) \\
-            else WS_TILE(ROWS, V, x, at_row, 1, w + j, pitch_window, units) \\
-            if (l == 0) { \\
-              WS_EACH(ROWS, V, WS_STORE(found + (r * V + v) * VL, acc[r][v]);) \\
-              add_jac(at * T[HOP] + j, T[WINDOW] - j, V * VL, many); \\
-            } else if (many) { \\
-              WS_EACH(ROWS, V, real* p = y + r * row_adj + j + v * VL; \\
-                               WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \\
-            } else { \\
-              WS_EACH(ROWS, V, vec av = WS_LOAD(a + r * row + j + v * VL); \\
-                         WS_STORE(y + r * row_adj + j + v * VL, acc[r][v] * (real(1) - av * av));) \\
+        #define WS_LAYER(V) { \
+            fetch(); \
+            WS_ZERO(ROWS, V) \
+            if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, w + j, pitch_window, units) \
+            else WS_TILE(ROWS, V, x, at_row, 1, w + j, pitch_window, units) \
+            if (l == 0) { \
+              WS_EACH(ROWS, V, WS_STORE(found + (r * V + v) * VL, acc[r][v]);) \
+              add_jac(at * T[HOP] + j, T[WINDOW] - j, V * VL, many); \
+            } else if (many) { \
+              WS_EACH(ROWS, V, real* p = y + r * row_adj + j + v * VL; \
+                               WS_STORE(p, WS_LOAD(p) + acc[r][v]);) \
+            } else { \
+              WS_EACH(ROWS, V, vec av = WS_LOAD(a + r * row + j + v * VL); \
+                         WS_STORE(y + r * row_adj + j + v * VL, acc[r][v] * (real(1) - av * av));) \
             } }
         WS_COLUMNS(ROWS, pitch_window, WS_LAYER)
         #undef WS_LAYER
@@ -234,11 +230,7 @@ LINEARIZE = """
   if ((int)Tall::ROWS > BLOCK) for (; point + 2 <= points; point += 2) pass(Tall(), point);
   for (; point < points; ++point) pass(One(), point);
 #endif
-"""
-
-# Rows of one chunk stay in the nearest cache for all products of the chunk. The order of the sums depends on
-# the chunk alone, never on threads.
-WEIGHT_GRAD = """
+//: weight_grad
 #if !defined(__CUDA_ARCH__)
   const real* rows = hidden.data + row0;
   const real* ds = d.data + d0;
@@ -322,15 +314,15 @@ WEIGHT_GRAD = """
       const real* a = rows + T[INPUT];
       // the columns of a tile, of all rows, stay in the nearest cache for all units
       int j = 0;
-      #define WS_LAYER(V) \\
-        for (; j + V * VL <= pitch_window; j += V * VL) \\
-          for (int o = 0; o < units; o += WS_RO) { \\
-            fetch(); \\
-            WS_ZERO(WS_RO, V) \\
-            for (int at = 0; at < T[POSITIONS]; ++at) \\
-              WS_TILE(WS_RO, V, sc + (at * pitch_units + o - o % VL) * nrows + o % VL, at_row, VL, \\
-                      a + at * T[HOP] + j, row, nrows) \\
-            WS_EACH(WS_RO, V, real* p = g + T[BACKWARD] + (o + r) * pitch_window + j + v * VL; \\
+      #define WS_LAYER(V) \
+        for (; j + V * VL <= pitch_window; j += V * VL) \
+          for (int o = 0; o < units; o += WS_RO) { \
+            fetch(); \
+            WS_ZERO(WS_RO, V) \
+            for (int at = 0; at < T[POSITIONS]; ++at) \
+              WS_TILE(WS_RO, V, sc + (at * pitch_units + o - o % VL) * nrows + o % VL, at_row, VL, \
+                      a + at * T[HOP] + j, row, nrows) \
+            WS_EACH(WS_RO, V, real* p = g + T[BACKWARD] + (o + r) * pitch_window + j + v * VL; \
                               WS_STORE(p, WS_LOAD(p) + acc[r][v]);) }
       WS_LAYER(3)
       WS_LAYER(2)
@@ -339,4 +331,3 @@ WEIGHT_GRAD = """
     }
   }
 #endif
-"""
