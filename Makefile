@@ -5,6 +5,7 @@
 #   make lint     lint and types
 #   make kills    200 trainings ended by SIGKILL and resumed, in about three minutes (KILLS=N: so many)
 #   make memory   memory over 20 000 updates of two flows, in about two minutes (UPDATES=N: so many)
+#   make mutants  plant an error in every term of every built-in adjoint, and see it caught; writes docs/mutants.md
 #   make clean    remove what these made (runs/ stays)
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
@@ -25,7 +26,7 @@ SETTINGS := pyproject.toml constraints.txt
 KILLS ?= 200
 UPDATES ?= 20000
 
-.PHONY: demo test lint kills memory clean
+.PHONY: demo test lint kills memory mutants clean
 
 demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
@@ -43,6 +44,9 @@ kills: $(VENV)/.ready-dev
 
 memory: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/long_run.py $(UPDATES)
+
+mutants: $(VENV)/.ready-dev
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python tests/mutation_run.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .types

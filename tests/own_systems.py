@@ -123,3 +123,41 @@ class Unicycle(ws.System):
 
     def device_functions(self, dtype: Any) -> ws.DeviceFunctions:
         return unicycle_functions(dtype)
+
+
+TERMS = 8
+"""Terms that `Planted` can have wrong."""
+
+
+@functools.cache
+def planted_functions(term: int, dtype: Any, only_single: bool = False) -> ws.DeviceFunctions:
+    """The pendulum with one term of its adjoints too large by 0.1%, in float32 alone if asked for."""
+    wrong = 1.001 if not only_single or dtype is wp.float32 else 1.0
+    a0, a1, a2, a3, a4, a5, a6, a7 = (wrong if k == term else 1.0 for k in range(TERMS))
+    functions = pendulum_functions(dtype)
+    State, Control, Params = functions.State, functions.Control, functions.Params
+
+    @wp.func
+    def step_vjp(x: State, u: Control, p: Params, adj_x_next: State):
+        inertia = p.mass * p.length * p.length
+        s = dtype(a0) * adj_x_next[1] + dtype(a1) * p.dt * adj_x_next[0]
+        adj_q = dtype(a2) * adj_x_next[0] - dtype(a3) * p.dt * s * p.gravity / p.length * wp.cos(x[0])
+        adj_qd = dtype(a4) * s - dtype(a5) * p.dt * s * p.damping / inertia
+        return State(adj_q, adj_qd), Control(dtype(a6) * p.dt * s / inertia)
+
+    @wp.func
+    def loss_vjp(x: State, p: Params, adj_loss: dtype) -> State:
+        return State(-dtype(a7) * adj_loss * wp.sin(x[0]), dtype(0.0))
+
+    return functions._replace(step_vjp=step_vjp, loss_vjp=loss_vjp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted(Pendulum):
+    """The pendulum with an error in term `term` of its adjoints, in float32 alone if `only_single`."""
+
+    term: int = 0
+    only_single: bool = False
+
+    def device_functions(self, dtype):
+        return planted_functions(self.term, dtype, self.only_single)

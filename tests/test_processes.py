@@ -209,7 +209,7 @@ for call, right in (
 
 
 def test_what_an_import_takes_along():
-    """Torch and Warp, and nothing that is needed later or elsewhere: an import takes little more than theirs."""
+    """Torch and Warp, and nothing that is needed later or elsewhere."""
     code = (
         "import sys, warp_sims; print(*(name for name in sys.modules if '.' not in name or 'dynamo' in name))"
     )

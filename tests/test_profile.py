@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Evaluated, make_net, make_states
-from own_systems import Pendulum, Unicycle
+from own_systems import Pendulum, Planted, Unicycle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from warp_sims.bridge import fused, wide
@@ -322,6 +322,28 @@ def test_against_generated():
     assert all(0 < row.error < 1e-5 for row in result.against), result.against
     assert len({row.error for row in result.against if row.what == "rollout"}) == 2
     assert "generated, one launch" in result.table()
+    assert any("finite differences agree with the hand-written and" in note for note in result.notes)
+
+
+def test_finite_differences_say_which_adjoint_is_wrong():
+    """One term of the hand-written adjoint is off by 0.1%, and errors are relative to Warp's."""
+    result = ws.profile(Planted(term=3), flows="R", repeats=1, against="generated", **SIZES)
+    said = " ".join(result.notes)
+    assert "the hand-written step_vjp by value is wrong; x_next[1] by x[0] is" in said
+    assert "Warp's generated adjoint of a step is right: errors are relative to it" in said
+    errors = {(row.what, row.way): row.error for row in result.against}
+    for what in ("simulate", "rollout"):
+        own = errors.pop((what, "hand-written"))
+        assert all(own > 1e-5 and error < 1e-6 < own for (w, _), error in errors.items() if w == what), errors
+
+
+def test_a_generated_adjoint_that_is_wrong_is_named():
+    """Warp's of the elimination, which overwrites what it has read."""
+    system = ws.QuantumControl(points=8)
+    result = ws.profile(system, flows="R", repeats=1, against="generated", **SIZES)
+    said = " ".join(result.notes)
+    assert "the hand-written adjoint of a step is right, Warp's generated one is wrong; x_next[" in said
+    assert "errors are relative to the hand-written adjoints" in said
 
 
 # The command

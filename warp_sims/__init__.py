@@ -27,6 +27,8 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from . import systems
 from .animation import animate
+from .checking.report import CheckReport
+from .checking.run import check
 from .ensembles import Ensemble
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
@@ -53,6 +55,7 @@ __all__ = [
     "MLP",
     "BlockFunctions",
     "CartPole",
+    "CheckReport",
     "DeviceFunctions",
     "Ensemble",
     "Flow",
@@ -67,6 +70,7 @@ __all__ = [
     "WaveCNN",
     "empty_cache",
     "animate",
+    "check",
     "gradient_pair",
     "load_run",
     "profile",

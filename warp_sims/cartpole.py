@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ class CartPole(System):
         TypeError: a field has the wrong type.
         ValueError: a field is outside its range.
     """
+
+    train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"horizon": 100, "loss": "final"})
 
     poles: int = 4
     """Number of poles, at least 1."""

@@ -16,6 +16,7 @@ import warp as wp
 from . import __version__, systems
 from .animation import animate
 from .bench.command import add_bench_options, run_bench
+from .checking.command import add_check_options, run_check
 from .demo import run_demo
 from .flows import Flow
 from .options import (
@@ -57,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0, 1 (training failed, a contestant of the benchmark was
-    wrong), 2 (refused) or 130 (Ctrl-C).
+    wrong, a check disagreed), 2 (refused) or 130 (Ctrl-C).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in words
@@ -130,7 +131,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "train",
         _run_train,
         "train a controller through a simulator",
-        "The defaults are the published settings of the system, for one of your own those of the cart-pole. "
+        "The defaults are the published settings of the system, for one of your own its train_defaults or "
+        "those of the cart-pole. "
         "`warp-sims train SYSTEM --help` shows them, and lists the numbers of that system as options, too.",
     )
     if words[:1] == ["train"] and any(word.partition("=")[0] == "--resume" for word in words):
@@ -156,6 +158,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
             "`warp-sims profile SYSTEM --help` lists the numbers of that system as options, too.",
         ),
         _named_system("profile", words),
+    )
+    add_check_options(
+        command(
+            "check",
+            _run_check,
+            "check a system's adjoints against finite differences, and every form of its step",
+            "Exits with 1 where something disagrees; the table names the output and the input. "
+            "`warp-sims check SYSTEM --help` lists the numbers of that system as options, too.",
+        ),
+        _named_system("check", words),
     )
     add_reproduce_options(
         command(
@@ -298,6 +310,10 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 def _run_profile(options: argparse.Namespace) -> None:
     run_profile(options, _make_system(options), _make_policy)
+
+
+def _run_check(options: argparse.Namespace) -> int:
+    return run_check(options, _make_system(options))
 
 
 def _run_reproduce(options: argparse.Namespace) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +31,10 @@ class GuidanceByRepulsion(System):
         TypeError: a field has the wrong type.
         ValueError: a field is outside its range.
     """
+
+    train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"horizon": 60, "loss": "running", "control_cost": 0.1}
+    )
 
     drivers: int = 2
     """Number of drivers, at least 1."""

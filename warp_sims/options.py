@@ -10,14 +10,13 @@ import itertools
 import re
 import textwrap
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import systems
 from .demo import DEMO_EPOCHS
 from .flows import Flow
 from .optimizers import OPTIMIZERS
-from .policies import WaveCNN
-from .published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS, Setting
+from .published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS
 from .runs import CHECKPOINTS
 from .train_config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
 
@@ -25,24 +24,44 @@ DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
 HIDDEN = (100, 100)
 WIDTH = 60
 POLICIES = ("mlp", "wavecnn")
-TRAINED = {"cartpole": "poles4", "guidance": "cost0.1", "quantum": "target3"}
-"""Of the published settings of a problem, the one that `train` starts from."""
 
 
-def published_setting(named: str | None) -> Setting:
-    """Returns the published setting that `train` starts from: that of the named system or of the built-in one
-    it derives from, for any other that of the cart-pole.
+class Preset(NamedTuple):
+    """What `train` and `profile` start from, see `System.train_defaults`; here that of the cart-pole."""
+
+    horizon: int = 100
+    loss: str = "final"
+    control_cost: float = 0.0
+    zero_last: bool = True
+    policy: str = "mlp"
+
+
+def preset_of(named: str | None) -> Preset:
+    """Returns the preset of the named system; none named, that of the cart-pole.
+
+    Raises:
+        ValueError: the system's `train_defaults` has something that is none.
     """
-    system = systems.CartPole if named is None else systems.resolve(named)
-    problem = next(
-        (name for name, known in systems.registry.items() if issubclass(system, known)), "cartpole"
-    )
-    return SETTINGS[problem][TRAINED[problem]]
+    if named is None:
+        return Preset()
+    given = dict(systems.resolve(named).train_defaults)
+    for name in given:
+        if name not in Preset._fields:
+            raise ValueError(
+                f"system {named!r}: train_defaults has {name!r}, expected some of {', '.join(Preset._fields)}"
+            )
+    preset = Preset(**given)
+    for name, value, known in (("loss", preset.loss, LOSSES), ("policy", preset.policy, POLICIES)):
+        if value not in known:
+            raise ValueError(
+                f"system {named!r}: train_defaults has {name}={value!r}, expected one of {', '.join(known)}"
+            )
+    return preset
 
 
 def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Adds what `train` takes; the numbers of the system too, where one is named already."""
-    preset = published_setting(named)
+    preset = preset_of(named)
     known = ", ".join(sorted(systems.registry))
     parser.add_argument(
         "system",
@@ -60,13 +79,12 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     )
     add_flag(run, "progress", True, "show a progress bar")
     policy = parser.add_argument_group("policy")
-    default = "wavecnn" if isinstance(preset.policy(0), WaveCNN) else "mlp"
     policy.add_argument(
         "--policy",
         dest="network",
         choices=POLICIES,
-        default=default,
-        help=f"multilayer perceptron, or the convolutional network for quantum (default: {default})",
+        default=preset.policy,
+        help=f"multilayer perceptron, or the convolutional network for quantum (default: {preset.policy})",
     )
     add_sizes(policy)
     add_flag(policy, "zero-last", preset.zero_last, "start with a zero output layer, so without any control")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,6 +34,10 @@ class QuantumControl(System):
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "sum"
     show_controls: ClassVar[bool] = True
+
+    train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"horizon": 128, "loss": "running", "zero_last": False, "policy": "wavecnn"}
+    )
 
     points: int = 32
     """Inner grid points, at least 4."""

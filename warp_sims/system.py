@@ -3,6 +3,8 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,8 +32,9 @@ class System(abc.ABC):
     - `initial_states(n, seed, split)`, if it is to be trained from the command line.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
-    field of that name), `running_reduction`, `draw(axes, state)` and `show_controls`. The first call compiles
-    the kernels, later ones load them from Warp's cache.
+    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls` and `train_defaults`. The
+    first call compiles the kernels, later ones load them from Warp's cache. `warp_sims.check(system)` says
+    whether the adjoint is that of the step.
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
@@ -39,6 +42,12 @@ class System(abc.ABC):
 
     show_controls: ClassVar[bool] = False
     """Whether animations show the controls over time below the picture."""
+
+    train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What `warp-sims train` and `profile` start from: some of `horizon`, `loss`, `control_cost`, `zero_last`
+    and `policy` ("mlp" or "wavecnn"). The rest is that of the cart-pole: 100 steps, the loss of the last
+    state.
+    """
 
     _number: ClassVar[int | None] = None
 

@@ -67,7 +67,10 @@ class Settings:
         for name, known in (("problems", BENCHED), ("flows", FLOWS)):
             for value in getattr(self, name):
                 if value not in known:
-                    raise ValueError(f"bench: {value!r} is none of the {name}, expected {', '.join(known)}")
+                    own = "; profile takes a system of your own" if name == "problems" else ""
+                    raise ValueError(
+                        f"bench: {value!r} is none of the {name}, expected {', '.join(known)}{own}"
+                    )
         for name in ("problems", "flows", "batches", "devices"):
             if not getattr(self, name):
                 raise ValueError(f"bench: {name} is empty, expected at least one")

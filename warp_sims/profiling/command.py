@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .. import systems
-from ..options import POLICIES, add_flag, add_sizes, add_system_options, published_setting
+from ..options import POLICIES, add_flag, add_sizes, add_system_options, preset_of
 from ..policies import MLP, WaveCNN
 from ..systems import System
 from ..train_config import LOSSES
@@ -21,7 +21,7 @@ from .run import AGAINST, profile
 
 def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Adds what `profile` takes; the numbers of the system too, where one is named already."""
-    preset = published_setting(named)
+    preset = preset_of(named)
     known = ", ".join(sorted(systems.registry))
     parser.add_argument(
         "system",
@@ -29,14 +29,13 @@ def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> N
         help=f"{known}, or module:Class for a system of your own; its name comes before the options",
     )
     policy = parser.add_argument_group("policy")
-    default = "wavecnn" if isinstance(preset.policy(0), WaveCNN) else "mlp"
     policy.add_argument(
         "--policy",
         dest="network",
         metavar="POLICY",
-        default=default,
+        default=preset.policy,
         help=f"{', '.join(POLICIES)}, or module:name for one of your own, a torch.nn.Module or a function "
-        f"that returns one for a system (default: {default})",
+        f"that returns one for a system (default: {preset.policy})",
     )
     add_sizes(policy)
     run = parser.add_argument_group("what is run")
@@ -106,7 +105,7 @@ def run_profile(
         flows=options.flows,
         batch=options.batch,
         horizon=options.horizon,
-        loss=options.loss or (published_setting(options.system).loss if system.has_loss else None),
+        loss=options.loss or (preset_of(options.system).loss if system.has_loss else None),
         control_cost=options.control_cost,
         dtype=getattr(torch, options.dtype),
         device=options.device,

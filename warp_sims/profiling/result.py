@@ -146,7 +146,9 @@ class AgainstRow:
     launches: int | None
     """Kernels of a backward pass; None where not counted."""
     error: float
-    """Norm of the difference to the hand-written gradient in float64, relative to its norm."""
+    """Norm of the difference to the gradient in float64, relative to its norm: the hand-written one, unless
+    by finite differences that is wrong and the generated one is right; a note says so.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _kernel(profile: Profile, kernel: KernelProfile) -> str:
 
 
 def _against(rows: tuple[AgainstRow, ...]) -> Iterator[str]:
-    yield "gradients beside Warp's generated adjoints; error relative to the hand-written adjoints in float64"
+    yield "gradients beside Warp's generated adjoints, errors relative to those in float64 (see the notes)"
     yield (f"    {'':42}{'forward [ms]':>20}{'backward [ms]':>20}{'times':>8}{'error':>10}")
     for row in rows:
         own = next(other for other in rows if other.what == row.what)

@@ -1,0 +1,144 @@
+"""The function behind `warp-sims check`."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import warp as wp
+
+from ..bridge.arrays import WARP_DTYPE
+from ..systems import System
+from .compare import exactly
+from .forms import Form, forms_of
+from .functions import check_functions, draw_points, no_finite_step
+from .report import CheckReport, Comparison
+from .rollouts import check_rollouts
+from .sizes import check_sizes
+
+__all__ = ["PARTS", "check"]
+
+PARTS = ("sizes", "functions", "rollouts")
+"""What can be checked, in this order; what a part needs must have agreed."""
+
+
+def check(
+    system: System,
+    *,
+    parts: Sequence[str] = PARTS,
+    points: int = 12,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> CheckReport:
+    """Checks that a system is what it says, and that its adjoint is that of its step in every form it comes
+    in.
+
+        report = ws.check(Pendulum())
+        assert report.agrees, report
+
+    Sizes are compared with the device functions before anything is compiled. Step and loss are differentiated
+    by every state and control, in float64, by finite differences at ten step lengths, and held against the
+    adjoints by value, in vector lanes (CPUs) and in memory, whichever the system has; the forms against each
+    other; float32 against float64; 1, 3 and 17 worlds against more; outputs against the NaN that they were
+    filled with; two runs for equal bits. The gradients of whole rollouts are held against finite differences
+    under R, M, N and S, of which closed edges read a fixed trajectory, and C against M and R.
+
+    Where one-sided differences disagree (a kink such as that of `max`), or finite differences do not settle,
+    a number is left out, and counted. A pair of an output and an input for which nothing is left is named as
+    not checked.
+
+    Args:
+        system: The system, built in or your own. What it does not have (a loss, further forms, initial
+            states) is not checked.
+        parts: Some of "sizes", "functions", "rollouts".
+        points: States and controls at which step and loss are tried, about: a third of each kind, the
+            system's own initial states, the same with noise, and states that random controls lead to.
+        seed: Of everything random.
+        device: "cpu", "cuda" or "cuda:INDEX", the form in lanes on a CPU only.
+
+    Returns:
+        `CheckReport`: print it, ask `agrees`, or take `disagreements` or `to_json()`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+    place = _checked(system, parts, points, seed, device)
+    start = time.perf_counter()
+    comparisons: list[Comparison] = check_sizes(system)
+    notes: list[str] = []
+    sound = all(comparison.agrees for comparison in comparisons)
+    if "sizes" not in parts and sound:
+        comparisons = []
+    if sound and set(parts) - {"sizes"}:
+        failed = _compile(system, place)
+        comparisons += failed
+        sound = not failed
+    if sound and "functions" in parts:
+        more, said = check_functions(system, place, points, seed)
+        comparisons += more
+        notes += said
+    if sound and "rollouts" in parts:
+        form = _by_value(system, place)
+        drawn = draw_points(system, form, points, seed)
+        # without any, the step is not finite anywhere
+        comparisons += check_rollouts(system, form, drawn, seed) if len(drawn.x) else [no_finite_step()]
+    if not sound:
+        notes.append("the rest was not checked: mend this first")
+    left = sum(comparison.left_out for comparison in comparisons)
+    if left:
+        notes.append(
+            f"{left} numbers were left out: there the step has a kink or finite differences do not settle"
+        )
+    return CheckReport(
+        repr(system), str(place), tuple(comparisons), tuple(notes), time.perf_counter() - start
+    )
+
+
+def _by_value(system: System, device: torch.device) -> Form:
+    return forms_of(system, system.device_functions(WARP_DTYPE[torch.float64]), torch.float64, device)[0]
+
+
+def _compile(system: System, device: torch.device) -> list[Comparison]:
+    """Runs every form once; what does not compile is a disagreement with Warp's own words."""
+    failed = []
+    for dtype in (torch.float64, torch.float32):
+        for form in forms_of(system, system.device_functions(WARP_DTYPE[dtype]), dtype, device):
+            states, controls = form.sizes
+            x = torch.zeros(1, states)
+            try:
+                form.run(x, torch.zeros(1, controls), x[None], x[:, 0])
+            except Exception as error:  # Warp raises whatever its parser meets
+                words = " ".join(f"{type(error).__name__}: {error}".split())
+                name = str(dtype).removeprefix("torch.")
+                failed.append(exactly(f"device functions {form.name}", name, "Warp's compiler", [words], 1))
+    return failed
+
+
+def _checked(system: Any, parts: Any, points: Any, seed: Any, device: Any) -> torch.device:
+    if not isinstance(system, System):
+        hint = "; make an instance of it" if isinstance(system, type) else ""
+        raise TypeError(
+            f"check: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}"
+        )
+    if isinstance(parts, str) or not set(parts) <= set(PARTS) or not parts:
+        raise ValueError(f"check: parts is {parts!r}, expected some of {', '.join(PARTS)}")
+    for name, value, least in (("points", points, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"check: {name} is {value!r} of type {type(value).__name__}, expected an int")
+        if value < least:
+            raise ValueError(f"check: {name} is {value}, expected at least {least}")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"check: device {device!r} is none ({error}); give cpu, cuda or cuda:INDEX"
+        ) from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"check: device is {str(place)!r}, expected cpu, cuda or cuda:INDEX")
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise ValueError(f"check: device {str(place)!r} cannot be used, torch finds {count} CUDA devices")
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    wp.init()
+    return place
