@@ -3,8 +3,8 @@
 #   make demo     train a cart-pole controller with two gradient flows side by side, about two minutes on two cores
 #   make test     lint, types and tests
 #   make lint     lint and types
-#   make kills    200 trainings ended by SIGKILL and resumed, in about three minutes (KILLS=N: so many)
-#   make memory   memory over 20 000 updates of two flows, in about two minutes (UPDATES=N: so many)
+#   make kills    200 trainings ended by SIGKILL and resumed (KILLS=N: so many); eight minutes on busy cores
+#   make memory   memory over 20 000 updates of two flows (UPDATES=N: so many); two to four minutes
 #   make mutants  plant an error in every term of every built-in adjoint, and see it caught; writes docs/mutants.md
 #   make clean    remove what these made (runs/ stays)
 #
