@@ -3,6 +3,8 @@
 #   make demo     train a cart-pole controller with two gradient flows side by side, about two minutes on two cores
 #   make test     lint, types and tests
 #   make lint     lint and types
+#   make kills    200 trainings ended by SIGKILL and resumed (KILLS=N: so many); eight minutes on busy cores
+#   make memory   memory over 20 000 updates of two flows (UPDATES=N: so many); two to four minutes
 #   make mutants  plant an error in every term of every built-in adjoint, and see it caught; writes docs/mutants.md
 #   make test-emulator   the kernels of GPUs executed on this machine: all cases, all sanitized (needs g++; long)
 #   make clean    remove what these made (runs/ stays)
@@ -22,7 +24,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 SETTINGS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-emulator lint mutants clean
+.PHONY: demo test test-emulator lint mutants kills memory clean
 
 demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
@@ -37,6 +39,12 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/types $(BIN)/pyright $(BIN)/python
+
+kills: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/kills.py $(KILLS)
+
+memory: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/long_run.py $(UPDATES)
 
 mutants: $(VENV)/.ready-dev
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python tests/mutation_run.py

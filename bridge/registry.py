@@ -105,7 +105,7 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     scalar = WARP_DTYPE[dtype]
     functions, params = functions_of(system, scalar), system.parameters(scalar)
     on = warp_device(device)
-    check_contract(system, functions, params, scalar, on)
+    check_contract(system, functions, params, scalar, wp.device_from_torch(device))
     make = make_cuda_system_kernels
     if on.is_cpu:
         make = functools.partial(make_system_kernels, block=True)

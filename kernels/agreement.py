@@ -4,10 +4,11 @@ With a base gradient b (the paper: modified, M) and a check gradient c (regular,
 
     C_i = b_i  where sign(b_i) = sign(c_i),  else 0          with sign(0) = sign(0)
 
-A NaN in the base stays NaN: a diverged simulation must not look like a disagreement. A NaN in the check gives
-0. Non-finite components of either are counted. From the same pass come the sums that the norms, the cosine
-and the share of agreeing signs need; they are taken in float64, chunk by chunk in a fixed order, so they are
-deterministic. Of an ensemble, each member has sums of its own.
+A NaN or an infinity in the base stays as it is: a diverged simulation must not look like a disagreement. One
+in the check gives 0: an infinity is what an overflow left, and its sign is no sign to agree with. Non-finite
+components are counted, of either and of each. From the same pass come the sums that the norms, the cosine
+and the shares of agreeing signs and of zeros need; they are taken in float64, chunk by chunk in a fixed
+order, so they are deterministic. Of an ensemble, each member has sums of its own.
 
 Source of the rule: Schnell and Thuerey, ICLR 2024, section 3 ("gradient combination").
 """
@@ -24,8 +25,20 @@ _TEXT = sections(__file__)
 CHUNK = 512
 """Components that one thread compares."""
 
-NSTATS = 6
-"""Sums per chunk: b.c, |b|^2, |c|^2, equal signs where either is nonzero, either is nonzero, non-finite."""
+SUMS = (
+    "dot",  # b.c
+    "base_sq",  # |b|^2
+    "check_sq",  # |c|^2
+    "equal",  # equal signs of finite components where either is nonzero
+    "nonzero",  # either is nonzero
+    "nonfinite",  # either is NaN or infinite
+    "nonfinite_base",
+    "nonfinite_check",
+    "kept",  # components of the result that are not zero
+)
+"""What is summed over each chunk."""
+
+NSTATS = len(SUMS)
 
 
 def chunks(size: int) -> int:
@@ -92,6 +105,9 @@ def _make_compare(dtype: Any) -> Any:
         equal = wp.int32(0)
         nonzero = wp.int32(0)
         nonfinite = wp.int32(0)
+        nonfinite_base = wp.int32(0)
+        nonfinite_check = wp.int32(0)
+        survived = wp.int32(0)
         for i in range(begin, begin + count):
             b = base[member, i]
             c = check[member, i]
@@ -100,14 +116,21 @@ def _make_compare(dtype: Any) -> Any:
             if keep_check != 0:
                 kept = c
                 other = b
-            agree = sign(b) == sign(c) and not wp.isnan(other)
-            combined[member, i] = wp.where(agree or wp.isnan(kept), kept, dtype(0.0))
+            agree = sign(b) == sign(c) and wp.isfinite(other)
+            result = wp.where(agree or not wp.isfinite(kept), kept, dtype(0.0))
+            combined[member, i] = result
+            if not wp.isfinite(b):
+                nonfinite_base += 1
+            if not wp.isfinite(c):
+                nonfinite_check += 1
             if not wp.isfinite(b) or not wp.isfinite(c):
                 nonfinite += 1
             if b != dtype(0.0) or c != dtype(0.0):
                 nonzero += 1
-                if agree and not wp.isnan(kept):
+                if agree and wp.isfinite(kept):
                     equal += 1
+            if result != dtype(0.0):
+                survived += 1
             dot += wp.float64(b) * wp.float64(c)
             base_sq += wp.float64(b) * wp.float64(b)
             check_sq += wp.float64(c) * wp.float64(c)
@@ -117,6 +140,9 @@ def _make_compare(dtype: Any) -> Any:
         stats[chunk, 3] = wp.float64(equal)
         stats[chunk, 4] = wp.float64(nonzero)
         stats[chunk, 5] = wp.float64(nonfinite)
+        stats[chunk, 6] = wp.float64(nonfinite_base)
+        stats[chunk, 7] = wp.float64(nonfinite_check)
+        stats[chunk, 8] = wp.float64(survived)
 
     return compare
 

@@ -61,18 +61,21 @@ TABLE = [
     (1e-45, 0.0, 0.0, 0.0),
     # a NaN that would be kept stays; one to compare with gives 0
     (NAN, 1.0, NAN, 0.0),
-    (NAN, -INF, NAN, 0.0),
+    (NAN, -INF, NAN, -INF),
     (NAN, 0.0, NAN, 0.0),
     (1.0, NAN, 0.0, NAN),
     (0.0, NAN, 0.0, NAN),
-    (-INF, NAN, 0.0, NAN),
+    (-INF, NAN, -INF, NAN),
     (NAN, NAN, NAN, NAN),
-    (INF, 2.0, INF, 2.0),
+    # so does an infinity, whose sign is none
+    (INF, 2.0, INF, 0.0),
     (INF, INF, INF, INF),
-    (-INF, -1e-45, -INF, -1e-45),
-    (-INF, 2.0, 0.0, 0.0),
-    (INF, -INF, 0.0, 0.0),
-    (INF, 0.0, 0.0, 0.0),
+    (-INF, -1e-45, -INF, 0.0),
+    (-INF, 2.0, -INF, 0.0),
+    (INF, -INF, INF, -INF),
+    (INF, 0.0, INF, 0.0),
+    (2.0, INF, 0.0, INF),
+    (0.0, -INF, 0.0, -INF),
 ]
 
 
@@ -84,7 +87,9 @@ def test_table(dtype):
     assert same_bits(pair.combine(keep="base")["w"], kept_base)
     assert same_bits(pair.combine(keep="check")["w"], kept_check)
     assert torch.equal(oracle.combine(base, check).isnan(), kept_base.isnan())
-    assert pair.nonfinite == 13 and pair.nonfinite.dtype == torch.int64
+    assert pair.nonfinite == 15 and pair.nonfinite.dtype == torch.int64
+    assert [int(n) for n in pair.nonfinite_fields] == [11, 9]
+    assert pair.zeros == (kept_base == 0).double().mean()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +103,7 @@ def test_single_rows(dtype):
         if b == 0 and c == 0:
             assert pair.agreement.isnan() and pair.cosine.isnan()
         else:
-            agrees = bool(b.sign() == c.sign()) and not (b.isnan() or c.isnan())
+            agrees = bool(b.sign() == c.sign()) and bool(b.isfinite() and c.isfinite())
             assert pair.agreement == float(agrees), (base, check)
 
 
@@ -115,6 +120,8 @@ def test_sums(dtype, size):
     assert same_bits(pair.combine()["w"], oracle.combine(base, check))
     assert same_bits(pair.combine("check")["w"], oracle.combine(check, base))
     assert pair.nonfinite == 0
+    zeros = (oracle.combine(base, check) == 0).double().mean()
+    assert pair.zeros.isnan() if size == 0 else pair.zeros == zeros
     b, c = base.double(), check.double()
     either = (b != 0) | (c != 0)
     if size > 1:

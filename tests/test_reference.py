@@ -258,9 +258,9 @@ def test_decay_zero_is_a_closed_physics_edge_and_one_is_none():
 
 def test_combine():
     nan, inf = torch.nan, torch.inf
-    base = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.0, 5.0, 0.0, nan, nan, 6.0, 0.0, inf, -inf])
-    check = torch.tensor([0.1, -9.0, -3.0, 4.0, 1.0, 0.0, 0.0, 1.0, nan, nan, nan, 2.0, 2.0])
-    expected = torch.tensor([1.0, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, nan, nan, 0.0, 0.0, inf, 0.0])
+    base = torch.tensor([1.0, -2.0, 3.0, -4.0, 0.0, 5.0, 0.0, nan, nan, 6.0, 0.0, inf, -inf, 2.0])
+    check = torch.tensor([0.1, -9.0, -3.0, 4.0, 1.0, 0.0, 0.0, 1.0, nan, nan, nan, 2.0, 2.0, inf])
+    expected = torch.tensor([1.0, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, nan, nan, 0.0, 0.0, inf, -inf, 0.0])
     torch.testing.assert_close(oracle.combine(base, check), expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -17,7 +17,7 @@ from warp_sims.optimizers import KerasAdam
 from warp_sims.runs import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
-HEADER = "epoch,loss_batch,loss_train,loss_test,grad_norm,cosine,agreement,seconds"
+HEADER = "epoch,loss_batch,loss_train,loss_test,grad_norm,cosine,agreement,seconds,nonfinite,zeros"
 SYSTEM = ws.CartPole(poles=1)
 
 
@@ -198,6 +198,8 @@ def test_log_says_what_happened(tmp_path):
         "grad_norm",
         "cosine",
         "agreement",
+        "nonfinite",
+        "zeros",
     ]
 
     x_test = SYSTEM.initial_states(8, seed=42, split="test")

@@ -28,16 +28,19 @@ from .options import (
     add_animate_options,
     add_demo_options,
     add_reproduce_options,
+    add_resume_options,
     add_train_options,
 )
 from .plots import need_matplotlib
 from .policies import MLP, WaveCNN
+from .processes import join, launched, leave
 from .profiling.command import add_profile_options, run_profile
 from .published import EPOCHS, SETTINGS, Scale, make_jobs
 from .reproduction.report import write_report
 from .reproduction.run import RunFailed, reproduce
+from .resuming import resumed_config
 from .train_config import CLIPS, TrainConfig
-from .training import train
+from .training import TrainResult, train
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
@@ -132,8 +135,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "those of the cart-pole. "
         "`warp-sims train SYSTEM --help` shows them, and lists the numbers of that system as options, too.",
     )
-    # The system that is named decides which options there are: `train cartpole --poles 4`.
-    add_train_options(train_command, _named_system("train", words))
+    if words[:1] == ["train"] and any(word.partition("=")[0] == "--resume" for word in words):
+        add_resume_options(train_command)
+        train_command.set_defaults(run=_run_resumed)
+    else:
+        # The system that is named decides which options there are: `train cartpole --poles 4`.
+        add_train_options(train_command, _named_system("train", words))
     add_animate_options(command("animate", _run_animate, "draw the controlled system of a run as GIF or MP4"))
     add_demo_options(
         command(
@@ -210,17 +217,44 @@ def _run_train(options: argparse.Namespace) -> None:
     policy = _make_policy(options, system)
     policy.reset_parameters(seed=options.seed, zero_last=options.zero_last)
     policy.to(getattr(torch, options.dtype))
+    with _processes(options.device) as device:
+        settings["device"] = device
+        try:
+            policy.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"device {options.device!r} cannot be used ({error}); give cpu, cuda or cuda:INDEX"
+            ) from error
+        config = TrainConfig(system=system, policy=policy, **settings)
+        label = type(system).__name__.lower() if ":" in options.system else options.system
+        out = options.out or os.path.join("runs", f"{label}_{flow.name.lower()}")
+        _report(train(config, out, overwrite=options.overwrite, progress=options.progress))
+
+
+def _run_resumed(options: argparse.Namespace) -> None:
+    with _processes(options.device) as device:
+        config = resumed_config(options.resume, epochs=options.epochs, device=device)
+        result = train(config, options.resume, resume=True, progress=options.progress)
+        _report(result)
+
+
+@contextlib.contextmanager
+def _processes(device: str | None) -> Iterator[str | None]:
+    """Joins the other processes where torchrun has started this one; gives the device of this process."""
+    if not launched():
+        yield device
+        return
     try:
-        policy.to(options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device {options.device!r} cannot be used ({error}); give cpu, cuda or cuda:INDEX"
-        ) from error
-    config = TrainConfig(system=system, policy=policy, **settings)
-    label = type(system).__name__.lower() if ":" in options.system else options.system
-    out = options.out or os.path.join("runs", f"{label}_{flow.name.lower()}")
-    result = train(config, out, overwrite=options.overwrite, progress=options.progress)
-    log = result.log
+        yield join(device)
+    finally:
+        leave()
+
+
+def _report(result: TrainResult) -> None:
+    """Says what came of a training; of several processes the first does."""
+    if result.path is None:
+        return
+    log, out = result.log, str(result.path)
     best = int(log["loss_test"].argmin())
     print(
         f"test loss {log['loss_test'][0]:.4g} before training, {log['loss_test'][-1]:.4g} after "

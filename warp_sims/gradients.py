@@ -13,6 +13,7 @@ from .bridge import operators
 from .bridge.spec import Cotangents
 from .flows import Flow, schedule
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
+from .processes import agreed_worlds, reduced_mean
 from .systems import System
 
 __all__ = ["GradientPair", "gradient_pair"]
@@ -51,7 +52,7 @@ class GradientPair:
     @property
     def cosine(self) -> Tensor:
         """Cosine of the flattened gradients, scalar; NaN if one of them is zero."""
-        dot, base, check = self._sums[..., :3].unbind(-1)
+        dot, base, check = self.sums[..., :3].unbind(-1)
         return dot / (base.sqrt() * check.sqrt())
 
     @property
@@ -59,23 +60,33 @@ class GradientPair:
         """Share of equal signs among the components where either gradient is nonzero, scalar; NaN if all
         are zero.
         """
-        return self._sums[..., 3] / self._sums[..., 4]
+        return self.sums[..., 3] / self.sums[..., 4]
 
     @property
     def nonfinite(self) -> Tensor:
         """Number of components where either gradient is NaN or infinite, scalar int64."""
-        return self._sums[..., 5].long()
+        return self.sums[..., 5].long()
+
+    @property
+    def nonfinite_fields(self) -> tuple[Tensor, Tensor]:
+        """Numbers of NaN and infinite components of base and check, scalars int64."""
+        return self.sums[..., 6].long(), self.sums[..., 7].long()
+
+    @property
+    def zeros(self) -> Tensor:
+        """Share of zeros among the components of `combine()`, scalar; NaN if there are none."""
+        return (self.flat.shape[-1] - self.sums[..., 8]) / self.flat.shape[-1]
 
     @property
     def norms(self) -> tuple[Tensor, Tensor]:
         """Euclidean norms of base and check, scalars."""
-        return self._sums[..., 1].sqrt(), self._sums[..., 2].sqrt()
+        return self.sums[..., 1].sqrt(), self.sums[..., 2].sqrt()
 
     def combine(self, keep: Literal["base", "check"] = "base") -> dict[str, Tensor]:
         """Per component the kept gradient where the signs agree, else 0; by parameter name.
 
-        sign(0) = sign(0). NaN in the kept gradient stays NaN, NaN in the other gives 0; `nonfinite` counts
-        both.
+        sign(0) = sign(0). What is NaN or infinite in the kept gradient stays so, and gives 0 in the other: an
+        infinity is what an overflow left, not a sign. `nonfinite` counts both.
 
         Raises:
             ValueError: `keep` is neither "base" (the published rule) nor "check".
@@ -123,28 +134,31 @@ class GradientPair:
 
     def all_reduce(self, group: "torch.distributed.ProcessGroup | None" = None) -> "GradientPair":
         """The pair of the worlds of all processes of a `torch.distributed` group: one reduction of one flat
-        buffer.
+        buffer, after a small exchange that finds out whether all have the same parameters.
 
         Raises:
             RuntimeError: `torch.distributed` is not initialised.
+            ValueError: The pair of another process has other names, shapes or dtypes, or another order of
+                parameters. It is raised in every process.
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             raise RuntimeError(
                 "GradientPair.all_reduce: torch.distributed is not initialised; call "
                 "torch.distributed.init_process_group first"
             )
-        # a share without worlds has no say, whatever its numbers are (the mean over no worlds is NaN)
-        flat, loss = self.flat, self.loss.detach()
-        if not self.worlds:
-            flat, loss = torch.zeros_like(flat), torch.zeros_like(loss)
-        sums = torch.cat([flat.reshape(-1), loss.reshape(-1)]) * self.worlds
-        buffer = torch.cat([sums, loss.new_tensor([float(self.worlds)])])
-        torch.distributed.all_reduce(buffer, group=group)
-        worlds = int(buffer[-1].round())
-        mean, loss_mean = (buffer[:-1] / max(worlds, 1)).split([flat.numel(), loss.numel()])
-        return dataclasses.replace(
-            self, loss=loss_mean.view(loss.shape), worlds=worlds, flat=mean.view(flat.shape)
-        )
+        parts = [("loss", self.loss.shape, self.loss.dtype)]
+        parts += [(name, shape, self.flat.dtype) for name, shape in zip(self.names, self.shapes)]
+        worlds = agreed_worlds("GradientPair.all_reduce", parts, self.worlds, self.flat.device, group)
+        return self.reduced(self.worlds, worlds, group)
+
+    def reduced(
+        self, worlds: int, total: int, group: "torch.distributed.ProcessGroup | None" = None
+    ) -> "GradientPair":
+        """The pair of all processes, of which it is known that they have `total` worlds together and the same
+        parameters; this one has the weight of `worlds`.
+        """
+        flat, loss = reduced_mean([self.flat, self.loss.detach()], worlds, total, group)
+        return dataclasses.replace(self, loss=loss, worlds=total, flat=flat)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         members = flat.shape[:-1].numel()
@@ -153,7 +167,8 @@ class GradientPair:
         return {n: q.reshape(shape).contiguous() for n, shape, q in zip(self.names, self.shapes, parts)}
 
     @property
-    def _sums(self) -> Tensor:
+    def sums(self) -> Tensor:
+        """What `kernels.agreement.SUMS` names, (sums,) or (members, sums), float64."""
         return self._compared(False)[1]
 
     def _compared(self, keep_check: bool) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from .flows import Flow
 from .optimizers import OPTIMIZERS
 from .published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS
 from .runs import CHECKPOINTS
-from .train_config import CLIPS, LOSSES, TrainConfig
+from .train_config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
 HIDDEN = (100, 100)
@@ -71,6 +71,12 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run folder (default: runs/SYSTEM_FLOW)")
     run.add_argument("--overwrite", action="store_true", help="replace the run that stands there")
+    run.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="in place of SYSTEM: go on with the run in this folder, with the settings it was begun with; "
+        "--epochs N continues it up to N",
+    )
     add_flag(run, "progress", True, "show a progress bar")
     policy = parser.add_argument_group("policy")
     policy.add_argument(
@@ -106,6 +112,10 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         "momentum": {"type": float},
         "clip": {"choices": CLIPS},
         "clip_at": {"type": float},
+        "on_divergence": {
+            "choices": ON_DIVERGENCE,
+            "help": "an update that is not finite ends the run, or is skipped",
+        },
         "seed": {"type": int, "help": "seed of the initial states and of the initial weights"},
         "dtype": {
             "choices": ("float32", "float64"),
@@ -133,6 +143,16 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     )
     if named is not None:
         add_system_options(parser, named)
+
+
+def add_resume_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `train --resume RUN` takes: everything else is settled by the run."""
+    parser.add_argument("--resume", metavar="RUN", required=True, help="run folder to go on with")
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="how many in all (default: as many as it was begun with)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:INDEX (default: as begun)")
+    add_flag(parser, "progress", True, "show a progress bar")
 
 
 def add_sizes(policy: Any) -> None:

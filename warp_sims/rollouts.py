@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .bridge import arrays
 from .bridge import rollout as _bridge
+from .divergence import check_rollout
 from .flows import Flow, schedule
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System
@@ -42,6 +43,7 @@ def rollout(
     window: int | None = None,
     decay: float = 1.0,
     checkpoint_every: int | None = None,
+    locate_divergence: bool = False,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -71,6 +73,9 @@ def rollout(
             default activations are kept up to 1 GiB (4 GiB on a GPU) and recomputed beyond, in segments whose
             length follows from the size; a policy that torch evaluates keeps none between the passes, and
             its backward pass takes segments where all steps at once would be large.
+        locate_divergence: Raise FloatingPointError where the rollout is not finite, with the first world and
+            step that are not and the system's time step. It reads the last state and the loss on the host,
+            and the whole trajectory only where those are not finite.
 
     Returns:
         `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
@@ -88,6 +93,7 @@ def rollout(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has a value, shape or device that does not fit; the message says which was
             expected.
+        FloatingPointError: with `locate_divergence`, a state, a control or the loss is NaN or infinite.
     """
     horizon = check_horizon(horizon, "rollout", system, x0)
     base, check = schedule(flow, horizon, window)
@@ -108,6 +114,8 @@ def rollout(
     states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:
         value = custom_loss_value("rollout", plan, states, controls) + value
+    if locate_divergence:
+        check_rollout(system, states, controls, value if plan.has_loss else None)
     return Rollout(states, controls, value if plan.has_loss else None, plan.fused)
 
 

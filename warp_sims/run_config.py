@@ -18,11 +18,13 @@ import torch
 
 from . import systems
 from .flows import Flow
-from .policies import MLP
+from .policies import MLP, WaveCNN
 from .provenance import versions
 from .train_config import TrainConfig
 
 FORMAT = "warp-sims run 1"
+PARTS = ("system", "policy", "training")
+"""What a run is made of; the rest of config.json says what it was made with."""
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -56,36 +58,72 @@ def from_json(
 ) -> TrainConfig:
     """Returns the settings that `to_json` wrote; what is given here takes the place of what is written."""
     settings = dict(data["training"])
+    known: dict[str, Any] = {
+        f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name not in ("system", "policy")
+    }
+    for name in settings:
+        if name not in known:
+            raise ValueError(
+                f"config.json holds the setting {name}={settings[name]!r}, which this version of warp-sims "
+                "does not know; update it, or remove the line"
+            )
+    settings = known | settings  # of an earlier version: what it lacks is as it was then
     if isinstance(settings["loss"], dict):
-        settings["loss"] = loss or _imported(settings["loss"]["callable"], "loss")
+        settings["loss"] = loss or _imported(settings["loss"].get("callable"), "loss")
     if system is None:
         system = build_system(data)
     if policy is None:
         policy = _build_policy(data)
-    dtype = {"float32": torch.float32, "float64": torch.float64}[settings["dtype"]]
     # Where the run took place is a fact about that machine; here it continues wherever the policy is put.
     settings["device"] = None
     settings["graph"] = False
-    return TrainConfig(system=system, policy=policy.to(dtype), **settings)
+    made = settings["dtype"]
+    if made is None or isinstance(made, str):
+        dtypes = {"float32": torch.float32, "float64": torch.float64}
+        policy = policy.to(dtypes.get(made or "float32"))
+    return TrainConfig(system=system, policy=policy, **settings)
 
 
 def build_system(data: Mapping[str, Any]) -> systems.System:
     """Returns the system of a run from the contents of its config.json."""
     written = data["system"]
-    if written["class"] is None or written["fields"] is None:
+    name, fields = written.get("class"), written.get("fields")
+    if not isinstance(name, str) or not isinstance(fields, dict):
         raise ValueError("the run's system cannot be rebuilt from its config.json; give it as system=…")
-    return systems.resolve(written["class"])(**_keywords(written["fields"]))
+    return _built("system", systems.resolve(name), fields)
 
 
 def _build_policy(data: Mapping[str, Any]) -> torch.nn.Module:
     written = data["policy"]
-    if written["class"] is None or written["arguments"] is None:
+    name, arguments = written.get("class"), written.get("arguments")
+    if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError(
             "the run's policy cannot be rebuilt from its config.json, which holds the constructor "
             "arguments only of a class that can be imported and keeps each of them as an attribute of the "
             "same name; give it as policy=…"
         )
-    return _imported(written["class"], "policy")(**_keywords(written["arguments"]))
+    made = _imported(name, "policy")
+    if not (isinstance(made, type) and issubclass(made, torch.nn.Module)):
+        raise ValueError(f"the run's policy {name!r} is no torch.nn.Module; give it as policy=…")
+    if made in (MLP, WaveCNN):
+        with torch.device("meta"):  # what it takes, before memory is taken
+            count = sum(p.numel() for p in _built("policy", made, arguments).parameters())
+        if count != written.get("parameters", count):
+            raise ValueError(
+                f"config.json describes a policy of {count} parameters, but holds "
+                f"parameters={written['parameters']!r}; give it as policy=…"
+            )
+    return _built("policy", made, arguments)
+
+
+def _built(what: str, made: type, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return made(**_keywords(arguments))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the run's {what} cannot be made from its config.json ({reason}); give it as {what}=…"
+        ) from error
 
 
 def system_name(system_class: type) -> str | None:
@@ -103,10 +141,10 @@ def _import_name(thing: Any) -> str | None:
     return f"{module}:{name}"
 
 
-def _imported(name: str | None, what: str) -> Any:
-    module, _, path = (name or "").partition(":")
+def _imported(name: Any, what: str) -> Any:
+    module, _, path = name.partition(":") if isinstance(name, str) else ("", "", "")
     try:
-        if not path:
+        if not module or not path:
             raise ValueError("it has no name that can be imported")
         found = importlib.import_module(module)
         for part in path.split("."):

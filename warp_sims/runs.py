@@ -5,20 +5,23 @@ log.csv               one row per logged epoch, the first before training (epoch
 curves.png            the log as a picture
 checkpoint_first.pt   weights and optimizer state before training
 checkpoint_last.pt    the same after the last finished epoch
+checkpoint_previous.pt  what checkpoint_last.pt was before it was replaced
 checkpoint_best.pt    the same at the lowest test loss
 events.out.*          TensorBoard, on request
+run.lock              who writes here, while somebody does
 outcome.json          how the run ended, in a matrix of runs (`warp-sims reproduce`)
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import numpy as np
 import torch
 
 from . import run_config
+from .durable import PARTIAL, keep_as, remove_partial, replace_file, write_json
+from .run_lock import LOCK, RunLock
 from .systems import System
 from .train_config import TrainConfig
 
@@ -38,18 +43,22 @@ LOG_COLUMNS = (
     "cosine",
     "agreement",
     "seconds",
+    "nonfinite",
+    "zeros",
 )
 LOG_HEADER = ",".join(LOG_COLUMNS)
+OLDER_HEADERS = (",".join(LOG_COLUMNS[:8]),)
+"""Headers of logs that earlier versions wrote; columns that they lack are read as NaN."""
 CHECKPOINTS = ("first", "last", "best")
+PREVIOUS = "previous"
 OUTCOME = "outcome.json"
-PARTIAL = ".partial"  # what is being written, and moved to its place when it is whole
 
 Row = dict[str, float]
 Log = dict[str, np.ndarray]
 
 
 class RunFolder:
-    """Writes one run.
+    """Writes one run, and keeps other processes away from its folder until it is closed or discarded.
 
     Until `begin`, nothing that stands in the folder is touched, and `discard` undoes the making.
 
@@ -59,6 +68,7 @@ class RunFolder:
 
     Raises:
         FileExistsError: Something stands there, and it is no run or `overwrite` is False.
+        BlockingIOError: Another process writes a run there; the message names it.
         OSError: The folder cannot be made or written.
     """
 
@@ -66,9 +76,16 @@ class RunFolder:
         self.path = Path(path)
         self._made: list[Path] = []
         self._log: Any = None
+        self._lock: RunLock | None = None
+        self._saved: dict[str, int] = {}  # epochs of the checkpoints that stand there
         self._check_free(overwrite)
         try:
             self._make()
+            self._lock = RunLock(self.path)
+            self._check_free(overwrite)  # it may have been taken in between
+        except (BlockingIOError, FileExistsError):
+            self.discard()
+            raise
         except OSError as error:
             self.discard()
             raise type(error)(
@@ -83,7 +100,7 @@ class RunFolder:
             raise FileExistsError(f"run folder {self.path} exists and is no folder; give another name")
         try:
             # A process that was killed in the middle of a writing leaves a part of a file.
-            empty = all(entry.suffix == PARTIAL for entry in self.path.iterdir())
+            empty = all(entry.suffix == PARTIAL or entry.name == LOCK for entry in self.path.iterdir())
         except OSError as error:
             raise type(error)(
                 f"run folder {self.path} cannot be read ({error.strerror}); give another name"
@@ -110,7 +127,10 @@ class RunFolder:
             probe.write(b"warp-sims")
 
     def discard(self) -> None:
-        """Removes the folders that were made, where they are still empty: the run did not start."""
+        """Gives the lock back and removes the folders that were made, where they are still empty: the run did
+        not start.
+        """
+        self._release()
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -118,88 +138,66 @@ class RunFolder:
     def begin(self, config: TrainConfig) -> None:
         """Removes the run that stands there, if any, and writes config.json and the header of the log."""
         # config.json is replaced, not removed: whenever this is stopped, it is known for a run's folder.
-        for name in ("log.csv", "curves.png", OUTCOME, *map(checkpoint_name, CHECKPOINTS)):
+        for name in ("log.csv", "curves.png", OUTCOME, *map(checkpoint_name, (*CHECKPOINTS, PREVIOUS))):
             (self.path / name).unlink(missing_ok=True)
         for left in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("animation.*")):
             left.unlink()
+        remove_partial(self.path)
         write_json(self.path / "config.json", run_config.to_json(config))
-        # "x": of two runs at once, one gives way
-        self._log = open(self.path / "log.csv", "x", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._log.write(LOG_HEADER + "\n")
-        self._log.flush()
+        self._open_log([])
 
-    def resume(self, rows: list[Row]) -> None:
-        """Keeps the run that stands there, with these rows of its log, and appends to it."""
-        partial = self.path / ("log.csv" + PARTIAL)
-        partial.write_text(
-            "".join(line + "\n" for line in (LOG_HEADER, *map(_line, rows))), encoding="utf-8", newline="\n"
-        )
-        os.replace(partial, self.path / "log.csv")
+    def resume(self, rows: list[Row], epochs: dict[str, int], settings: Mapping[str, Any] | None) -> None:
+        """Keeps the run that stands there, with these rows of its log, and appends to it.
+
+        Args:
+            rows: The log up to the last checkpoint.
+            epochs: Those of the checkpoints that stand there, by name.
+            settings: What config.json shall hold from now on; None where it is to stay.
+        """
+        remove_partial(self.path)
+        if settings is not None:
+            write_json(self.path / "config.json", settings)
+        self._saved = dict(epochs)
+        self._open_log(rows)
+
+    def _open_log(self, rows: list[Row]) -> None:
+        text = "".join(line + "\n" for line in (LOG_HEADER, *map(_line, rows)))
+        replace_file(self.path / "log.csv", lambda file: file.write(text.encode()))
         self._log = open(self.path / "log.csv", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def append(self, row: Row) -> None:
-        """Appends a row to the log, at once on disk: NaN is an empty field."""
+        """Appends a row to the log, at once in the file: NaN is an empty field."""
         self._log.write(_line(row) + "\n")
         self._log.flush()
 
     def save_checkpoint(self, name: str, contents: Mapping[str, Any]) -> None:
-        """Replaces a checkpoint in one move: whoever stops the process finds the old one or the new one."""
+        """Replaces a checkpoint in one move, by one that is on disk as a whole, with the log up to it.
+
+        One of an epoch whose checkpoint stands there already is not written again. The last one before stays
+        as `PREVIOUS`.
+        """
+        epoch = contents["epoch"]
+        if self._saved.get(name) == epoch:
+            return
         target = self.path / checkpoint_name(name)
-        partial = target.with_suffix(PARTIAL)
-        torch.save(dict(contents), partial)
-        os.replace(partial, target)
+        if name == "last":
+            os.fsync(self._log.fileno())  # never behind its checkpoint
+            if self._saved.get(name, -1) >= 0:
+                keep_as(target, self.path / checkpoint_name(PREVIOUS))
+        replace_file(target, lambda file: torch.save(dict(contents), file))
+        self._saved[name] = epoch
 
     def close(self) -> None:
-        """Closes the log."""
-        if self._log is not None:
-            self._log.close()
+        """Closes the log, and lets other processes in."""
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            self._release()
 
-
-@dataclass(frozen=True)
-class Stopped:
-    """A run that stopped after a finished epoch, and what it needs to go on."""
-
-    last: dict[str, Any]
-    """Contents of the last checkpoint."""
-    best: dict[str, Any]
-    rows: list[Row]
-    """The log up to the last checkpoint."""
-
-
-def read_stopped(path: str | os.PathLike[str], config: TrainConfig) -> Stopped | None:
-    """Returns where the run at `path` stopped, None where it got to no checkpoint or no run stands there.
-
-    Raises:
-        ValueError: The run that stands there has other settings than `config`.
-    """
-    if not is_run(path):
-        return None
-    # Through JSON, which knows no tuples. Versions may differ: they are not of the user's choosing.
-    asked = json.loads(json.dumps(run_config.to_json(config)))
-    standing = read_config(path)
-    for part in ("system", "policy", "training"):
-        for name in asked[part].keys() | standing.get(part, {}).keys():
-            was, now = standing.get(part, {}).get(name), asked[part].get(name)
-            # a graph changes no number of a run
-            if was != now and name != "graph":
-                raise ValueError(
-                    f"run folder {path} was begun with {part} {name}={was!r}, now {name}={now!r}; give the "
-                    "settings it was begun with, or another folder"
-                )
-    try:
-        last, best, log = read_checkpoint(path, "last"), read_checkpoint(path, "best"), read_log(path)
-    except FileNotFoundError:
-        return None
-    # The log may be ahead of the checkpoint, never behind it.
-    rows = [dict(zip(log, values)) for values in zip(*log.values()) if values[0] <= last["epoch"]]
-    return Stopped(last, best, rows)
-
-
-def write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    """Writes a JSON file in one move: it is there as a whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
 
 def checkpoint_name(name: str) -> str:
@@ -231,35 +229,51 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise type(error)(f"{file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}); give a folder that training wrote") from error
     if not isinstance(data, dict) or data.get("format") != run_config.FORMAT:
         raise ValueError(
             f"{file} is not of the format {run_config.FORMAT!r}; give a folder that training wrote"
         )
+    for part in run_config.PARTS:
+        if not isinstance(data.get(part), dict):
+            raise ValueError(f"{file} holds no {part!r}; give a folder that training wrote")
     return data
 
 
 def read_log(path: str | os.PathLike[str]) -> Log:
-    """Returns a run's log: one array per column, the epoch as integers, empty fields as NaN."""
+    """Returns a run's log: one array per column, the epoch as integers, empty fields as NaN.
+
+    Columns that an earlier version did not write are NaN.
+    """
     file = Path(path) / "log.csv"
+    remedy = "give a folder that training wrote"
     try:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as error:
-        raise type(error)(
-            f"{file} cannot be read ({error.strerror}); give a folder that training wrote"
-        ) from error
-    if not lines or lines[0].rstrip("\n") != LOG_HEADER:
-        raise ValueError(f"{file} does not begin with {LOG_HEADER!r}; give a folder that training wrote")
+        raise type(error)(f"{file} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is no text ({error}); {remedy}") from error
+    header = lines[0].rstrip("\n") if lines else ""
+    if header not in (LOG_HEADER, *OLDER_HEADERS):
+        raise ValueError(f"{file} does not begin with {LOG_HEADER!r}; {remedy}")
+    columns = header.split(",")
     # A line without its end is one that a killed process did not finish.
     fields = [line.rstrip("\n").split(",") for line in lines[1:] if line.endswith("\n")]
+    lacking = dict.fromkeys(LOG_COLUMNS, math.nan)
     try:
         rows = [
-            {name: float(v) if v else math.nan for name, v in zip(LOG_COLUMNS, f, strict=True)}
+            lacking | {name: float(v) if v else math.nan for name, v in zip(columns, f, strict=True)}
             for f in fields
         ]
     except ValueError as error:
-        raise ValueError(f"{file} holds a row that cannot be read ({error})") from error
+        raise ValueError(f"{file} holds a row that cannot be read ({error}); {remedy}") from error
+    epochs = [row["epoch"] for row in rows]
+    wrong = [e for e in epochs if not (math.isfinite(e) and e == int(e))]
+    if wrong or any(b <= a for a, b in zip(epochs, epochs[1:])):
+        raise ValueError(
+            f"{file} holds the epochs {epochs[:8]}, expected ascending whole numbers from -1 on; {remedy}"
+        )
     return as_log(rows)
 
 
@@ -273,17 +287,32 @@ def as_log(rows: list[Row]) -> Log:
 
 def read_checkpoint(path: str | os.PathLike[str], name: str = "last") -> dict[str, Any]:
     """Returns a run's checkpoint, one of `CHECKPOINTS`: epoch, policy and optimizer state."""
-    if name not in CHECKPOINTS:
+    if name not in (*CHECKPOINTS, PREVIOUS):
         raise ValueError(f"checkpoint={name!r}, expected one of {', '.join(map(repr, CHECKPOINTS))}")
     file = Path(path) / checkpoint_name(name)
+    remedy = "give a folder that training wrote, or another of its checkpoints"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        # torch.load compares no sums: a changed bit would be another weight, and where the archive's own
+        # tables are damaged, memory that nobody wrote. What it reads is therefore packed anew.
+        whole = io.BytesIO()
+        with zipfile.ZipFile(file) as archive, zipfile.ZipFile(whole, "w") as copy:
+            for part in archive.infolist():
+                copy.writestr(part.filename, archive.read(part))  # which compares its sum
+        whole.seek(0)
+        contents = torch.load(whole, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"folder {path} holds no {file.name}; its training did not get as far"
         ) from None
-    except Exception as error:  # torch.load raises whatever the unpickler and the archive reader do
-        raise ValueError(f"{file} cannot be read as a checkpoint ({error})") from error
+    except Exception as error:  # whatever the unpickler and the archive readers raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read as a checkpoint ({reason}); {remedy}") from error
+    kinds = {"epoch": int, "policy": Mapping, "optimizer": Mapping}
+    if not isinstance(contents, Mapping) or any(
+        not isinstance(contents.get(part), kind) for part, kind in kinds.items()
+    ):
+        raise ValueError(f"{file} lacks one of {', '.join(kinds)}; {remedy}")
+    return dict(contents)
 
 
 def load_run(
@@ -316,7 +345,7 @@ def load_run(
     config = run_config.from_json(data, system=system, policy=policy, loss=loss)
     try:
         config.policy.load_state_dict(weights)
-    except RuntimeError as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"the weights in {path} do not fit the policy ({reason}); give the policy it was"

@@ -18,6 +18,7 @@ from .systems import System
 
 CLIPS = ("none", "value", "norm")
 LOSSES = ("final", "running")
+ON_DIVERGENCE = ("stop", "skip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,10 @@ class TrainConfig:
         clip: "none", "value" (every component to [-clip_at, clip_at]) or "norm" (of all components together).
             It acts on the final gradient, for C on the combined one.
         clip_at: Bound of the clip.
+        on_divergence: What becomes of an update whose loss or gradient is not finite, or one of whose two
+            fields (flow "combined") is NaN or infinite in all components: "stop" ends the run with an error
+            that names it and puts the last finite weights back; "skip" leaves weights and optimizer as they
+            are and takes the next batch, and ends the run after an epoch in which every update was skipped.
         seed: Seed of the initial states; 42 gives the published data sets.
         dtype: "float32" or "float64". None: the dtype of the policy's parameters, which it must agree with.
         device: Where the run takes place. None: the device of the policy's parameters, which it must agree
@@ -73,6 +78,7 @@ class TrainConfig:
     momentum: float = 0.0
     clip: str = "none"
     clip_at: float = 1.0
+    on_divergence: str = "stop"
     seed: int = 42
     dtype: str | torch.dtype | None = None
     device: str | torch.device | None = None
@@ -116,6 +122,7 @@ class TrainConfig:
         self._set("decay", check_decay(self.decay, "TrainConfig"))
         self._check_choice("optimizer", OPTIMIZERS)
         self._check_choice("clip", CLIPS)
+        self._check_choice("on_divergence", ON_DIVERGENCE)
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(
                 f"TrainConfig: momentum={self.momentum} with optimizer={self.optimizer!r}, expected 0; "
@@ -185,6 +192,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: graph=True with optimizer={self.optimizer!r}, which counts its steps on the "
                 "host; give optimizer='adam', 'sgd', 'adadelta' or 'rmsprop', or leave graph=False"
+            )
+        if self.on_divergence == "skip":
+            raise ValueError(
+                "TrainConfig: graph=True with on_divergence='skip', which reads every update on the host; "
+                "give on_divergence='stop', or leave graph=False"
             )
 
     def settings(self) -> dict[str, Any]:

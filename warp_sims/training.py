@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 
+from .divergence import first_lost, time_step
 from .flows import Flow
+from .interruption import uninterrupted
+from .meeting import meet
+from .processes import Processes
 from .progress import Bars
-from .runs import Log, Row, RunFolder, Stopped, as_log, read_stopped
+from .resuming import Stopped, check_fits, go_on, read_stopped
+from .runs import Log, Row, RunFolder, as_log
 from .train_config import TrainConfig
-from .updates import Updates
+from .updates import Updates, means, summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,10 @@ class TrainResult:
         log: One array per column: epoch (-1 is before training), loss_batch (mean over the updates, before
             each), loss_train, loss_test (after the epoch), grad_norm (root of the mean squared norm, before
             clipping), cosine and agreement of the two gradients that C compares (NaN for other flows),
-            seconds since training began.
-        path: The run folder; None where none was asked for.
+            seconds since training began, nonfinite (how many components of the gradients were NaN or
+            infinite, in all updates since the row before), zeros (share of zeros in the combined gradient,
+            mean over the updates; NaN for other flows).
+        path: The run folder; None where none was asked for, and in all but the first of several processes.
         diverged: Of `train_together`: what ended this run before its last epoch, where its loss became NaN or
             infinite. `train` raises it instead.
     """
@@ -57,6 +59,10 @@ def train(
 ) -> TrainResult:
     """Trains `config.policy` in place, from its present weights.
 
+    In a process group of `torch.distributed` every process takes its share of the worlds of each batch, and
+    all end with the same weights: those of one process up to rounding. The first process's weights are what
+    they start from, and it alone logs and saves. A loss of your own is to be a mean over worlds.
+
     With a folder, config.json, log.csv, checkpoints and a picture of the curves are written there, and they
     stay usable when the run is interrupted (KeyboardInterrupt is raised again afterwards).
 
@@ -65,7 +71,8 @@ def train(
         out: The run folder, which must not exist yet (an empty folder will do). None: nothing is written.
         overwrite: Replace the run that stands at `out`. It is left alone until the new one has begun.
         resume: Go on with the run that stands at `out`, from its last checkpoint instead of the policy's
-            present weights; begin it where there is none, or no checkpoint yet.
+            present weights; begin it where there is none. With more `epochs` than it was begun with it goes
+            on to those.
         progress: Show a progress bar, where the package rich is installed.
 
     Returns:
@@ -73,11 +80,18 @@ def train(
 
     Raises:
         FileExistsError: `out` exists.
+        BlockingIOError: Another process writes the run at `out`; the message names it.
         OSError: `out` cannot be written; found before training.
-        FloatingPointError: The loss became NaN or infinite. The folder holds the run up to there.
-        ValueError: The run to be resumed has other settings.
+        FloatingPointError: A loss, a gradient or a weight became NaN or infinite, or all of one gradient
+            field did. The message says where; the policy has the weights of the last finished epoch again,
+            and the folder holds the run up to there.
+        ValueError: The run to be resumed has other settings, its files do not fit together, or the processes
+            of a group do not do the same.
     """
-    with TrainingRun(config, out, overwrite=overwrite, resume=resume) as run, Bars(progress) as bars:
+    with (
+        TrainingRun(config, out, overwrite=overwrite, resume=resume) as run,
+        Bars(progress and run.processes.first) as bars,
+    ):
         bar = bars.add(run.label, config.epochs, run.test_loss, run.epoch + 1)
         while not run.done:
             run.run_epoch()
@@ -120,10 +134,17 @@ class TrainingRun:
         if config.tensorboard and out is None:
             raise ValueError("train: tensorboard=True writes into the run folder; give out='runs/name'")
         self._writer = _summary_writer() if config.tensorboard else None
-        self._stopped = read_stopped(out, config) if resume and out is not None else None
-        self._opened = None if out is None else RunFolder(out, overwrite or resume)
+        self._stopped: Stopped | None = None
+        self._opened: RunFolder | None = None
+        self.processes = Processes()
+        if self.processes.several:
+            meet(config, self.processes)
         try:
+            self.processes.in_first(lambda: self._open(out, overwrite, resume), config.device)
             self.updates = Updates(config, config.policy)
+            self._stopped = self.processes.from_first(self._stopped, config.device)
+            if self._stopped is not None:
+                check_fits(config, self._stopped, out or "")
             self._losses = self._finite(self.updates.evaluate(), "before training")
             self.updates.rehearse()
         except BaseException as error:
@@ -132,6 +153,12 @@ class TrainingRun:
                 print("training interrupted before it began; nothing was written", file=sys.stderr)
             raise
 
+    def _open(self, out: str | os.PathLike[str] | None, overwrite: bool, resume: bool) -> None:
+        """Takes the folder, so that nobody else writes what is then read."""
+        if out is not None:
+            self._opened = RunFolder(out, overwrite or resume)
+            self._stopped = read_stopped(out, self.config) if resume else None
+
     def discard(self) -> None:
         """Takes back the making of the folder: the run does not begin."""
         if self._opened is not None:
@@ -139,27 +166,36 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Begins the run in its folder, or goes on with the one that stands there."""
-        folder, stopped = self._opened, self._stopped
+        stopped = self._stopped
         try:
-            if folder is not None and stopped is None:
-                folder.begin(self.config)
-            elif folder is not None and stopped is not None:
+            if stopped is not None:
                 self._restore(stopped)
-                folder.resume(stopped.rows)
+            else:
+                self._snapshot = self._best = self._take_snapshot(-1)
+            self.processes.in_first(self._begin_folder, self.config.device)
         except BaseException:
             self.discard()
             raise
-        self._folder = folder
-        if self._writer is not None and folder is not None:
-            self._board = self._writer(str(folder.path))
         if stopped is not None:
             self._started = time.perf_counter() - self._rows[-1]["seconds"]
             return
         self._started = time.perf_counter()
-        self._snapshot = self._best = self._take_snapshot(-1)
-        if folder is not None:
-            folder.save_checkpoint("first", self._snapshot)
+        if self._folder is not None:
+            for name in ("first", "best", "last"):
+                self._folder.save_checkpoint(name, self._snapshot)
         self._log_row(self._losses, {})
+
+    def _begin_folder(self) -> None:
+        stopped, folder = self._stopped, self._opened
+        if folder is None:
+            return
+        if stopped is None:
+            folder.begin(self.config)
+        else:
+            folder.resume(stopped.rows, stopped.epochs, stopped.settings)
+        self._folder = folder
+        if self._writer is not None:
+            self._board = self._writer(str(folder.path))
 
     def __enter__(self) -> TrainingRun:
         self.begin()
@@ -170,23 +206,28 @@ class TrainingRun:
     ) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt) and not self._closed
         self.close()
-        if interrupted:
+        if interrupted and self.processes.first:
             where = f"; the run so far is in {self.path}" if self.path else ""
             finished = self._snapshot["epoch"]
             after = f"after epoch {finished}" if finished >= 0 else "in the first epoch"
             print(f"training interrupted {after}{where}", file=sys.stderr)
+            if self.path:
+                print(f"to go on: {go_on(self.config, self.path)}", file=sys.stderr)
 
     def close(self) -> None:
         """Writes what is to be kept, once."""
         if self._closed:
             return
-        self._write_checkpoints()
-        if self._folder is not None:
-            self._folder.close()
+        self._closed = True
+        try:
+            self._write_checkpoints()
             if self._board is not None:
                 self._board.close()
-            self._draw_curves(self._folder.path)
-        self._closed = True
+            if self._folder is not None:
+                self._draw_curves(self._folder.path)
+        finally:
+            if self._folder is not None:
+                self._folder.close()
 
     @property
     def done(self) -> bool:
@@ -222,26 +263,24 @@ class TrainingRun:
         """Takes in an epoch whose updates have been made, then logs and checkpoints where they are due.
 
         Args:
-            record: (4, updates), what is `updates.RECORDED` of each.
+            record: (RECORDED, updates), what is `divergence.RECORDED` of each.
             losses: Train and test loss after it, where they are known already.
         """
         self.check_finite(record)
         epoch = self.epoch + 1
+        self._check_weights(f"after epoch {epoch}")
         found = None
         if self.logs_next:
             found = self._finite(losses or self.updates.evaluate(), f"after epoch {epoch}")
-        with _uninterrupted():
+        with uninterrupted():
             self.epoch = epoch
-            self._records.append(record)
-            logged = torch.cat(self._records, dim=1)
+            self._records.append(summary(record, self.updates.size))
+            logged = list(self._records)
             if found is not None:
                 self._records.clear()
             self._snapshot = self._take_snapshot(epoch)
             if found is not None:
-                loss, norm, cosine, agreement = logged
-                means = {"loss_batch": loss.mean(), "grad_norm": norm.square().mean().sqrt()}
-                means |= {"cosine": cosine.nanmean(), "agreement": agreement.nanmean()}
-                self._log_row(found, {name: float(value) for name, value in means.items()})
+                self._log_row(found, means(logged))
         if (epoch + 1) % self.config.checkpoint_every == 0:
             self._write_checkpoints()
 
@@ -253,48 +292,70 @@ class TrainingRun:
 
     def return_to_snapshot(self) -> None:
         """Goes back to the end of the last finished epoch."""
-        self.config.policy.load_state_dict(self._snapshot["policy"])
-        self.updates.load_optimizer(copy.deepcopy(self._snapshot["optimizer"]))
+        self.updates.load(self._snapshot)
 
     def _restore(self, stopped: Stopped) -> None:
         """Goes back to where a stopped run was."""
         self.epoch = stopped.last["epoch"]
-        self.config.policy.load_state_dict(stopped.last["policy"])
-        self.updates.load_optimizer(stopped.last["optimizer"])
+        self.updates.load(stopped.last)
         self._records = [record.to(self.updates.device) for record in stopped.last.get("records", [])]
         self._rows = stopped.rows
         self._snapshot, self._best = self._take_snapshot(self.epoch), stopped.best
 
     def check_finite(self, record: torch.Tensor, error: Exception | None = None) -> None:
-        """Raises at the first update of the next epoch whose loss is not finite, or whose gradient holds a
-        NaN.
+        """Raises at the first update of the next epoch whose loss or gradient is not finite, or one of whose
+        gradient fields is not in any component; where such updates are skipped, if all were.
         """
-        for i, (loss, norm) in enumerate(record[:2].T.tolist()):
-            if error is not None and math.isnan(loss) and math.isnan(norm):
-                return  # not reached
-            if not math.isfinite(loss) or math.isnan(norm):
-                what = "gradient" if math.isfinite(loss) else "loss"
-                value = norm if math.isfinite(loss) else loss
-                text = self._not_finite(
-                    f"{what} in epoch {self.epoch + 1}, update {i} of {record.shape[1]}, is {value}"
-                )
-                raise FloatingPointError(text) from error
+        found = first_lost(record.T.tolist(), self.updates.size, self.config, error is not None)
+        if found is None:
+            return
+        update, what = found
+        when = f" in epoch {self.epoch + 1}, update {update} of {record.shape[1]},"
+        where = "" if error is not None and self.processes.several else self._place(update)
+        raise self._divergence(what.format(when=when), where) from error
+
+    def _place(self, update: int) -> str:
+        """Says where the rollout of an update of this epoch is first not finite. The epoch is repeated up to
+        there: this is not the good case.
+        """
+        try:
+            self.return_to_snapshot()
+            self.updates.run(self.updates.new_record(), update)
+            place = self.updates.locate(update)
+        except Exception:  # a policy or a loss of the user's own that raises, or does not repeat itself
+            return ""
+        if place is None:
+            return "; all states and controls of it are finite" + time_step(self.config.system)
+        return f"; {place.text(self.config.horizon, self.config.system)}"
+
+    def _check_weights(self, when: str) -> None:
+        """Raises where what would be kept is not finite."""
+        name = self.updates.lost()
+        if name is not None:
+            raise self._divergence(f"{name} {when} holds NaN or infinity", "")
 
     def _finite(self, losses: list[float], when: str) -> tuple[float, float]:
         """Returns train and test loss, both finite."""
         for name, loss in zip(("train", "test"), losses, strict=True):
             if not math.isfinite(loss):
-                raise FloatingPointError(self._not_finite(f"{name} loss {when} is {loss}"))
+                raise self._divergence(f"{name} loss {when} is {loss}", time_step(self.config.system))
         return losses[0], losses[1]
 
-    def _not_finite(self, what: str) -> str:
-        where = f"; the run up to there is in {self.path}" if self.path else ""
-        return (
-            f"train: {what}, expected a finite number; try a smaller lr (now {self.config.lr:g}), "
-            f"clip='norm', or a shorter horizon{where}"
+    def _divergence(self, what: str, where: str) -> FloatingPointError:
+        """Returns the error that ends the run, and puts the last finite weights back."""
+        kept = ""
+        if hasattr(self, "_snapshot"):
+            self.return_to_snapshot()
+            epoch = self._snapshot["epoch"]
+            after = f"from after epoch {epoch}" if epoch >= 0 else "from before training"
+            kept = f"; the policy has its weights {after} again"
+        folder = f"; the run up to there is in {self.path}" if self.path else ""
+        return FloatingPointError(
+            f"train: {what}, expected a finite number{where}; try a smaller lr (now {self.config.lr:g}), "
+            f"clip='norm', a shorter horizon, or on_divergence='skip'{kept}{folder}"
         )
 
-    def _log_row(self, losses: tuple[float, float], means: dict[str, float]) -> None:
+    def _log_row(self, losses: tuple[float, float], of_updates: dict[str, float]) -> None:
         row: Row = {
             "epoch": self.epoch,
             "loss_batch": math.nan,
@@ -303,8 +364,10 @@ class TrainingRun:
             "grad_norm": math.nan,
             "cosine": math.nan,
             "agreement": math.nan,
-            "seconds": time.perf_counter() - self._started if means else 0.0,
-        } | means
+            "seconds": time.perf_counter() - self._started if of_updates else 0.0,
+            "nonfinite": math.nan,
+            "zeros": math.nan,
+        } | of_updates
         if row["loss_test"] <= min((r["loss_test"] for r in self._rows), default=math.inf):
             self._best = self._snapshot
         self._rows.append(row)
@@ -317,13 +380,7 @@ class TrainingRun:
 
     def _take_snapshot(self, epoch: int) -> dict[str, Any]:
         """Returns the state after a finished epoch, which an interruption in the next one must not touch."""
-        snapshot = {
-            "epoch": epoch,
-            "policy": {
-                name: value.detach().clone() for name, value in self.config.policy.state_dict().items()
-            },
-            "optimizer": copy.deepcopy(self.updates.optimizer.state_dict()),
-        }
+        snapshot = {"epoch": epoch, **self.updates.state()}
         if self._records:  # of the epochs since the last row of the log, which the next row is a mean of
             snapshot["records"] = list(self._records)
         return snapshot
@@ -341,23 +398,6 @@ class TrainingRun:
             plot_curves({self.label: as_log(self._rows)}, path / "curves.png")
         except (ImportError, OSError) as error:
             warnings.warn(f"no picture of the curves was drawn: {error}", stacklevel=2)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait for the end of a short block, so that the log and the last checkpoint agree."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        handler(*came[0])
 
 
 def _flow_name(config: TrainConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .ensembles import Ensemble
+from .processes import Processes
 from .progress import Bars
 from .train_config import TrainConfig
 from .training import TrainingRun, TrainResult
@@ -258,6 +259,17 @@ def _check_alike(configs: Any) -> list[TrainConfig]:
                 "copy.deepcopy(policy)"
             )
     if len(configs) > 1:
+        if first.on_divergence == "skip":
+            raise ValueError(
+                f"{call}: on_divergence='skip' with {len(configs)} configs, expected 'stop': all take the "
+                "same steps; train each on its own"
+            )
+        processes = Processes()
+        if processes.several:
+            raise ValueError(
+                f"{call}: {len(configs)} configs in a group of {processes.count} processes, expected one; "
+                "train each on its own, or outside of the group"
+            )
         Ensemble([config.policy for config in configs])
     return list(configs)
 

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 
+from .divergence import RECORDED, Place, locate, lost, reason
 from .ensembles import Ensemble
 from .flows import Flow
 from .gradients import gradient_pair
 from .graphed import GraphedUpdate
 from .optimizers import ON_HOST, make_optimizer
+from .processes import Processes
 from .rollouts import Rollout, rollout
 from .train_config import TrainConfig
 
-RECORDED = ("loss", "norm", "cosine", "agreement")  # of every update
+SUMMARY = ("loss", "norm", "cosine", "agreement", "nonfinite", "zeros")
+"""What rows of the log are made of, of every update."""
+
+_NONFINITE = slice(RECORDED.index("nonfinite"), RECORDED.index("nonfinite_base") + 1)
+"""The two counts of a flow with one field: of the field, and of any."""
+
+
+def summary(record: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns (6, updates), `SUMMARY` of updates of which (RECORDED, updates) was recorded.
+
+    Args:
+        record: Of one policy.
+        size: Number of components of its gradient.
+    """
+    seen = dict(zip(RECORDED, record, strict=True))
+    cosine = seen["dot"] / (seen["base_sq"].sqrt() * seen["check_sq"].sqrt())
+    agreement = seen["equal"] / seen["nonzero"]
+    zeros = (size - seen["kept"]) / size
+    return torch.stack([seen["loss"], seen["norm"], cosine, agreement, seen["nonfinite"], zeros])
+
+
+def means(summaries: list[torch.Tensor]) -> dict[str, float]:
+    """Returns what a row of the log says of the updates since the row before, from their summaries.
+
+    The count of non-finite components is that of all updates; in everything else skipped updates have no say.
+    """
+    # those of an earlier version, in the checkpoint of a run that goes on, have fewer rows
+    whole = [torch.cat([s, s.new_full((len(SUMMARY) - len(s), s.shape[1]), math.nan)]) for s in summaries]
+    loss, norm, cosine, agreement, nonfinite, zeros = torch.cat(whole, dim=1)
+    taken = torch.isfinite(loss) & ~torch.isnan(norm)
+    if not bool(taken.all()):
+        loss, norm = loss[taken], norm[taken]
+    values = {
+        "loss_batch": loss.mean(),
+        "grad_norm": norm.square().mean().sqrt(),
+        "cosine": cosine.nanmean(),
+        "agreement": agreement.nanmean(),
+        "nonfinite": nonfinite.nansum(),
+        "zeros": zeros.nanmean(),
+    }
+    return {name: float(value) for name, value in values.items()}
 
 
 class Updates:
@@ -29,6 +72,7 @@ class Updates:
     def __init__(self, config: TrainConfig, policy: torch.nn.Module) -> None:
         self.config = config
         self.policy = policy
+        self.processes = Processes()
         self.device = torch.device(str(config.device))
         self._members = (len(policy),) if isinstance(policy, Ensemble) else ()
         self._options: dict[str, Any] = {
@@ -45,6 +89,8 @@ class Updates:
             for split in ("train", "test")
         )
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        members = self._members[0] if self._members else 1
+        self.size = sum(p.numel() for p in self._parameters) // members
         # On a GPU always, so that a run takes the same steps with and without a graph.
         capturable = self.device.type == "cuda" and config.optimizer not in ON_HOST
         self.optimizer = make_optimizer(
@@ -64,6 +110,27 @@ class Updates:
         self.optimizer.load_state_dict(state)
         self._forget_graphs()
 
+    def state(self) -> dict[str, Any]:
+        """Returns copies of the weights and of the optimizer's state, which share nothing with them."""
+        weights = self.policy.state_dict()
+        return {
+            "policy": {
+                name: value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+                for name, value in weights.items()
+            },
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes back to a state, which stays as it is."""
+        self.policy.load_state_dict(state["policy"])
+        self.load_optimizer(copy.deepcopy(state["optimizer"]))
+
+    def lost(self) -> str | None:
+        """Returns the name of the first weight or moment of the optimizer that holds NaN or infinity."""
+        state = self.optimizer.state_dict()["state"]
+        return lost(dict(self.policy.state_dict()), "") or lost(state, "optimizer")
+
     def rehearse(self) -> None:
         """Computes a gradient for nothing: what it refuses is refused before a folder is touched, and
         compiling is not counted as time of the first epoch.
@@ -72,53 +139,96 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
 
     def new_record(self) -> torch.Tensor:
-        """Returns what `run` fills: (4, updates), of an ensemble (members, 4, updates), NaN."""
+        """Returns what `run` fills: (RECORDED, updates), of an ensemble with a member axis before, NaN."""
         # Filled on the device, read once an epoch: to read a number per update is to wait for the device.
         shape = (*self._members, len(RECORDED), math.ceil(self.config.samples / self.config.batch))
         return torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
 
-    def run(self, record: torch.Tensor) -> None:
-        """Makes the updates of an epoch, and records them."""
-        for i, x0 in enumerate(self._train_states.split(self.config.batch)):
+    def run(self, record: torch.Tensor, count: int | None = None) -> None:
+        """Makes the updates of an epoch, or the first of them, and records them."""
+        for i, x0 in enumerate(self._train_states.split(self.config.batch)[:count]):
             self.step(x0, record[..., i])
+
+    def locate(self, update: int) -> Place | None:
+        """Returns where the rollout of an update of the epoch is first not finite under the present weights,
+        in terms of the worlds of its whole batch; None where it is finite.
+        """
+        batch = self._train_states.split(self.config.batch)[update]
+        x0, worlds = self.processes.share(batch)
+        with torch.no_grad():
+            out = rollout(self.config.system, self.policy, x0, horizon=self.config.horizon, loss=None)
+        place = locate(out.states, out.controls) if worlds else None
+        each = self.processes.gather((place, worlds))
+        found, before = [], 0
+        for other, count in each:
+            found += [] if other is None else [other._replace(world=other.world + before)]
+            before += count
+        return min(found, key=lambda other: other[:3], default=None)
 
     @torch.no_grad()
     def evaluate(self) -> Any:
         """Returns train and test loss; of an ensemble a pair of each member."""
         # The loss is the same for every flow; a flow matters backwards only.
         options = {name: self._options[name] for name in ("horizon", "loss", "control_cost")}
-        losses = [
-            _loss(rollout(self.config.system, self.policy, x0, flow=Flow.REGULAR, **options))
-            for x0 in (self._train_states, self._test_states)
-        ]
+        losses = []
+        for states in (self._train_states, self._test_states):
+            x0, worlds = self.processes.share(states)
+            out = rollout(self.config.system, self.policy, x0, flow=Flow.REGULAR, **options)
+            losses += self.processes.mean([_loss(out)], worlds, states.shape[0])
         return torch.stack(losses, dim=-1).tolist()
 
-    def _gradient(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Fills the gradients of the parameters; returns loss, cosine and agreement."""
-        config = self.config
+    def _gradient(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fills the gradients of the parameters; returns the loss, and the sums of a comparison."""
+        config, total = self.config, x0.shape[-2]
+        x0, worlds = self.processes.share(x0)
         if config.flow is Flow.COMBINED:
             pair = gradient_pair(config.system, self.policy, x0, **self._options)
+            if self.processes.several:
+                pair = pair.reduced(worlds, total)
             pair.assign(self.policy)
-            return pair.loss.detach(), pair.cosine, pair.agreement
+            return pair.loss.detach(), pair.sums
         self.optimizer.zero_grad(set_to_none=True)
         loss = _loss(rollout(config.system, self.policy, x0, flow=config.flow, **self._options))
         loss.backward(torch.ones_like(loss))
-        return loss.detach(), None, None
+        loss = loss.detach()
+        if self.processes.several:
+            loss, *gradients = self.processes.mean([loss, *self._gradients()], worlds, total)
+            for p, gradient in zip(
+                [p for p in self._parameters if p.grad is not None], gradients, strict=True
+            ):
+                p.grad = gradient
+        return loss, None
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def update(self, x0: torch.Tensor, record: torch.Tensor) -> None:
         """Makes one update from the states (nworld, state_size), and records it."""
         config = self.config
-        loss, cosine, agreement = self._gradient(x0)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        loss, sums = self._gradient(x0)
+        gradients = self._gradients()
         norm = self._norm(gradients)
         record[..., 0], record[..., 1] = loss, norm
-        if cosine is not None and agreement is not None:
-            record[..., 2], record[..., 3] = cosine, agreement
+        if sums is not None:
+            record[..., 2:] = sums
+        else:
+            self._count(gradients, norm, record)
+        if config.on_divergence == "skip" and reason(record.tolist(), self.size, config) is not None:
+            return
         if config.clip == "norm":
             self._clip_norm(gradients, norm)
         elif config.clip == "value":
             torch.nn.utils.clip_grad_value_(self._parameters, config.clip_at)
         self.optimizer.step()
+
+    def _count(self, gradients: list[torch.Tensor], norm: torch.Tensor, record: torch.Tensor) -> None:
+        """Records how many components of the one gradient are not finite."""
+        if self.device.type == "cpu" and math.isfinite(float(norm.sum())):
+            record[..., _NONFINITE] = 0.0  # or the norm would not be finite
+            return
+        flat = torch.cat([g.reshape(*self._members, -1) for g in gradients], dim=-1)
+        nonfinite = flat.shape[-1] - torch.isfinite(flat).sum(dim=-1, keepdim=True)
+        record[..., _NONFINITE] = nonfinite.to(record.dtype)
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         norm = torch.nn.utils.get_total_norm

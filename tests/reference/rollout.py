@@ -212,10 +212,11 @@ def gradients(
 def combine(base: Tensor, check: Tensor) -> Tensor:
     """Per component, base where it and check have the same sign (zero is a sign of its own), else 0.
 
-    A NaN in base stays: it must not look like a disagreement. A NaN in check agrees with nothing and gives 0.
+    A NaN or an infinity in base stays: it must not look like a disagreement. One in check agrees with nothing
+    and gives 0.
     """
-    same = ((base > 0) == (check > 0)) & ((base < 0) == (check < 0)) & ~torch.isnan(check)
-    return torch.where(same | torch.isnan(base), base, torch.zeros_like(base))
+    same = ((base > 0) == (check > 0)) & ((base < 0) == (check < 0)) & torch.isfinite(check)
+    return torch.where(same | ~torch.isfinite(base), base, torch.zeros_like(base))
 
 
 # Gradients by finite differences

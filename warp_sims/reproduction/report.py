@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..durable import PARTIAL
 from ..plots import need_matplotlib
 from ..published import FLOWS, SETTINGS, Job, Scale, facts
-from ..runs import OUTCOME, PARTIAL, Log, read_config, read_log
+from ..runs import OUTCOME, Log, read_config, read_log
 from ..train_config import CLIPS
 from . import toy
 from .figures import FLOW_LABELS, Logs, cosines, curves, draw_landscape, draw_rotation, smoothing

@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..durable import write_json
 from ..published import Job, Scale
-from ..runs import OUTCOME, write_json
+from ..runs import OUTCOME
 from .progress import Board
 
 MANIFEST = "reproduce.json"

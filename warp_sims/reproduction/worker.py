@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import warp as wp
 
+from ..durable import write_json
 from ..provenance import machine, versions
 from ..published import Job, Scale
-from ..runs import OUTCOME, write_json
+from ..runs import OUTCOME
 from ..training import TrainingRun
 from ..training_together import TrainingTogether
 
