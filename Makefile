@@ -24,6 +24,9 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt $(TORCH)
 SETTINGS := pyproject.toml constraints.txt
 
+KILLS ?= 200
+UPDATES ?= 20000
+
 .PHONY: demo test test-emulator lint mutants kills memory clean
 
 demo: $(VENV)/.ready-cli
