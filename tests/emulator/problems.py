@@ -11,7 +11,7 @@ from own_systems import Pendulum, Unicycle
 from torch import Tensor
 from warp_sims.bridge import fused, fused_backward, registry, sweeps
 from warp_sims.bridge.launches import Pool
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
 
 import warp_sims as ws
 from warp_sims.policies import fused_network
@@ -131,13 +131,12 @@ class Case:
         `base` and `check` are flows, or schedules of as many steps as the rollout has.
         """
         p = registry.prepare(registry.register(self.system), self.dtype, CPU)
-        back = Backward(
-            *(f if len(f) == self.horizon else f * self.horizon for f in (base, check)), decay, self.weights
-        )
+        schedules = (f if len(f) == self.horizon else f * self.horizon for f in (base, check))
+        spec = Spec(0, *schedules, decay, *self.weights, segment)
         found = fused.rollout(p, self.network, self.packed, self.x0, self.horizon, self.weights, segment)
         states, controls, loss, hidden = found
         grads, adj_x0 = fused_backward.backward(
-            p, back, self.network, self.packed, hidden, states, controls, self.cotangents(), segment
+            p, spec, self.network, self.packed, hidden, states, controls, self.cotangents()
         )
         return [states, controls, loss, hidden, grads, adj_x0]
 
@@ -159,8 +158,8 @@ def open_loop(
     weights = LossWeights(0.7, 0.3, 0.2) if p.functions.loss else LossWeights(0.0, 0.0, 0.2)
     c = make_cotangents(system, horizon, nworld, dtype)
     g = Cotangents(c.loss, *((c.states, c.controls) if outside else (None, None)))
-    back = Backward(("RMNS" * horizon)[:horizon], check and ("SRMN" * horizon)[:horizon], 0.9, weights)
-    mu, adj_x0 = sweeps.adjoint(p, back, states, controls, jac, g)
+    spec = Spec(0, ("RMNS" * horizon)[:horizon], check and ("SRMN" * horizon)[:horizon], 0.9, *weights)
+    mu, adj_x0 = sweeps.adjoint(p, spec, states, controls, jac, g)
     return [states, sweeps.loss(p, states, controls, weights), mu, adj_x0]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import assert_close, make_net, make_states
 from warp_sims.bridge import fused, registry
-from warp_sims.bridge.sweeps import LossWeights
+from warp_sims.bridge.spec import LossWeights
 from warp_sims.kernels.resident import make_plan
 
 import warp_sims as ws

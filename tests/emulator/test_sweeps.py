@@ -8,7 +8,7 @@ import warp as wp
 from cases import make_states
 from own_systems import Pendulum, Unicycle
 from warp_sims.bridge import registry, sweeps
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.spec import Cotangents, Spec
 from warp_sims.kernels.agreement import CHUNK
 from warp_sims.kernels.rollout import make_system_kernels
 from warp_sims.kernels.streamed import make_streamed_kernels
@@ -132,7 +132,7 @@ def test_a_closed_gate_selects(emulator):
         controls = torch.zeros(3, 2, 1, dtype=torch.float64)
         states = sweeps.simulate(p, make_states(system, 2), controls)
         jac = torch.full((3, 2, 1, system.state_size), torch.inf, dtype=torch.float64)
-        back = Backward("MMM", "", 1.0, LossWeights(0.0, 0.0, 0.0))
+        back = Spec(0, "MMM")
         g = Cotangents(None, torch.ones_like(states), None)
         mu, adj_x0 = sweeps.adjoint(p, back, states, controls, jac, g)
         assert torch.isfinite(adj_x0).all() and torch.isfinite(mu).all() and adj_x0.any()
