@@ -13,7 +13,7 @@ import warp as wp
 
 from ..kernels.fused_adjoint import make_fused_adjoint
 from ..kernels.fused_rollout import make_fused_rollout
-from ..kernels.rollout import SystemKernels, make_system_kernels
+from ..kernels.rollout import SystemKernels, make_system_kernels, make_wide_kernels
 from ..kernels.streamed import make_cuda_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
@@ -67,6 +67,13 @@ class Prepared:
     params: Any
     """The filled struct."""
     kernels: SystemKernels
+    wide: SystemKernels | None = None
+    """The same for more worlds a thread, for sweeps without a policy on a CPU."""
+
+    @property
+    def open_loop(self) -> SystemKernels:
+        """Kernels of the sweeps without a policy."""
+        return self.wide or self.kernels
 
     @property
     def itemsize(self) -> int:
@@ -102,6 +109,8 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     scalar = WARP_DTYPE[dtype]
     functions = system.device_functions(scalar)
     cuda = device.type == "cuda"
+    # a struct may hold arrays
+    params = system.parameters(scalar).to(warp_device(device))
     return Prepared(
         dtype,
         device,
@@ -110,6 +119,7 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         scalar,
         warp_device(device),
         functions,
-        system.parameters(scalar),
+        params,
         make_cuda_system_kernels(functions, scalar) if cuda else make_system_kernels(functions, scalar, True),
+        None if cuda else make_wide_kernels(functions, scalar),
     )
