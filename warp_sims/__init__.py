@@ -33,8 +33,11 @@ from .systems import (
     CartPole,
     DeviceFunctions,
     GuidanceByRepulsion,
+    Hopper,
+    LinkedPendulum,
     MemoryFunctions,
     QuantumControl,
+    Robot,
     System,
 )
 from .training import TrainConfig, TrainResult, train
@@ -51,8 +54,11 @@ __all__ = [
     "Flow",
     "GradientPair",
     "GuidanceByRepulsion",
+    "Hopper",
+    "LinkedPendulum",
     "MemoryFunctions",
     "QuantumControl",
+    "Robot",
     "Rollout",
     "System",
     "TrainConfig",
