@@ -103,7 +103,7 @@
         const vec way = q[0] - n[Q0];
         _Pragma("unroll") for (int c = 0; c < 3; ++c) P[c] += R[3 * c + 2] * way;
       } else if (KIND[i] == SLIDES) {       // along the axes of the world
-        _Pragma("unroll") for (int c = 0; c < 3; ++c) P[c] = q[c];
+        _Pragma("unroll") for (int c = 0; c < 3; ++c) P[c] = s.P[0][c] + q[c];
       } else {                              // a ball: by a quaternion
         const vec two = real(2) / (q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3]);
         const vec x = two * q[1], y = two * q[2], z = two * q[3];

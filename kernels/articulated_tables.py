@@ -188,7 +188,10 @@ def _table(name: str, values: Sequence[int]) -> str:
 
 
 KEPT_BYTES = 256 << 10
-"""What the substeps of a step may keep on a thread's stack for the backward pass; beyond, they are computed again."""
+"""What the substeps of a step may keep on a CPU thread's stack for the backward pass; beyond, they are computed
+again."""
+KEPT_BYTES_ONE = 8 << 10
+"""The same for one world: a GPU reserves as much for every thread that it can hold."""
 
 
 def slot_bytes(s: Structure, itemsize: int, worlds: int) -> int:
@@ -201,4 +204,5 @@ def slot_bytes(s: Structure, itemsize: int, worlds: int) -> int:
 
 def kept_substeps(s: Structure, itemsize: int, worlds: int) -> int:
     """Substeps whose findings the backward pass keeps: all, or one at a time."""
-    return s.substeps if s.substeps * slot_bytes(s, itemsize, worlds) <= KEPT_BYTES else 1
+    most = KEPT_BYTES if worlds > 1 else KEPT_BYTES_ONE
+    return s.substeps if s.substeps * slot_bytes(s, itemsize, worlds) <= most else 1

@@ -32,6 +32,7 @@ def make_functions(structure: Structure, dtype: Any) -> DeviceFunctions:
     functions = make_articulated_functions(structure, dtype)
     Params, State = functions.Params, functions.State
     speed = structure.qpos_size
+    per_pitch = dtype(1.0 / PITCH)  # a constant of this type: inside, 1 / PITCH would be one of float32
 
     @wp.func
     def hopper_loss(x: State, p: Params) -> dtype:
@@ -39,7 +40,7 @@ def make_functions(structure: Structure, dtype: Any) -> DeviceFunctions:
         height = delta
         if delta < dtype(0.0):
             height = -dtype(200.0) * delta * delta
-        pitch = x[2] * dtype(1.0 / PITCH)
+        pitch = x[2] * per_pitch
         return -(x[speed] + height + dtype(1.0) - pitch * pitch)
 
     @wp.func
@@ -54,7 +55,7 @@ def make_functions(structure: Structure, dtype: Any) -> DeviceFunctions:
             slope = dtype(0.0)
         adj = State()
         adj[1] = adj_loss * slope
-        adj[2] = adj_loss * dtype(2.0 / (PITCH * PITCH)) * x[2]
+        adj[2] = dtype(2.0) * adj_loss * per_pitch * per_pitch * x[2]
         adj[speed] = -adj_loss
         return adj
 
