@@ -1,8 +1,9 @@
 """Articulated rigid bodies with contact: forward dynamics, a semi-implicit Euler step, hand-written adjoints.
 
-Spatial vectors [angular; linear] have the axes of the world and stand at the position of the first body, so that
-their numbers do not grow with the way it has gone. With a x b = [aw x bw; av x bw + aw x bv] of motions and
-a x* f = [aw x n + av x f; aw x f] of a motion and a force, axes S of a joint, and V0, A0 the values before it:
+Spatial vectors [angular; linear] have the axes of the world and stand at the position of the first body, so
+that their numbers do not grow with the way it has gone. With a x b = [aw x bw; av x bw + aw x bv] of motions
+and a x* f = [aw x n + av x f; aw x f] of a motion and a force, axes S of a joint, and V0, A0 the values
+before it:
 
     V = V0 + S v        A = A0 + S qdd + V0 x (S v),  of the world [0; -g]         F = I A + V x* I V - f
     tau = S . (sum of F over the subtree)        M = S_i . (inertia of the subtree of i) S_j
@@ -33,11 +34,11 @@ Contact of a sphere: p its lowest point, depth d, velocity v (v_n away from the 
     g = min(kf, mu N / |v_t|)  or, smooth,  mu N / sqrt(|v_t|^2 + vs^2)
     approaching bodies damped only:   s = 1 + kd max(0, -v_n),  and friction is bounded by mu ke d
 
-Two spheres touch where the line between their centres is divided by their radii. Joint limits are such springs:
-ke depth max(0, 1 -+ kd v). A fluid drags on the box that has a body's inertia (MuJoCo's inertia box).
+Two spheres touch where the line between their centres is divided by their radii. Joint limits are such
+springs, ke depth max(0, 1 -+ kd v). A fluid drags on the box with a body's inertia (MuJoCo's inertia box).
 
 The text is one for three forms: worlds in vector lanes for CPUs, one world in memory, and one by value.
-articulated_forward.h, articulated_forces.h and articulated_adjoint.h hold it, articulated_tables.py the tables.
+articulated_forward.h, _forces.h and _adjoint.h hold it, articulated_tables.py the tables.
 
 Sources: Featherstone, Rigid Body Dynamics Algorithms (2008), for RNEA, the composite inertias and L^T D L;
 the adjoint and the contact's are derived from the equations above.
@@ -57,8 +58,8 @@ from .native_block import fill, native_block
 from .system import BlockFunctions, DeviceFunctions, MemoryFunctions
 
 WIDE = 8
-"""Worlds of the wide block form: vectors of 32 bytes in float32, of 64 in float64. Four lanes take 1.6 times as
-long, sixteen 0.9 times with twice the scratch."""
+"""Worlds of the wide block form: vectors of 32 bytes in float32, of 64 in float64. Four lanes take 1.6 times
+as long, sixteen 0.9 times with twice the scratch."""
 
 _LANES = """
   enum { W = WORLDS, L = W };
@@ -113,7 +114,9 @@ _PULL = """
 _BLOCK = """
   const long long row0 = (long long)t * nworld + world0;
   const auto row_of = [&](int w) -> long long { return row0 + (w < worlds ? w : worlds - 1); };
-  const auto state_of = [&](int w) -> const real* { return (const real*)states.data + row_of(w) * (NQ + NV); };
+  const auto state_of = [&](int w) -> const real* {
+    return (const real*)states.data + row_of(w) * (NQ + NV);
+  };
   const auto control_of = [&](int w) -> const real* { return (const real*)controls.data + row_of(w) * NU; };
 """
 _BLOCK_NEXT = """
@@ -193,7 +196,7 @@ _FORWARD, _FORCES, _ADJOINT = _read("forward"), _read("forces"), _read("adjoint"
 
 
 def _text(structure: Structure, dtype: Any, worlds: int, body: str, kept: int) -> str:
-    """A whole function body: the model, one of both kinds of `vec`, the dynamics and what is done with them."""
+    """A function body: the model, one of both kinds of `vec`, the dynamics and what is done with them."""
     vectors = _LANES.replace("SINCOS", sincos(dtype)).replace("WORLDS", str(worlds)) if worlds > 1 else _ONE
     small = "  #define SMALL 1e-6\n  typedef REAL real;\n"
     text = small + source(structure, kept) + vectors + _FORWARD + _FORCES + body

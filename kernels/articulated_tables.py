@@ -2,9 +2,9 @@
 one array.
 
 A link is one joint and what moves with it: a hinge about or a slide along the third axis of the link, three
-slides along the axes of the world (of a free joint), or a ball. A body with several joints is a chain of links, the
-last of which has its mass. The origin of a link's frame is the anchor of its joint. Links, and degrees of
-freedom, are numbered from the root to the leaves; link 0 is the world.
+slides along the axes of the world (of a free joint), or a ball. A body with several joints is a chain of
+links, the last of which has its mass. The origin of a link's frame is the anchor of its joint. Links, and
+degrees of freedom, are numbered from the root to the leaves; link 0 is the world.
 """
 
 from collections.abc import Sequence
@@ -139,9 +139,11 @@ def source(s: Structure, kept: int) -> str:
     enums = {
         "NL": links, "NQ": s.qpos_size, "NV": s.dofs, "NM": rows[-1], "ORIGIN": s.origin,
         "NU": len(s.actuators), "NSPRING": len(s.springs), "NLIMIT": len(s.limits),
-        "NPOINT": len(s.points), "NPAIR": len(s.pairs), "NFLUID": len(s.fluid), "TOUCHES": int(bool(s.points or s.pairs)),
+        "NPOINT": len(s.points), "NPAIR": len(s.pairs), "NFLUID": len(s.fluid),
+        "TOUCHES": int(bool(s.points or s.pairs)),
         "SUBSTEPS": s.substeps, "KEPT": kept, "RECORD": int(0 < kept < s.substeps),
-        "IMPLICIT": int(s.implicit), "SMOOTH": int(s.smooth), "APPROACH": int(s.approach), "AFFINE": int(s.affine),
+        "IMPLICIT": int(s.implicit), "SMOOTH": int(s.smooth), "APPROACH": int(s.approach),
+        "AFFINE": int(s.affine),
         "HINGE": HINGE, "SLIDE": SLIDE, "SLIDES": SLIDES, "BALL": BALL,
         **{name: at for name, at in numbers.items() if name != "END"},
         **{name + "_WORDS": len(names.split()) for name, names in (
@@ -188,8 +190,8 @@ def _table(name: str, values: Sequence[int]) -> str:
 
 
 KEPT_BYTES = 256 << 10
-"""What the substeps of a step may keep on a CPU thread's stack for the backward pass; beyond, they are computed
-again."""
+"""What the substeps of a step may keep on a CPU thread's stack for the backward pass; beyond, they are
+computed again."""
 KEPT_BYTES_ONE = 8 << 10
 """The same for one world: a GPU reserves as much for every thread that it can hold."""
 

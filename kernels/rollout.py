@@ -35,8 +35,8 @@ class SystemKernels(NamedTuple):
     adjoint: tuple[wp.Kernel, wp.Kernel]
     """For one and for two gradient fields."""
     worlds: int
-    """Worlds of one thread of `simulate` and `adjoint`: BLOCK where the system's block form is used, those of its
-    wide form where that is."""
+    """Worlds of one thread of `simulate` and `adjoint`: BLOCK where the system's block form is used, those
+    of its wide form where that is."""
 
 
 def sweep_kernel(function: Any) -> wp.Kernel:

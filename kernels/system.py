@@ -68,9 +68,9 @@ class DeviceFunctions(NamedTuple):
         cotangent of x
 
     All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` and
-    `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide` is a block form
-    for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at once: sweeps without
-    a policy run it, where vectors of more lanes are worth a second form.
+    `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide` is a block
+    form for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at once:
+    sweeps without a policy run it, where vectors of more lanes are worth a second form.
     """
 
     Params: Any

@@ -1,14 +1,15 @@
-"""The robots of golden/articulated as systems, from the numbers that the files hold: without the package `mujoco`."""
+"""The robots of golden/articulated as systems, from the numbers that the files hold: without the package
+`mujoco`."""
 
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
-from warp_sims.robots.build import build_model, torques
-from warp_sims.robots.model import Sphere
 
 import warp_sims as ws
+from warp_sims.robots.build import build_model, torques
+from warp_sims.robots.model import Sphere
 
 FOLDER = Path(__file__).parent / "golden" / "articulated"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
@@ -32,7 +33,9 @@ def robot(golden: dict[str, np.ndarray], setting: str, *, torque_controls=False,
     """The robot of a file under a setting; with a force on every joint where it has no actuators or they are
     asked for.
     """
-    m = types.SimpleNamespace(**{k.removeprefix("model_"): v for k, v in golden.items() if k.startswith("model_")})
+    m = types.SimpleNamespace(
+        **{k.removeprefix("model_"): v for k, v in golden.items() if k.startswith("model_")}
+    )
     forces = torque_controls or not len(m.actuator_trnid)
     model, placed = build_model(
         m,

@@ -46,7 +46,8 @@ def test_any_number_of_points(points, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["ballchain", "ant"])
 def test_robots(name, dtype):
-    """All kinds of joints, contact and limits: the functions in memory for large states, those by value else."""
+    """All kinds of joints, contact and limits: the functions in memory for large states, those by value
+    else."""
     system = robot(numbers(name), "contact_smooth")
     network = f"mlp:{system.state_size},64,{system.control_size}"
     for what, kernel in kernels_of(system, network, dtype).items():

@@ -13,12 +13,13 @@ from warp_sims.bridge.registry import prepare
 from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
 from warp_sims.kernels.rollout import make_system_kernels
 from warp_sims.kernels.streamed import make_streamed_kernels
-from warp_sims.robots.model import Pair
 
 import warp_sims as ws
+from warp_sims.robots.model import Pair
 
 HORIZON = 3
-# Another order of sums. Cotangents grow by 1 / (mass of a part) a step; measured 2e-13 and 3e-5 after 3 steps.
+# Another order of sums. Cotangents grow by 1 / (mass of a part) a step; measured 2e-13 and 3e-5 after 3
+# steps.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}
 
 
@@ -85,7 +86,9 @@ def test_forms_agree(name, dtype):
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
-    g = Cotangents(None, normal(HORIZON + 1, nworld, own.state_size), normal(HORIZON, nworld, own.control_size))
+    g = Cotangents(
+        None, normal(HORIZON + 1, nworld, own.state_size), normal(HORIZON, nworld, own.control_size)
+    )
     expected = sweeps.simulate(wide, x0, controls)
     assert expected.isfinite().all()
     for p in others:
@@ -105,7 +108,9 @@ def test_float32_follows_float64(name):
     for dtype in (torch.float64, torch.float32):
         x, u = (t.requires_grad_() for t in states(name, 9, dtype))
         after = ws.simulate(own, x, u[:1])[-1]
-        w = torch.randn(after.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+        w = torch.randn(after.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
+            dtype
+        )
         results.append([after.detach(), *torch.autograd.grad(after, (x, u), w)])
     for exact, single in zip(*results):
         assert_close(single.double(), exact, 2e-4)  # measured 2e-6 to 4e-5
@@ -164,13 +169,16 @@ def test_spheres_push_each_other_apart_equally():
 def ball_pair():
     """Two free spheres of 0.1 m, of 1 and 2 kg, without gravity; a torque on one makes it a robot."""
     from warp_sims.kernels.articulated_tables import BALL, SLIDES
+
     from warp_sims.robots.model import Actuator, Joint, Link, Model
 
     unit, zero = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 0.0)
     links = []
     for k, (m, i) in enumerate(((1.0, 0.004), (2.0, 0.008))):
         links.append(Link(f"{k}", "way", 0, SLIDES, unit, zero, 0.0, 0.0, zero, (0.0,) * 6))
-        links.append(Link(f"{k}", "turn", 2 * k + 1, BALL, unit, zero, 0.0, m, zero, (i, i, i, 0.0, 0.0, 0.0)))
+        links.append(
+            Link(f"{k}", "turn", 2 * k + 1, BALL, unit, zero, 0.0, m, zero, (i, i, i, 0.0, 0.0, 0.0))
+        )
     return Model(
         name="pair",
         links=tuple(links),

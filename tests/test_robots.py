@@ -1,4 +1,5 @@
-"""Robots against golden numbers: MuJoCo's forward dynamics, the derivatives of a torch model and of Pinocchio."""
+"""Robots against golden numbers: MuJoCo's forward dynamics, the derivatives of a torch model and of
+Pinocchio."""
 
 import dataclasses
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from golden_robots import CASES, NAMES, numbers, robot, state
 from warp_sims.kernels import articulated
-from warp_sims.robots import geometry
 
 import warp_sims as ws
+from warp_sims.robots import geometry
 
 # Relative to the largest component. Measured: 3e-13 (ball chain), elsewhere 1e-13 and below.
 FORWARD = 1e-12
@@ -74,7 +75,8 @@ def test_adjoint_of_a_step(name, setting):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_adjoint_of_forward_dynamics(name):
-    """From a step of 1 s, whose change of the velocities is the acceleration, with forces on the joints besides."""
+    """From a step of 1 s, whose change of the velocities is the acceleration, with forces on the joints
+    besides."""
     golden = numbers(name)
     system = robot(golden, "free", torque_controls=True, dt=1.0)
     x, _ = state(golden, "free", system)
@@ -102,7 +104,8 @@ def test_numpy_pose_has_the_kernels_mass_matrix(name):
         assert_near(geometry.mass_matrix(model, geometry.pose(model, qpos)), expected, FORWARD)
 
 
-# The text that is wrong, what it becomes, and the case that sees it. A test that passes with these tests nothing.
+# The text, what is planted in its place, and the case that sees it. A test that passes with these tests
+# nothing.
 PLANTED = [
     ("forward", "add_force_cross(f, s.V[i], H);", "", "ballchain", "implicit"),
     ("forward", "add_motion_cross(a, s.V[PARENT[i]], sv);", "", "ballchain", "implicit"),

@@ -21,8 +21,8 @@ __all__ = ["Articulated"]
 
 
 class Articulated(System):
-    """Base of `ws.Robot` and of the tasks built on it. A subclass has the attributes below, as dataclass fields or
-    as properties; `ws.Robot` says what they are, kernels/articulated.py has the equations.
+    """Base of `ws.Robot` and of the tasks built on it. A subclass has the attributes below, as dataclass
+    fields or as properties; `ws.Robot` says what they are, kernels/articulated.py has the equations.
     """
 
     model: Model
@@ -99,8 +99,9 @@ class Articulated(System):
             least = math.ceil(self.dt / bound.seconds)
             raise ValueError(
                 f"{type(self).__name__}: a substep dt / substeps is {step:.3g} s, expected at most "
-                f"{bound.seconds:.3g} s, beyond which the {bound.cause} is unstable; give substeps={least} or more, "
-                "smaller stiffnesses, or check_stability=False to simulate it all the same"
+                f"{bound.seconds:.3g} s, beyond which the {bound.cause} is unstable; give "
+                f"substeps={least} or more, smaller stiffnesses, or check_stability=False to simulate it all "
+                "the same"
             )
 
     def initial_states(
@@ -111,8 +112,8 @@ class Articulated(System):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Returns initial states (n, state_size): joints and velocities uniform within 0.05 (rad, m, rad/s, m/s)
-        of rest.
+        """Returns initial states (n, state_size): joints and velocities uniform within 0.05 of rest (rad, m,
+        rad/s, m/s).
         """
         check_draw(f"{type(self).__name__}.initial_states", n, seed, split)
         random = np.random.RandomState((seed + (split == "test")) % 2**32)
@@ -132,7 +133,7 @@ class Articulated(System):
     def dynamics(
         self, qpos: np.ndarray, qvel: np.ndarray, ctrl: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a substep is made of, in float64 by the CPU kernels; not differentiable, and not made for speed.
+        """What a substep is made of, in float64 by the CPU kernels; not differentiable, nor made for speed.
 
         Args:
             qpos: (n, nq).
@@ -140,9 +141,9 @@ class Articulated(System):
             ctrl: (n, control_size).
 
         Returns:
-            Accelerations (n, nv); the mass matrix (n, nv, nv) with armature, and with `implicit` the damping of a
-            substep; and the joint forces (n, nv) that would hold the accelerations at zero against gravity,
-            velocity, contact and fluid.
+            Accelerations (n, nv); the mass matrix (n, nv, nv) with armature, and with `implicit` the damping
+            of a substep; and the joint forces (n, nv) that would hold the accelerations at zero against
+            gravity, velocity, contact and fluid.
 
         Raises:
             ValueError: a shape does not fit.
@@ -158,7 +159,9 @@ class Articulated(System):
             if array.shape != (n, sizes[name]):
                 raise ValueError(f"dynamics: {name} has shape {array.shape}, expected {(n, sizes[name])}")
             inputs.append(wp.array(array, dtype=wp.float64, device="cpu"))
-        outputs = [wp.zeros(shape, dtype=wp.float64, device="cpu") for shape in ((n, nv), (n, nv, nv), (n, nv))]
+        outputs = [
+            wp.zeros(shape, dtype=wp.float64, device="cpu") for shape in ((n, nv), (n, nv, nv), (n, nv))
+        ]
         kernel = _articulated.make_inspect(self.structure, wp.float64)
         wp.launch(kernel, n, [*inputs, self.parameters(wp.float64)], outputs, device="cpu")
         qacc, mass, bias = (output.numpy() for output in outputs)

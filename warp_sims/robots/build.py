@@ -1,8 +1,9 @@
-"""A `Model` from the arrays that MuJoCo's compiler gives a model, by their names there (`body_pos`, `jnt_axis`, ...).
+"""A `Model` from the arrays that MuJoCo's compiler gives a model, by their names there (`body_pos`,
+`jnt_axis`, ...).
 
-Bodies without a joint are fused with what they are welded to, those welded to the world are left out. A body with
-several joints becomes a chain of links, and the axis of a hinge or slide becomes the third axis of its link: what
-a joint does then costs no product of matrices.
+Bodies without a joint are fused with what they are welded to, those welded to the world are left out. A body
+with several joints becomes a chain of links, and the axis of a hinge or slide becomes the third axis of its
+link: what a joint does then costs no product of matrices.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def axes_with_third(axis: np.ndarray) -> np.ndarray:
     return np.stack([np.cross(second, axis), second, axis], axis=1)
 
 
-def tuple_of(values: Any) -> tuple[float, ...]:
+def tuple_of(values: Any) -> Any:
+    """The numbers of an array, as a tuple of as many floats."""
     return tuple(float(v) for v in np.asarray(values, np.float64).ravel())
 
 
@@ -63,7 +65,9 @@ def first_column(values: Any) -> np.ndarray:
     return values.reshape(len(values), -1)[:, 0] if values.size else values.reshape(len(values))
 
 
-def place_bodies(m: Any, names: dict[str, list[str]] | None = None) -> tuple[list[dict[str, Any]], list[Placed]]:
+def place_bodies(
+    m: Any, names: dict[str, list[str]] | None = None
+) -> tuple[list[dict[str, Any]], list[Placed]]:
     """Links without masses, as keywords, and where each body is."""
     names = names or {}
     links: list[dict[str, Any]] = []
@@ -84,7 +88,9 @@ def place_bodies(m: Any, names: dict[str, list[str]] | None = None) -> tuple[lis
                 if np.allclose(turn, np.eye(3), rtol=0, atol=1e-15):
                     turn = np.eye(3)
                 turn, offset = tuple_of(turn), tuple_of(offset)
-                links.append({**label, "parent": parent, "kind": kind, "turn": turn, "offset": offset, "rest": rest})
+                links.append(
+                    {**label, "parent": parent, "kind": kind, "turn": turn, "offset": offset, "rest": rest}
+                )
                 return len(links)
 
             if kind == MJ_FREE:
@@ -99,7 +105,14 @@ def place_bodies(m: Any, names: dict[str, list[str]] | None = None) -> tuple[lis
                 own = axes_with_third(np.asarray(m.jnt_axis[j], np.float64))
                 rest = float(m.qpos0[m.jnt_qposadr[j]])
             at = here.shift + here.turn @ anchor
-            link = add(label, {MJ_BALL: BALL, MJ_SLIDE: SLIDE, MJ_HINGE: HINGE}[kind], here.link, here.turn @ own, at, rest)
+            link = add(
+                label,
+                {MJ_BALL: BALL, MJ_SLIDE: SLIDE, MJ_HINGE: HINGE}[kind],
+                here.link,
+                here.turn @ own,
+                at,
+                rest,
+            )
             here = Placed(link, own.T, -own.T @ anchor)
         placed.append(here)
     return links, placed
@@ -121,7 +134,9 @@ def _masses(m: Any, placed: list[Placed], links: int) -> list[_Mass]:
         if not own:
             found.append(_Mass(0.0, np.zeros(3), np.zeros((3, 3))))
             continue
-        centre = own[0].centre if len(own) == 1 else sum(part.mass * part.centre for part in own) / mass
+        centre = own[0].centre
+        if len(own) > 1:
+            centre = np.sum([part.mass * part.centre for part in own], axis=0) / mass
         inertia = np.zeros((3, 3))
         for part in own:
             d = part.centre - centre
@@ -138,10 +153,14 @@ def _drags(m: Any, placed: list[Placed], density: float, viscosity: float) -> tu
         if link == 0 or mass <= 0 or not (density or viscosity):
             continue
         i = np.asarray(m.body_inertia[b], np.float64)
-        box = np.sqrt(np.maximum(1e-15, [i[1] + i[2] - i[0], i[0] + i[2] - i[1], i[0] + i[1] - i[2]]) / mass * 6)
+        box = np.sqrt(
+            np.maximum(1e-15, [i[1] + i[2] - i[0], i[0] + i[2] - i[1], i[0] + i[1] - i[2]]) / mass * 6
+        )
         d = box.mean()
         linear = [np.pi * d**3 * viscosity] * 3 + [3 * np.pi * d * viscosity] * 3
-        square = [box[a] * (box[b_] ** 4 + box[c] ** 4) / 64 for a, b_, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1))]
+        square = [
+            box[a] * (box[b_] ** 4 + box[c] ** 4) / 64 for a, b_, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1))
+        ]
         square += [0.5 * box[1] * box[2], 0.5 * box[0] * box[2], 0.5 * box[0] * box[1]]
         centre = shift + turn @ np.asarray(m.body_ipos[b], np.float64)
         axes = turn @ rotation(m.body_iquat[b])
@@ -165,7 +184,8 @@ def _actuators(m: Any) -> tuple[Actuator, ...]:
 
 
 def torques(m: Any, first_dof: int = 0) -> tuple[Actuator, ...]:
-    """A torque or force on every degree of freedom but those of free joints, in the range that the model gives."""
+    """A torque or force on every degree of freedom but those of free joints, in the range that the model
+    gives."""
     found = []
     for j, kind in enumerate(m.jnt_type):
         if int(kind) == MJ_FREE:
@@ -216,7 +236,9 @@ def build_model(
         joints=tuple(Joint(float(a), float(d)) for a, d in zip(armature, damping)),
         actuators=_actuators(m) if actuators is None else actuators,
         springs=tuple(
-            Spring(link_of[j], float(stiffness[j]), float(m.qpos_spring[m.jnt_qposadr[j]])) for j in one if stiffness[j]
+            Spring(link_of[j], float(stiffness[j]), float(m.qpos_spring[m.jnt_qposadr[j]]))
+            for j in one
+            if stiffness[j]
         ),
         limits=tuple(Limit(link_of[j], *tuple_of(m.jnt_range[j])) for j in one if m.jnt_limited[j]),
         drags=_drags(m, placed, density, viscosity),

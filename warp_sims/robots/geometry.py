@@ -1,4 +1,5 @@
-"""Poses, motion axes and mass matrix of one state of a robot, in NumPy: for pictures and for the stability bound.
+"""Poses, motion axes and mass matrix of one state of a robot, in NumPy: for pictures and for the stability
+bound.
 
 The kernels have their own (kernels/articulated_forward.h); a test compares the two.
 """

@@ -28,13 +28,15 @@ DAMPING, LIMIT_DAMPING = 2.0, 10.0  # of the hinges; always there and of every j
 FRICTION = 0.9
 FALLEN = -0.45  # q_z below which an episode ends
 NOISE = 0.05
-# name, axis of its joint and anchor from the one before it, radius, half length, axis and centre of its capsule, limits
+UP, AHEAD = (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)
+# name, sense of its hinge about y, height of the hinge from the one before it; radius, half length, axis and
+# centre of its capsule; limits
 PARTS = (
-    ("torso", (0.0, 1.0, 0.0), (0.0, 0.0, 0.0), 0.05, 0.2, (0.0, 0.0, 1.0), (0.0, 0.0, 0.0), None),
-    ("thigh", (0.0, -1.0, 0.0), (0.0, 0.0, -0.2), 0.05, 0.225, (0.0, 0.0, 1.0), (0.0, 0.0, -0.225), (-2.61799, 0.0)),
-    ("leg", (0.0, -1.0, 0.0), (0.0, 0.0, -0.45), 0.04, 0.25, (0.0, 0.0, 1.0), (0.0, 0.0, -0.25), (-2.61799, 0.0)),
-    ("foot", (0.0, -1.0, 0.0), (0.0, 0.0, -0.5), 0.06, 0.195, (1.0, 0.0, 0.0), (0.06, 0.0, 0.0), (-0.785398, 0.785398)),
-)  # fmt: skip
+    ("torso", 1.0, 0.0, 0.05, 0.2, UP, (0.0, 0.0, 0.0), None),
+    ("thigh", -1.0, -0.2, 0.05, 0.225, UP, (0.0, 0.0, -0.225), (-2.61799, 0.0)),
+    ("leg", -1.0, -0.45, 0.04, 0.25, UP, (0.0, 0.0, -0.25), (-2.61799, 0.0)),
+    ("foot", -1.0, -0.5, 0.06, 0.195, AHEAD, (0.06, 0.0, 0.0), (-0.785398, 0.785398)),
+)
 
 
 @functools.cache
@@ -46,16 +48,24 @@ def hopper_model() -> Model:
     spheres: list[Sphere] = []
     geoms: list[Geom] = []
     limits: list[Limit] = []
-    for name, axis, anchor, radius, half, along, centre, limit in PARTS:
+    for name, sense, height, radius, half, along, centre, limit in PARTS:
         mass, across, own = capsule_mass(radius, half, DENSITY)
-        inertia = tuple(own if a else across for a in along)
+        inertia = (own if along[0] else across, across, own if along[2] else across)
         joint = "root pitch" if name == "torso" else name
         link = chain.add(
-            name, joint, HINGE, axis, parent=link, offset=anchor, mass=mass, centre=centre, inertia=inertia
-        )  # type: ignore
+            name,
+            joint,
+            HINGE,
+            (0.0, sense, 0.0),
+            parent=link,
+            offset=(0.0, 0.0, height),
+            mass=mass,
+            centre=centre,
+            inertia=inertia,
+        )
         for sign in (1, -1):
-            end = tuple(c + sign * half * a for c, a in zip(centre, along))
-            spheres.append(Sphere(link, chain.place(link, end), radius, FRICTION))  # type: ignore
+            end = (centre[0] + sign * half * along[0], 0.0, centre[2] + sign * half * along[2])
+            spheres.append(Sphere(link, chain.place(link, end), radius, FRICTION))
         geoms.append(
             Geom(link, "capsule", (radius, half, 0.0), chain.place(link, centre), chain.axes_of(link, along))
         )
@@ -78,9 +88,10 @@ def hopper_model() -> Model:
 class Hopper(Articulated):
     """A planar robot with one leg that learns to hop forward: the task of the papers on SHAC and AHAC.
 
-    State [q_x, q_z, pitch, thigh, leg, foot, and their rates] in m, rad, m/s, rad/s; q_z is 0 upright. Control:
-    torques of thigh, leg and foot as shares of 200 N m, clipped to [-1, 1]; the papers' policies end in a tanh.
-    Cost of a state: minus the reward of a step but for its control, see kernels/hopper.py; `reward` has all of it.
+    State [q_x, q_z, pitch, thigh, leg, foot, and their rates] in m, rad, m/s, rad/s; q_z is 0 upright.
+    Control: torques of thigh, leg and foot as shares of 200 N m, clipped to [-1, 1]; the papers' policies end
+    in a tanh. Cost of a state: minus the reward of a step but for its control, see kernels/hopper.py;
+    `reward` has all of it.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -104,7 +115,8 @@ class Hopper(Articulated):
     contact_stiffness: float = 2e4
     """Normal force per depth [N/m]."""
     contact_damping: float = 0.1
-    """Damping of the normal force of what comes nearer, in proportion to the depth [s/m]: AHAC's, 0.05 is SHAC's."""
+    """Damping of the normal force of what comes nearer, in proportion to the depth [s/m]: AHAC's, SHAC's is
+    0.05."""
     friction_stiffness: float = 1e3
     """Friction per slip speed below the bound of 0.9 times the undamped normal force [N s/m]."""
     limit_stiffness: float = 1e3

@@ -25,11 +25,11 @@ __all__ = ["LinkedPendulum"]
 class LinkedPendulum(Articulated):
     """A cart with a chain of links, pushed by a force; the task is to swing all links up and hold them.
 
-    State [x, q_1, ..., q_n, v, w_1, ..., w_n]: cart position [m] and velocity [m/s], the angle [rad] of the first
-    link from upright, of each other link from the one before it, and their rates [rad/s]. Control [force] in N.
-    Cost of a state: 1 - mean cos of the links' angles from upright, 0 with every link upright. Links are thin
-    rods. Equations: kernels/articulated.py and kernels/linked_pendulum.py. With one link this is the cart-pole of
-    `ws.CartPole(poles=1)` with its default masses and length.
+    State [x, q_1, ..., q_n, v, w_1, ..., w_n]: cart position [m] and velocity [m/s], the angle [rad] of the
+    first link from upright, of each other link from the one before it, and their rates [rad/s]. Control
+    [force] in N. Cost of a state: 1 - mean cos of the links' angles from upright, 0 with every link upright.
+    Links are thin rods. Equations: kernels/articulated.py and kernels/linked_pendulum.py. With one link this
+    is the cart-pole of `ws.CartPole(poles=1)` with its default masses and length.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -70,15 +70,21 @@ class LinkedPendulum(Articulated):
             value = getattr(self, field.name)
             expected = {"int": int, "float": (int, float), "bool": bool}[str(field.type)]
             if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
-                raise TypeError(f"LinkedPendulum: {field.name} is {value!r}, expected a value of type {field.type}")
+                raise TypeError(
+                    f"LinkedPendulum: {field.name} is {value!r}, expected a value of type {field.type}"
+                )
         for name in ("links", "substeps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LinkedPendulum: {name} is {getattr(self, name)}, expected at least 1")
         for name in ("dt", "cart_mass", "link_mass", "link_length"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"LinkedPendulum: {name} is {getattr(self, name)}, expected a finite number above 0")
+                raise ValueError(
+                    f"LinkedPendulum: {name} is {getattr(self, name)}, expected a finite number above 0"
+                )
         if not 0 <= self.damping < math.inf:
-            raise ValueError(f"LinkedPendulum: damping is {self.damping}, expected a finite number of at least 0")
+            raise ValueError(
+                f"LinkedPendulum: damping is {self.damping}, expected a finite number of at least 0"
+            )
         super().__post_init__()
 
     @functools.cached_property
@@ -90,7 +96,15 @@ class LinkedPendulum(Articulated):
         )
         length, half = self.link_length, self.link_length / 2
         radius = 0.03 * length
-        geoms = [Geom(link, "box", (0.25 * length, 0.1, 0.12 * length), (0.0, 0.0, 0.0), chain.axes_of(link, (0, 0, 1)))]
+        geoms = [
+            Geom(
+                link,
+                "box",
+                (0.25 * length, 0.1, 0.12 * length),
+                (0.0, 0.0, 0.0),
+                chain.axes_of(link, (0, 0, 1)),
+            )
+        ]
         for i in range(self.links):
             link = chain.add(
                 f"link {i + 1}",

@@ -1,22 +1,22 @@
 """MJCF and URDF files as a `Model`: compiled by MuJoCo, checked for what the kernels do not simulate.
 
-What would move a robot and is not supported is refused by its name, never left out. What only MuJoCo's contact
-solver knows (solref, solimp, margin, gap, condim beyond friction or none) has no counterpart here.
+What would move a robot and is not supported is refused by its name, never left out. What only MuJoCo's
+contact solver knows (solref, solimp, margin, gap, condim beyond friction or none) has no counterpart here.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from .build import MJ_BALL, MJ_FREE, Placed, build_model, rotation, torques, tuple_of
-from .model import Geom, Model, Pair, Sphere
+from .build import MJ_BALL, MJ_FREE, build_model, torques, tuple_of
+from .contacts import read_contacts, read_shapes
+from .model import Geom, Model
 
-SHAPES = ("plane", "hfield", "sphere", "capsule", "ellipsoid", "cylinder", "box", "mesh", "sdf")
 DRAWN = ("sphere", "capsule", "ellipsoid", "cylinder", "box")
 
 
@@ -38,7 +38,11 @@ def read_mjcf(
     _check_choice("from_mjcf", "actuators", actuators, ("model", "torques"))
     text, name = _text(path)
     try:
-        m = mujoco.MjModel.from_xml_string(text) if name == "robot" else mujoco.MjModel.from_xml_path(os.fspath(path))
+        m = (
+            mujoco.MjModel.from_xml_string(text)
+            if name == "robot"
+            else mujoco.MjModel.from_xml_path(os.fspath(path))
+        )
     except ValueError as error:
         raise ValueError(f"from_mjcf: MuJoCo cannot compile {_short(path)}: {error}") from error
     return _translate(mujoco, m, "from_mjcf", name, contact, limits, actuators == "torques")
@@ -77,7 +81,12 @@ def read_urdf(
         root.remove(extension)
     extension = ElementTree.SubElement(root, "mujoco")
     ElementTree.SubElement(
-        extension, "compiler", fusestatic="false", discardvisual="false", strippath="false", balanceinertia="false"
+        extension,
+        "compiler",
+        fusestatic="false",
+        discardvisual="false",
+        strippath="false",
+        balanceinertia="false",
     )
     try:
         spec = mujoco.MjSpec.from_string(ElementTree.tostring(root, encoding="unicode"))
@@ -105,7 +114,9 @@ def _text(path: str | os.PathLike[str]) -> tuple[str, str]:
     try:
         return file.read_text(), file.stem
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror or error}); give the path of a file") from error
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror or error}); give the path of a file"
+        ) from error
 
 
 def _short(path: Any) -> str:
@@ -125,7 +136,8 @@ class _Refusals:
         return f"{kind} {given!r}" if given else f"{kind} number {i}"
 
     def any(self, kind: str, attribute: str, what: str) -> None:
-        """Refuses elements of a kind whose numbers under this attribute, if MuJoCo has it, are not all zero."""
+        """Refuses elements of a kind whose numbers under this attribute, if MuJoCo has it, are not all
+        zero."""
         values = getattr(self._m, attribute, None)
         if values is None:
             return
@@ -177,15 +189,14 @@ def _refuse(mujoco: Any, m: Any, call: str, torque_controls: bool) -> None:
     if (m.opt.density or m.opt.viscosity) and np.any(np.asarray(m.geom_fluid)[:, 0]):
         r.found.append("fluid forces by the ellipsoid model")
     flags = mujoco.mjtDisableBit
-    for bit, what in ((flags.mjDSBL_ACTUATION, "actuation"), (getattr(flags, "mjDSBL_SPRING", 0), "spring"),
-                      (getattr(flags, "mjDSBL_DAMPER", 0), "damper"), (getattr(flags, "mjDSBL_PASSIVE", 0), "passive"),
-                      (flags.mjDSBL_CLAMPCTRL, "clampctrl")):  # fmt: skip
+    for what in ("actuation", "spring", "damper", "passive", "clampctrl"):
+        bit = getattr(flags, f"mjDSBL_{what.upper()}", 0)  # releases differ in them
         if m.opt.disableflags & int(bit):
             r.found.append(f'option flag {what}="disable"')
     if r.found:
         raise ValueError(
-            f"{call}: not supported: {'; '.join(r.found)}. Take it out of the file; docs/robots.md lists what is "
-            "simulated"
+            f"{call}: not supported: {'; '.join(r.found)}. Take it out of the file; docs/robots.md lists "
+            "what is simulated"
         )
 
 
@@ -225,7 +236,16 @@ def _refuse_actuators(mujoco: Any, m: Any, r: _Refusals) -> None:
 
 def _tendon_acts(mujoco: Any, m: Any, i: int) -> bool:
     """Whether a tendon has any force, limit or mass, or anything acts on it."""
-    for name in ("stiffness", "damping", "stiffnesspoly", "dampingpoly", "frictionloss", "limited", "armature", "actfrclimited"):
+    for name in (
+        "stiffness",
+        "damping",
+        "stiffnesspoly",
+        "dampingpoly",
+        "frictionloss",
+        "limited",
+        "armature",
+        "actfrclimited",
+    ):
         values = getattr(m, f"tendon_{name}", None)
         if values is not None and np.any(np.asarray(values)[i] != 0):
             return True
@@ -233,18 +253,15 @@ def _tendon_acts(mujoco: Any, m: Any, i: int) -> bool:
     return any(int(t) == kind and int(ids[0]) == i for t, ids in zip(m.actuator_trntype, m.actuator_trnid))
 
 
-class _Shape(NamedTuple):
-    number: int
-    name: str
-    kind: str
-    link: int
-    centre: np.ndarray
-    axes: np.ndarray
-    size: np.ndarray
-
-
 def _translate(
-    mujoco: Any, m: Any, call: str, name: str, contact: str, limits: bool, torque_controls: bool, ground: float | None = None
+    mujoco: Any,
+    m: Any,
+    call: str,
+    name: str,
+    contact: str,
+    limits: bool,
+    torque_controls: bool,
+    ground: float | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     _refuse(mujoco, m, call, torque_controls)
     flags = mujoco.mjtDisableBit
@@ -265,7 +282,7 @@ def _translate(
         actuators=torques(m) if torque_controls else None,
         names=names,
     )
-    shapes = _shapes(m, placed)
+    shapes = read_shapes(m, placed)
     model = model._replace(
         geoms=tuple(
             Geom(s.link, s.kind, tuple_of(s.size), tuple_of(s.centre), tuple_of(s.axes))
@@ -276,101 +293,7 @@ def _translate(
     if not limits or off & int(flags.mjDSBL_LIMIT):
         model = model._replace(limits=())
     if contact != "none" and not off & int(flags.mjDSBL_CONTACT):
-        height, spheres, pairs = _contacts(m, call, shapes, contact, ground)
+        height, spheres, pairs = read_contacts(m, call, shapes, contact, ground)
         model = model._replace(ground=height, spheres=spheres, pairs=pairs)
     implicit = not off & int(flags.mjDSBL_EULERDAMP)
     return model, {"dt": float(m.opt.timestep), "implicit": implicit}
-
-
-def _shapes(m: Any, placed: list[Placed]) -> list[_Shape]:
-    found = []
-    for g in range(m.ngeom):
-        link, turn, shift = placed[int(m.geom_bodyid[g])]
-        centre = shift + turn @ np.asarray(m.geom_pos[g])
-        axes = turn @ rotation(m.geom_quat[g])
-        name = m.geom(g).name or f"number {g} of body {m.body(int(m.geom_bodyid[g])).name!r}"
-        found.append(_Shape(g, name, SHAPES[int(m.geom_type[g])], link, centre, axes, np.array(m.geom_size[g])))
-    return found
-
-
-def _collide(m: Any, a: _Shape, b: _Shape) -> bool:
-    """Whether MuJoCo's filters let two shapes touch."""
-    first, second = a.number, b.number
-    matched = (m.geom_contype[first] & m.geom_conaffinity[second]) | (m.geom_contype[second] & m.geom_conaffinity[first])
-    bodies = int(m.geom_bodyid[first]), int(m.geom_bodyid[second])
-    if not matched or a.link == b.link:
-        return False
-    signature = {(bodies[0] << 16) + bodies[1], (bodies[1] << 16) + bodies[0]}
-    if any(int(s) in signature for s in np.asarray(m.exclude_signature)):
-        return False
-    weld = [int(m.body_weldid[body]) for body in bodies]
-    parents = [int(m.body_weldid[int(m.body_parentid[w])]) for w in weld]
-    # a body and the one it hangs on do not collide, but for the world
-    return not ((weld[0] and parents[1] == weld[0]) or (weld[1] and parents[0] == weld[1]))
-
-
-def _friction(m: Any, a: int, b: int) -> float:
-    """Of two shapes: that of the higher priority, else the larger; none where both ask for a normal force only."""
-    if m.geom_priority[a] != m.geom_priority[b]:
-        chosen = a if m.geom_priority[a] > m.geom_priority[b] else b
-        return float(m.geom_friction[chosen][0]) if m.geom_condim[chosen] > 1 else 0.0
-    if max(m.geom_condim[a], m.geom_condim[b]) == 1:
-        return 0.0
-    return float(max(m.geom_friction[a][0], m.geom_friction[b][0]))
-
-
-def _corners(shape: _Shape) -> list[tuple[np.ndarray, float]]:
-    """Spheres that touch in place of a shape: itself, the ends of a capsule, the corners of a box."""
-    if shape.kind == "sphere":
-        return [(shape.centre, float(shape.size[0]))]
-    if shape.kind == "capsule":
-        way = shape.axes[:, 2] * shape.size[1]
-        return [(shape.centre + way, float(shape.size[0])), (shape.centre - way, float(shape.size[0]))]
-    signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
-    return [(shape.centre + shape.axes @ (s * shape.size), 0.0) for s in signs]
-
-
-def _contacts(
-    m: Any, call: str, shapes: list[_Shape], contact: str, ground: float | None
-) -> tuple[float, tuple[Sphere, ...], tuple[Pair, ...]]:
-    moving = [s for s in shapes if s.link]
-    fixed = [s for s in shapes if not s.link]
-    refused: list[str] = []
-    spheres: list[Sphere] = []
-    planes = [f for f in fixed if f.kind == "plane" and any(_collide(m, f, s) for s in moving)]
-    if len(planes) > 1:
-        refused.append(f"more than one ground: {', '.join(p.name for p in planes)}")
-    if planes and not np.allclose(planes[0].axes[:, 2], [0, 0, 1], atol=1e-12):
-        refused.append(f"plane {planes[0].name}, which is not horizontal")
-    height = float(planes[0].centre[2]) if planes else ground or 0.0
-    for s in moving:
-        for f in fixed:
-            if f.kind != "plane" and _collide(m, f, s):
-                refused.append(f"contact of geom {s.name} with geom {f.name}, which is fixed to the world and no plane")
-        on_ground = bool(planes) and _collide(m, planes[0], s)
-        if not planes and ground is not None:
-            on_ground = bool(m.geom_contype[s.number] | m.geom_conaffinity[s.number])
-        if not on_ground:
-            continue
-        if s.kind not in ("sphere", "capsule", "box"):
-            refused.append(f"geom {s.name}, a {s.kind} that touches the ground")
-            continue
-        friction = _friction(m, planes[0].number, s.number) if planes else float(m.geom_friction[s.number][0])
-        spheres += [Sphere(s.link, tuple_of(c), r, friction) for c, r in _corners(s)]
-    pairs: list[Pair] = []
-    if contact == "all":
-        for i, a in enumerate(moving):
-            for b in moving[:i]:
-                if not _collide(m, a, b):
-                    continue
-                if a.kind != "sphere" or b.kind != "sphere":
-                    refused.append(f"contact of geom {a.name}, a {a.kind}, with geom {b.name}, a {b.kind}")
-                    continue
-                ends = (b.link, tuple_of(b.centre), float(b.size[0]), a.link, tuple_of(a.centre), float(a.size[0]))
-                pairs.append(Pair(*ends, _friction(m, a.number, b.number)))
-    if refused:
-        raise ValueError(
-            f"{call}: not supported: {'; '.join(refused)}. Take collision off these geoms (contype and conaffinity "
-            "0), or give contact='ground' for contact with the ground alone or contact='none'"
-        )
-    return height, tuple(spheres), tuple(pairs)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels.articulated_tables import BALL, DOF_SIZE, HINGE, QPOS_SIZE, SLIDE, SLIDES, Structure, offsets
 from ..kernels.articulated_tables import ACTUATOR_NAMES as _ACTUATOR
+from ..kernels.articulated_tables import BALL, DOF_SIZE, HINGE, QPOS_SIZE, SLIDE, SLIDES, Structure, offsets
 from ..kernels.articulated_tables import FLUID_NAMES as _FLUID
 
 __all__ = ["Actuator", "Drag", "Geom", "Joint", "Limit", "Link", "Model", "Pair", "Sphere", "Spring"]
@@ -100,8 +100,8 @@ class Pair(NamedTuple):
 
 
 class Drag(NamedTuple):
-    """The box of a body's inertia in a fluid: forces -(linear + square |x|) x of each component of its spatial
-    velocity about its centre, in its principal axes.
+    """The box of a body's inertia in a fluid: forces -(linear + square |x|) x of each component of its
+    spatial velocity about its centre, in its principal axes.
     """
 
     link: int
@@ -149,7 +149,8 @@ class Model(NamedTuple):
         return next((i for i, body in enumerate(first) if body != first[0]), len(first))
 
     def structure(self, **options: Any) -> Structure:
-        """What the kernels are compiled for; `options` are those of `Structure` that are no part of a model."""
+        """What the kernels are compiled for; `options` are those of `Structure` that are no part of a
+        model."""
         unturned = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
         return Structure(
             kinds=tuple(link.kind for link in self.links),
@@ -160,12 +161,15 @@ class Model(NamedTuple):
             springs=tuple(spring.link for spring in self.springs),
             limits=tuple(limit.link for limit in self.limits),
             actuators=tuple(actuator.dof for actuator in self.actuators),
-            affine=any(a.bias_q or a.bias_v or a.force_low is not None or a.force_high is not None for a in self.actuators),
+            affine=any(
+                a.bias_q or a.bias_v or a.force_low is not None or a.force_high is not None
+                for a in self.actuators
+            ),
             points=tuple(sphere.link for sphere in self.spheres),
             pairs=tuple((pair.first, pair.second) for pair in self.pairs),
             fluid=tuple(drag.link for drag in self.drags),
             **options,
-        )  # fmt: skip
+        )
 
     def numbers(self, structure: Structure, settings: Sequence[float]) -> np.ndarray:
         """The array that the kernels read; `settings` are the words of `GLOBAL_WORDS` but gravity and ground:
@@ -197,7 +201,13 @@ class Model(NamedTuple):
         for sphere in self.spheres:
             words += [*sphere.centre, sphere.radius, sphere.friction]
         for pair in self.pairs:
-            words += [*pair.first_centre, pair.first_radius, pair.friction, *pair.second_centre, pair.second_radius]
+            words += [
+                *pair.first_centre,
+                pair.first_radius,
+                pair.friction,
+                *pair.second_centre,
+                pair.second_radius,
+            ]
         for drag in self.drags:
             assert offsets(_FLUID)["LINEAR"] == 12
             words += [*drag.centre, *drag.axes, *drag.linear, *drag.square]
@@ -217,7 +227,7 @@ def as_model(value: Any) -> Model:
     """A model from its nested tuples, as a run's config.json gives them back."""
     if isinstance(value, Model) and all(isinstance(link, Link) for link in value.links):
         return value
-    fields = list(value)
+    fields: list[Any] = list(value)
     kinds = (None, Link, Joint, Actuator, Spring, Limit, Sphere, Pair, Drag, Geom)
     for i, kind in enumerate(kinds):
         if kind is not None:

@@ -33,7 +33,13 @@ def draw_robot(axes: Any, model: Model, qpos: np.ndarray) -> None:
         centre = at.position[geom.link] + at.turn[geom.link] @ np.array(geom.centre)
         colour = COLOURS[geom.link % len(COLOURS)]
         middle, depth = view[:2] @ centre, float(view[2] @ centre)
-        style = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.8, "alpha": 0.9, "zorder": 10 + depth}
+        style = {
+            "facecolor": colour,
+            "edgecolor": "white",
+            "linewidth": 0.8,
+            "alpha": 0.9,
+            "zorder": 10 + depth,
+        }
         size = geom.size
         if geom.shape in ("capsule", "cylinder"):
             half = view[:2] @ (r[:, 2] * size[1])
@@ -61,7 +67,13 @@ def draw_robot(axes: Any, model: Model, qpos: np.ndarray) -> None:
     axes.axhline(model.ground, color="0.6", linewidth=1.5, zorder=1)
     first = np.floor(centre[0] - 2 * half)
     for x in np.arange(first, centre[0] + 2 * half):  # a mark each metre, so that motion shows
-        axes.plot([x, x - 0.1 * half], [model.ground, model.ground - 0.08 * half], color="0.6", linewidth=1, zorder=1)
+        axes.plot(
+            [x, x - 0.1 * half],
+            [model.ground, model.ground - 0.08 * half],
+            color="0.6",
+            linewidth=1,
+            zorder=1,
+        )
     axes.set_xlim(centre[0] - half, centre[0] + half)
     axes.set_ylim(centre[1] - half, centre[1] + half)
     axes.set_aspect("equal")

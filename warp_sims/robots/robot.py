@@ -19,12 +19,12 @@ class Robot(Articulated):
 
         robot = ws.Robot.from_mjcf("hopper.xml")
 
-    State [qpos, qvel] as MuJoCo orders them, quaternions w, x, y, z; control: the actuators' ctrl. A control step
-    `dt` is `substeps` steps of semi-implicit Euler with the control held. Contact and joint limits are smooth
-    springs, whose numbers are fields here: those of MuJoCo's solver (solref, solimp, margin) belong to another
-    model of contact and are not used. Equations: kernels/articulated.py; what of a file is understood and what is
-    refused: docs/robots.md. A robot has no loss of its own: give `ws.rollout` and `ws.TrainConfig` a callable of
-    (states, controls).
+    State [qpos, qvel] as MuJoCo orders them, quaternions w, x, y, z; control: the actuators' ctrl. A control
+    step `dt` is `substeps` steps of semi-implicit Euler with the control held. Contact and joint limits are
+    smooth springs, whose numbers are fields here: those of MuJoCo's solver (solref, solimp, margin) belong
+    to another model of contact and are not used. Equations: kernels/articulated.py; what of a file is
+    understood and what is refused: docs/robots.md. A robot has no loss of its own: give `ws.rollout` and
+    `ws.TrainConfig` a callable of (states, controls).
 
     Raises:
         TypeError: a field has the wrong type.
@@ -91,12 +91,12 @@ class Robot(Articulated):
             dt: Control step [s]. None: the file's time step.
             substeps: None: the least number that `dt_bound` allows.
             implicit: None: as in MuJoCo's Euler, so implicit unless the file says eulerdamp="disable".
-            contact: With the "ground" alone: spheres, capsules and boxes on a horizontal plane that is fixed to the
-                world; "all": that, and spheres on each other, which refuses files where other pairs of bodies would
-                collide; or "none".
+            contact: With the "ground" alone: spheres, capsules and boxes on a horizontal plane that is fixed
+                to the world; "all": that, and spheres on each other, which refuses files where other pairs
+                of bodies would collide; or "none".
             limits: Whether joint limits act.
-            actuators: Those of the "model", or "torques": a force on every degree of freedom but those of free
-                joints.
+            actuators: Those of the "model", or "torques": a force on every degree of freedom but those of
+                free joints.
             **settings: Further fields of `Robot`.
 
         Raises:
@@ -184,7 +184,9 @@ def check_settings(robot: Any) -> None:
             raise ValueError(f"{name}: {field} is {getattr(robot, field)}, expected a finite number above 0")
     for field in ("contact_damping", "limit_stiffness", "limit_damping"):
         if not 0 <= getattr(robot, field) < math.inf:
-            raise ValueError(f"{name}: {field} is {getattr(robot, field)}, expected a finite number of at least 0")
+            raise ValueError(
+                f"{name}: {field} is {getattr(robot, field)}, expected a finite number of at least 0"
+            )
     if robot.friction not in ("smooth", "linear"):
         raise ValueError(f"{name}: friction is {robot.friction!r}, expected 'smooth' or 'linear'")
 
@@ -202,6 +204,6 @@ def check_masses(model: Model) -> None:
         at += size
         if below <= 0 and min(armature) <= 0:
             raise ValueError(
-                f"Robot: joint {link.joint!r} of body {link.body!r} moves no mass and has no armature, expected "
-                "one of both; give the body or one below it a mass"
+                f"Robot: joint {link.joint!r} of body {link.body!r} moves no mass and has no armature, "
+                "expected one of both; give the body or one below it a mass"
             )

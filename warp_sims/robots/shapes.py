@@ -71,11 +71,11 @@ class Chain:
                 parent,
                 kind,
                 tuple_of(before.T @ own),
-                tuple_of(before.T @ np.array(offset)),  # type: ignore
+                tuple_of(before.T @ np.array(offset)),
                 0.0,
                 mass,
-                tuple_of(own.T @ np.array(centre)),  # type: ignore
-                tuple_of([i[0, 0], i[1, 1], i[2, 2], i[0, 1], i[0, 2], i[1, 2]]),  # type: ignore
+                tuple_of(own.T @ np.array(centre)),
+                tuple_of([i[0, 0], i[1, 1], i[2, 2], i[0, 1], i[0, 2], i[1, 2]]),
             )
         )
         self._axes.append(own)
@@ -83,7 +83,7 @@ class Chain:
 
     def place(self, link: int, vector: Vector) -> Vector:
         """A vector of the world, at rest, in the frame of a link."""
-        return tuple_of(self._axes[link].T @ np.array(vector))  # type: ignore
+        return tuple_of(self._axes[link].T @ np.array(vector))
 
     def axes_of(self, link: int, axis: Vector) -> tuple[float, ...]:
         """Axes of a shape on a link whose third axis is a direction of the world, at rest."""

@@ -4,11 +4,11 @@ Semi-implicit Euler v' = v - h (k x + c v) / m, x' = x + h v' is stable for
 
     k h^2 / m + 2 c h / m < 4
 
-With 1 / m = j^T Mh^-1 j along a direction j, the bound is the least over what may act: contact of each sphere along
-the normal (k = ke, c = kd times the robot's weight) and along the ground (c = kf, or mu weight / vs where friction is
-smooth), limits, springs and servos of the joints, and damping that is not implicit. The effective masses
-depend on the pose; the least of the rest pose and of poses drawn at random is taken. What acts at once on
-several points of a body is not added up, so a margin is well spent.
+With 1 / m = j^T Mh^-1 j along a direction j, the bound is the least over what may act: contact of each
+sphere along the normal (k = ke, c = kd times the robot's weight) and along the ground (c = kf, or mu weight
+/ vs where friction is smooth), limits, springs and servos of the joints, and damping that is not implicit.
+The effective masses depend on the pose; the least of the rest pose and of poses drawn at random is taken.
+What acts at once on several points of a body is not added up, so a margin is well spent.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def stability_bound(
             if sphere.friction > 0:
                 note(f"friction of {body!r} on the ground", longest(0.0, slope, along))
             up = float(effective[2, 2])
-            note(f"contact of {body!r} with the ground", longest(contact_stiffness, contact_damping * weight, up))
+            note(
+                f"contact of {body!r} with the ground",
+                longest(contact_stiffness, contact_damping * weight, up),
+            )
         for pair in model.pairs:
             a, b = (
                 at.position[link] + at.turn[link] @ np.array(centre)
@@ -98,7 +101,10 @@ def stability_bound(
             note(f"contact of {names}", longest(contact_stiffness, contact_damping * weight, most))
         for k, link in enumerate(dof_link):
             name = model.links[link - 1].joint
-            note(f"spring, servo or damping of joint {name!r}", longest(joint_stiffness[k], joint_damping[k], inverse[k, k]))
+            note(
+                f"spring, servo or damping of joint {name!r}",
+                longest(joint_stiffness[k], joint_damping[k], inverse[k, k]),
+            )
         for limit in model.limits:
             k = first_dof[limit.link]
             note(
