@@ -34,9 +34,7 @@ def published_setting(named: str | None) -> Setting:
     it derives from, for any other that of the cart-pole.
     """
     system = systems.CartPole if named is None else systems.resolve(named)
-    problem = next(
-        (name for name, known in systems.registry.items() if issubclass(system, known)), "cartpole"
-    )
+    problem = next((name for name in TRAINED if issubclass(system, systems.registry[name])), "cartpole")
     return SETTINGS[problem][TRAINED[problem]]
 
 
