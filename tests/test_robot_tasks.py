@@ -32,7 +32,7 @@ def test_hopper_has_the_masses_of_its_capsules():
 
 
 def test_hopper_moves_as_specified():
-    """Accelerations from the specification's forces, point by point, on mass matrix and bias without contact."""
+    """Accelerations from the specification's forces, point by point, on mass matrix and bias without them."""
     n = 80
     q = draws(n, 6) * [1.0, 0.3, 0.5, 1.0, 1.0, 1.0] - [0, 0.3, 0, 0.8, 0.8, 0]
     v, u = 2 * draws(n, 6, 1), 1.5 * draws(n, 3, 2)
