@@ -38,11 +38,10 @@ def read_mjcf(
     _check_choice("from_mjcf", "actuators", actuators, ("model", "torques"))
     text, name = _text(path)
     try:
-        m = (
-            mujoco.MjModel.from_xml_string(text)
-            if name == "robot"
-            else mujoco.MjModel.from_xml_path(os.fspath(path))
-        )
+        if _is_text(path):
+            m = mujoco.MjModel.from_xml_string(text)
+        else:  # finds the files that this one includes
+            m = mujoco.MjModel.from_xml_path(os.fspath(path))
     except ValueError as error:
         raise ValueError(f"from_mjcf: MuJoCo cannot compile {_short(path)}: {error}") from error
     return _translate(mujoco, m, "from_mjcf", name, contact, limits, actuators == "torques")
@@ -108,8 +107,8 @@ def _check_choice(call: str, name: str, value: Any, choices: tuple[str, ...]) ->
 
 def _text(path: str | os.PathLike[str]) -> tuple[str, str]:
     """The text of a file, and a name for it."""
-    if isinstance(path, str) and path.lstrip().startswith("<"):
-        return path, "robot"
+    if _is_text(path):
+        return str(path), "robot"
     file = Path(path)
     try:
         return file.read_text(), file.stem
@@ -119,9 +118,12 @@ def _text(path: str | os.PathLike[str]) -> tuple[str, str]:
         ) from error
 
 
+def _is_text(path: Any) -> bool:
+    return isinstance(path, str) and path.lstrip().startswith("<")
+
+
 def _short(path: Any) -> str:
-    text = os.fspath(path)
-    return "the given text" if text.lstrip().startswith("<") else text
+    return "the given text" if _is_text(path) else os.fspath(path)
 
 
 class _Refusals:

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any, Literal
 
+from ..kernels.articulated_tables import DOF_SIZE
 from .articulated import Articulated
 from .model import Model, as_model
 
@@ -199,9 +200,8 @@ def check_masses(model: Model) -> None:
             mass[model.links[i].parent - 1] += mass[i]
     at = 0
     for link, below in zip(model.links, mass):
-        size = {0: 1, 1: 1, 2: 3, 3: 3}[link.kind]
-        armature = [joint.armature for joint in model.joints[at : at + size]]
-        at += size
+        armature = [joint.armature for joint in model.joints[at : at + DOF_SIZE[link.kind]]]
+        at += DOF_SIZE[link.kind]
         if below <= 0 and min(armature) <= 0:
             raise ValueError(
                 f"Robot: joint {link.joint!r} of body {link.body!r} moves no mass and has no armature, "
