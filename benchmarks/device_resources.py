@@ -25,6 +25,8 @@ SYSTEMS = {
     "cartpole": (ws.CartPole(poles=4), "mlp:10,100,100,1"),
     "guidance": (ws.GuidanceByRepulsion(drivers=2, evaders=4), "mlp:24,100,100,4"),
     "quantum": (ws.QuantumControl(points=32), "wavecnn:64,60,1"),
+    "hopper": (ws.Hopper(), "mlp:12,128,64,32,3"),
+    "links": (ws.LinkedPendulum(links=3), "mlp:8,100,100,1"),
 }
 BATCHES = {"a world a block": 8, "worlds share a block": 4096}
 DTYPES = {"float32": wp.float32, "float64": wp.float64}

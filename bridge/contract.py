@@ -50,12 +50,10 @@ def _annotations_are_text(frames: TracebackType | None) -> bool:
     return False
 
 
-def check_contract(system: Any, functions: DeviceFunctions, params: Any, dtype: Any, device: Any) -> None:
+def check_contract(system: Any, functions: DeviceFunctions, params: Any, dtype: Any) -> None:
     """Raises TypeError or ValueError unless sizes, device functions and parameters of a system fit together.
 
-    Args:
-        functions, params: What the system gave for `dtype`.
-        device: Warp's device that the kernels are to run on.
+    `functions` and `params` are what the system gave for `dtype`.
     """
     name = type(system).__name__
     _check_vector(name, "state_size", system.state_size, "State", functions.State, dtype)
@@ -79,11 +77,11 @@ def check_contract(system: Any, functions: DeviceFunctions, params: Any, dtype: 
     if functions.loss is not None:
         _check_function(name, "loss", functions.loss, 2)
         _check_function(name, "loss_vjp", functions.loss_vjp, 3)
-    for form in ("block", "memory"):
+    for form in ("block", "memory", "wide"):
         given = getattr(functions, form)
         if given is not None and (given.step is None or given.step_vjp is None):
             raise ValueError(f"{name}: its {form} form lacks a step or a step_vjp, expected both")
-    _check_params(name, functions.Params, params, device)
+    _check_params(name, functions.Params, params)
 
 
 def _check_vector(name: str, field: str, size: Any, kind: str, vector: Any, dtype: Any) -> None:
@@ -147,7 +145,7 @@ def _makes_vector(function: Any, call: ast.Call) -> bool:
     return hasattr(names.get(call.func.id), "_wp_scalar_type_")
 
 
-def _check_params(name: str, Params: Any, params: Any, device: Any) -> None:
+def _check_params(name: str, Params: Any, params: Any) -> None:
     if getattr(params, "_cls", None) is not Params:
         raise TypeError(
             f"{name}: parameters returned {type(params).__name__}, expected an instance of the Params "
@@ -161,9 +159,4 @@ def _check_params(name: str, Params: Any, params: Any, device: Any) -> None:
             raise ValueError(
                 f"{name}: array {field!r} of its Params struct is empty, expected numbers: a kernel would "
                 "read at address 0; set it in parameters(dtype)"
-            )
-        if value.device != device:
-            raise ValueError(
-                f"{name}: array {field!r} of its Params struct is on {value.device}, expected {device}, "
-                "where the states are; a system with arrays needs them on the device it runs on"
             )

@@ -14,7 +14,7 @@ import warp as wp
 
 from ..kernels.fused_adjoint import make_fused_adjoint
 from ..kernels.fused_rollout import make_fused_rollout
-from ..kernels.rollout import SystemKernels, make_system_kernels
+from ..kernels.rollout import SystemKernels, make_system_kernels, make_wide_kernels
 from ..kernels.streamed import make_cuda_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
@@ -69,6 +69,13 @@ class Prepared:
     params: Any
     """The filled struct."""
     kernels: SystemKernels
+    wide: SystemKernels | None = None
+    """The same for more worlds a thread, for sweeps without a policy on a CPU."""
+
+    @property
+    def open_loop(self) -> SystemKernels:
+        """Kernels of the sweeps without a policy."""
+        return self.wide or self.kernels
 
     @property
     def itemsize(self) -> int:
@@ -103,9 +110,9 @@ _prepared: dict[tuple[int, torch.dtype, torch.device, int], Prepared] = {}
 def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     system = find(number)
     scalar = WARP_DTYPE[dtype]
-    functions, params = functions_of(system, scalar), system.parameters(scalar)
     on = warp_device(device)
-    check_contract(system, functions, params, scalar, wp.device_from_torch(device))
+    functions, params = functions_of(system, scalar), system.parameters(scalar)
+    check_contract(system, functions, params, scalar)
     make = make_cuda_system_kernels
     if on.is_cpu:
         make = functools.partial(make_system_kernels, block=True)
@@ -117,6 +124,7 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         scalar,
         on,
         functions,
-        params,
+        params.to(wp.device_from_torch(device)),  # a struct may hold arrays
         make(functions, scalar),
+        make_wide_kernels(functions, scalar) if on.is_cpu else None,
     )

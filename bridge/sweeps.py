@@ -63,7 +63,7 @@ def _threads(p: Prepared, members: int, nworld: int) -> int:
     """Threads over the worlds of all members: by block, which never reaches into another member, or by
     world.
     """
-    return members * ((nworld // members + p.kernels.worlds - 1) // p.kernels.worlds)
+    return members * -(-(nworld // members) // p.open_loop.worlds)
 
 
 _ROW = 1024
@@ -93,12 +93,12 @@ class _Simulate:
         self.run = Team(
             _launches(
                 p,
-                p.kernels.simulate,
+                p.open_loop.simulate,
                 _threads(p, 1, nworld),
                 horizon,
                 before,
                 [self.states],
-                p.kernels.worlds,
+                p.open_loop.worlds,
             )
         )
 
@@ -239,7 +239,8 @@ class _Adjoint:
     def __init__(self, p: Prepared, spec: Spec, shape: Shape, threads: int) -> None:
         self.arguments = a = AdjointArguments(p, spec, shape)
         over = _threads(p, shape.members, shape.nworld)
-        self.launches = _launches(p, a.kernel, over, shape.steps, a.before, a.after, p.kernels.worlds)
+        kernel = p.open_loop.adjoint[len(spec.schedules) - 1]
+        self.launches = _launches(p, kernel, over, shape.steps, a.before, a.after, p.open_loop.worlds)
         self.run = Team(self.launches)
         self._place = (0, 0)
 

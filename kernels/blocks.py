@@ -5,18 +5,30 @@ a block share every weight that is loaded, so no block reaches into another memb
 be short. With one policy, member_worlds is the number of all worlds.
 """
 
+import functools
+from typing import Any
+
 import warp as wp
 
 from .layout import BLOCK
 
 
-@wp.func
-def block_worlds(block: int, member_worlds: int):
-    """(member, first world, worlds that exist) of a block."""
-    member_blocks = (member_worlds + wp.static(BLOCK - 1)) / wp.static(BLOCK)
-    member = block / member_blocks
-    first = (block - member * member_blocks) * wp.static(BLOCK)
-    return member, member * member_worlds + first, wp.min(wp.static(BLOCK), member_worlds - first)
+@functools.cache
+def make_block_worlds(size: int) -> Any:
+    """Returns the function for blocks of `size` worlds."""
+
+    @wp.func
+    def block_worlds(block: int, member_worlds: int):
+        """(member, first world, worlds that exist) of a block."""
+        member_blocks = (member_worlds + wp.static(size - 1)) / wp.static(size)
+        member = block / member_blocks
+        first = (block - member * member_blocks) * wp.static(size)
+        return member, member * member_worlds + first, wp.min(wp.static(size), member_worlds - first)
+
+    return block_worlds
+
+
+block_worlds = make_block_worlds(BLOCK)
 
 
 @wp.func

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from .blocks import block_worlds
+from .blocks import make_block_worlds
 from .flow import NETWORK, PHYSICS
 from .layout import BLOCK
-from .system import DeviceFunctions
+from .system import BlockFunctions, DeviceFunctions
 
 # Loops over poles, agents and grid points stay loops: unrolled, large adjoints take minutes to compile for a
 # GPU.
@@ -36,7 +36,8 @@ class SystemKernels(NamedTuple):
     adjoint: tuple[wp.Kernel, wp.Kernel]
     """For one and for two gradient fields."""
     worlds: int
-    """Worlds of one thread of `simulate` and `adjoint`: BLOCK where the system's block form is used."""
+    """Worlds of one thread of `simulate` and `adjoint`: BLOCK where the system's block form is used, those
+    of its wide form where that is."""
 
 
 def sweep_kernel(function: Any) -> wp.Kernel:
@@ -51,10 +52,25 @@ def make_system_kernels(functions: DeviceFunctions, dtype: Any, block: bool = Fa
     `block`: by the system's block form, if it has one; for CPUs only.
     """
     if block and functions.block is not None:
-        adjoint = (_make_block_adjoint(functions, dtype, 1), _make_block_adjoint(functions, dtype, 2))
-        return SystemKernels(_make_block_simulate(functions), make_loss(functions, dtype), adjoint, BLOCK)
+        return _make_block_kernels(functions, dtype, functions.block, BLOCK)
     adjoint = (_make_adjoint(functions, dtype, 1), _make_adjoint(functions, dtype, 2))
     return SystemKernels(_make_simulate(functions), make_loss(functions, dtype), adjoint, 1)
+
+
+@functools.cache
+def make_wide_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels | None:
+    """Returns the same kernels by the system's wide block form, for CPUs; None where it has none."""
+    if functions.wide is None:
+        return None
+    return _make_block_kernels(functions, dtype, functions.wide, functions.wide_worlds)
+
+
+def _make_block_kernels(
+    functions: DeviceFunctions, dtype: Any, form: BlockFunctions, worlds: int
+) -> SystemKernels:
+    one, two = (_make_block_adjoint(functions, dtype, fields, form, worlds) for fields in (1, 2))
+    simulate = _make_block_simulate(functions, form, worlds)
+    return SystemKernels(simulate, make_loss(functions, dtype), (one, two), worlds)
 
 
 def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
@@ -81,10 +97,9 @@ def _make_simulate(functions: DeviceFunctions) -> wp.Kernel:
     return sweep_kernel(simulate)
 
 
-def _make_block_simulate(functions: DeviceFunctions) -> wp.Kernel:
+def _make_block_simulate(functions: DeviceFunctions, form: BlockFunctions, size: int) -> wp.Kernel:
     Params, State, Control = functions.Params, functions.State, functions.Control
-    assert functions.block is not None
-    step = functions.block.step
+    step = form.step
 
     def simulate(
         # In:
@@ -97,8 +112,8 @@ def _make_block_simulate(functions: DeviceFunctions) -> wp.Kernel:
         states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
     ):
         nworld = x0.shape[0]
-        world0 = wp.static(BLOCK) * (first + wp.tid())
-        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        world0 = wp.static(size) * (first + wp.tid())
+        worlds = wp.min(wp.static(size), nworld - world0)
         for r in range(worlds):
             states[0, world0 + r] = x0[world0 + r]
         for t in range(horizon):
@@ -324,11 +339,13 @@ def _make_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Ker
     return sweep_kernel(adjoint)
 
 
-def _make_block_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
-    """Returns the adjoint sweep by the block form of a system; the cotangents of x_t lie in adj_x0."""
+def _make_block_adjoint(
+    functions: DeviceFunctions, dtype: Any, fields: int, form: BlockFunctions, size: int
+) -> wp.Kernel:
+    """Returns the adjoint sweep by a block form of a system; the cotangents of x_t lie in adj_x0."""
     Params, State, Control = functions.Params, functions.State, functions.Control
-    assert functions.block is not None
-    step_vjp = functions.block.step_vjp
+    step_vjp = form.step_vjp
+    block_worlds = make_block_worlds(size)
     direct_state, direct_control, leave = make_edges(functions, dtype)
 
     def adjoint(

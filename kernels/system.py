@@ -71,7 +71,9 @@ class DeviceFunctions(NamedTuple):
             cotangent of x
 
     All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` and
-    `memory` are optional further forms of the step, for CPUs and for large states on GPUs.
+    `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide` is a block
+    form for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at once:
+    sweeps without a policy run it, where vectors of more lanes are worth a second form.
     """
 
     Params: Any
@@ -83,3 +85,5 @@ class DeviceFunctions(NamedTuple):
     loss_vjp: Any = None
     block: BlockFunctions | None = None
     memory: MemoryFunctions | None = None
+    wide: BlockFunctions | None = None
+    wide_worlds: int = 0

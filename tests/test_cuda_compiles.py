@@ -4,6 +4,7 @@
 
 import pytest
 import warp as wp
+from golden_robots import numbers, robot
 from warp_sims.kernels.agreement import make_combine
 
 import warp_sims as ws
@@ -38,6 +39,20 @@ def test_any_number_of_points(points, dtype):
     for name, kernel in kernels_of(system, network, dtype).items():
         found = device_resources(kernel, 90)
         assert found.spill_stores == 0, f"{name}: {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_ptxas() is None, reason="no ptxas")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["ballchain", "ant"])
+def test_robots(name, dtype):
+    """All kinds of joints, contact and limits: the functions in memory for large states, those by value
+    else."""
+    system = robot(numbers(name), "contact_smooth")
+    network = f"mlp:{system.state_size},64,{system.control_size}"
+    for what, kernel in kernels_of(system, network, dtype).items():
+        found = device_resources(kernel, 90)
+        assert found.spill_stores == 0, f"{what}: {found}"
 
 
 @pytest.mark.parametrize("dtype", [wp.float32, wp.float64], ids=["float32", "float64"])

@@ -52,7 +52,7 @@ def test_rooms_install_under_the_package_and_nowhere_else(tmp_path):
 
 def test_a_bare_import_needs_the_core_dependencies_only(tmp_path):
     """Neither imported nor needed: what the extras bring may be missing altogether."""
-    optional = ["matplotlib", "rich", "imageio", "PIL", "tensorboard", "jax"]
+    optional = ["matplotlib", "rich", "imageio", "PIL", "tensorboard", "jax", "mujoco"]
     code = (
         f"import sys\nfor name in {optional!r}: sys.modules[name] = None\nimport warp_sims, "
         "warp_sims.cli\nprint(warp_sims.__version__)"
@@ -116,7 +116,7 @@ def test_wheel_holds_the_three_rooms_and_works_without_the_checkout(tmp_path):
         ("bridge", "warp_sims/bridge"),
         ("warp_sims", "warp_sims"),
     ):
-        for path in (ROOT / room).rglob("*.py"):
+        for path in [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.h")]:
             assert f"{inside}/{path.relative_to(ROOT / room).as_posix()}" in names, path
     assert {"warp_sims/py.typed", "warp_sims/kernels/dense.h"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"warp_sims", f"warp_sims-{ws.__version__}.dist-info"}

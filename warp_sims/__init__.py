@@ -42,8 +42,11 @@ from .systems import (
     CartPole,
     DeviceFunctions,
     GuidanceByRepulsion,
+    Hopper,
+    LinkedPendulum,
     MemoryFunctions,
     QuantumControl,
+    Robot,
     System,
 )
 from .training import TrainConfig, TrainResult, train
@@ -61,8 +64,11 @@ __all__ = [
     "Flow",
     "GradientPair",
     "GuidanceByRepulsion",
+    "Hopper",
+    "LinkedPendulum",
     "MemoryFunctions",
     "QuantumControl",
+    "Robot",
     "Rollout",
     "System",
     "TrainConfig",

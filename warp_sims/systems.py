@@ -7,6 +7,9 @@ from types import MappingProxyType
 from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
 from .quantum import QuantumControl
+from .robots.hopper import Hopper
+from .robots.linked_pendulum import LinkedPendulum
+from .robots.robot import Robot
 from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, System
 
 __all__ = [
@@ -14,15 +17,24 @@ __all__ = [
     "CartPole",
     "DeviceFunctions",
     "GuidanceByRepulsion",
+    "Hopper",
+    "LinkedPendulum",
     "MemoryFunctions",
     "QuantumControl",
+    "Robot",
     "System",
     "registry",
     "resolve",
 ]
 
 registry: Mapping[str, type[System]] = MappingProxyType(
-    {"cartpole": CartPole, "guidance": GuidanceByRepulsion, "quantum": QuantumControl}
+    {
+        "cartpole": CartPole,
+        "guidance": GuidanceByRepulsion,
+        "quantum": QuantumControl,
+        "hopper": Hopper,
+        "links": LinkedPendulum,
+    }
 )
 """Systems by the name they have on the command line."""
 

@@ -1,0 +1,152 @@
+"""A pendulum of several links on a cart, as users name it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from ..kernels import linked_pendulum as _linked_pendulum
+from ..kernels.articulated_tables import HINGE, SLIDE
+from ..kernels.system import DeviceFunctions
+from ..system import check_draw
+from .articulated import Articulated
+from .model import Actuator, Geom, Joint, Model
+from .shapes import Chain
+
+__all__ = ["LinkedPendulum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkedPendulum(Articulated):
+    """A cart with a chain of links, pushed by a force; the task is to swing all links up and hold them.
+
+    State [x, q_1, ..., q_n, v, w_1, ..., w_n]: cart position [m] and velocity [m/s], the angle [rad] of the
+    first link from upright, of each other link from the one before it, and their rates [rad/s]. Control
+    [force] in N. Cost of a state: 1 - mean cos of the links' angles from upright, 0 with every link upright.
+    Links are thin rods. Equations: kernels/articulated.py and kernels/linked_pendulum.py. With one link this
+    is the cart-pole of `ws.CartPole(poles=1)` with its default masses and length.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside its range.
+    """
+
+    friction: ClassVar[Literal["linear"]] = "linear"
+    approach: ClassVar[bool] = False
+    contact_stiffness: ClassVar[float] = 1.0  # nothing touches
+    contact_damping: ClassVar[float] = 0.0
+    friction_stiffness: ClassVar[float] = 1.0
+    slip_speed: ClassVar[float] = 1.0
+    limit_stiffness: ClassVar[float] = 0.0
+    limit_damping: ClassVar[float] = 0.0
+
+    links: int = 2
+    """Number of links, at least 1."""
+    dt: float = 0.01
+    """Time step [s]."""
+    substeps: int = 1
+    """Equal steps of the integrator in a time step."""
+    gravity: float = 9.8
+    """Gravity [m/s^2]."""
+    cart_mass: float = 1.0
+    """Mass of the cart [kg]."""
+    link_mass: float = 0.1
+    """Mass of a link [kg]."""
+    link_length: float = 1.0
+    """Length of a link [m]."""
+    damping: float = 0.0
+    """Damping of every hinge [N m s/rad]."""
+    implicit: bool = False
+    """Whether the damping acts on the velocity behind a step."""
+
+    def __post_init__(self) -> None:
+        # contact is none of this system's
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            expected = {"int": int, "float": (int, float), "bool": bool}[str(field.type)]
+            if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
+                raise TypeError(
+                    f"LinkedPendulum: {field.name} is {value!r}, expected a value of type {field.type}"
+                )
+        for name in ("links", "substeps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LinkedPendulum: {name} is {getattr(self, name)}, expected at least 1")
+        for name in ("dt", "cart_mass", "link_mass", "link_length"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"LinkedPendulum: {name} is {getattr(self, name)}, expected a finite number above 0"
+                )
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(
+                f"LinkedPendulum: damping is {self.damping}, expected a finite number of at least 0"
+            )
+        super().__post_init__()
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The pendulum's numbers."""
+        chain = Chain()
+        link = chain.add(
+            "cart", "cart", SLIDE, (1.0, 0.0, 0.0), parent=0, offset=(0.0, 0.0, 0.0), mass=self.cart_mass
+        )
+        length, half = self.link_length, self.link_length / 2
+        radius = 0.03 * length
+        geoms = [
+            Geom(
+                link,
+                "box",
+                (0.25 * length, 0.1, 0.12 * length),
+                (0.0, 0.0, 0.0),
+                chain.axes_of(link, (0, 0, 1)),
+            )
+        ]
+        for i in range(self.links):
+            link = chain.add(
+                f"link {i + 1}",
+                f"hinge {i + 1}",
+                HINGE,
+                (0.0, 1.0, 0.0),
+                parent=link,
+                offset=(0.0, 0.0, length if i else 0.0),
+                mass=self.link_mass,
+                centre=(0.0, 0.0, half),
+                inertia=(self.link_mass * length**2 / 12, self.link_mass * length**2 / 12, 0.0),
+            )
+            middle = chain.place(link, (0.0, 0.0, half))
+            geoms.append(Geom(link, "capsule", (radius, half, 0.0), middle, chain.axes_of(link, (0, 0, 1))))
+        return Model(
+            name="pendulum",
+            links=tuple(chain.links),
+            joints=(Joint(0.0, 0.0), *[Joint(0.0, self.damping)] * self.links),
+            actuators=(Actuator(0, 1.0),),
+            geoms=tuple(geoms),
+            gravity=(0.0, 0.0, -self.gravity),
+            ground=-0.12 * length,
+            start=(0.0,) * (1 + self.links),
+        )
+
+    def device_functions(self, dtype: Any) -> DeviceFunctions:
+        return _linked_pendulum.make_functions(self.structure, dtype)
+
+    def initial_states(
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Returns initial states (n, state_size): links hanging, x, v and rates uniform in [-1, 1], the first
+        angle in pi +- pi/6, the others in +- pi/6.
+        """
+        check_draw("LinkedPendulum.initial_states", n, seed, split)
+        random = np.random.RandomState((seed + (split == "test")) % 2**32)
+        states = random.uniform(-1, 1, (n, self.state_size))
+        states[:, 1 : 1 + self.links] *= np.pi / 6
+        states[:, 1] += np.pi
+        return torch.from_numpy(states).to(dtype)

@@ -1,0 +1,209 @@
+"""Robots as users name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any, Literal
+
+from ..kernels.articulated_tables import DOF_SIZE
+from .articulated import Articulated
+from .model import Model, as_model
+
+__all__ = ["Robot"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot(Articulated):
+    """An articulated robot with contact, read from an MJCF or a URDF file.
+
+        robot = ws.Robot.from_mjcf("hopper.xml")
+
+    State [qpos, qvel] as MuJoCo orders them, quaternions w, x, y, z; control: the actuators' ctrl. A control
+    step `dt` is `substeps` steps of semi-implicit Euler with the control held. Contact and joint limits are
+    smooth springs, whose numbers are fields here: those of MuJoCo's solver (solref, solimp, margin) belong
+    to another model of contact and are not used. Equations: kernels/articulated.py; what of a file is
+    understood and what is refused: docs/robots.md. A robot has no loss of its own: give `ws.rollout` and
+    `ws.TrainConfig` a callable of (states, controls).
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside its range, or the substep is longer than `dt_bound`.
+    """
+
+    model: Model
+    """Masses, joints, actuators, contact points: nested tuples, made by `from_mjcf` and `from_urdf`."""
+    dt: float = 0.01
+    """Control step [s]."""
+    substeps: int = 1
+    """Equal steps of the integrator in a control step."""
+    implicit: bool = False
+    """Whether joint damping acts on the velocity behind a substep, as in MuJoCo's Euler."""
+    friction: Literal["smooth", "linear"] = "linear"
+    """Friction mu N v / sqrt(|v|^2 + slip_speed^2), or min(friction_stiffness |v|, mu N) against v."""
+    approach: bool = False
+    """Whether contact damps what comes nearer only; friction is then bounded by the undamped force."""
+    contact_stiffness: float = 2e4
+    """Normal force per depth, ke [N/m]."""
+    contact_damping: float = 0.05
+    """Damping of the normal force in proportion to the depth, kd [s/m]."""
+    friction_stiffness: float = 1e3
+    """Friction per slip speed where friction is linear, kf [N s/m]."""
+    slip_speed: float = 0.1
+    """Speed below which smooth friction falls off, vs [m/s]."""
+    limit_stiffness: float = 1e3
+    """Force of a joint limit per way beyond it [N m/rad, N/m]; 0: none."""
+    limit_damping: float = 0.05
+    """Damping of the same in proportion to the way beyond [s/rad, s/m]."""
+    check_stability: bool = True
+    """Whether a substep longer than `dt_bound` is refused."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", as_model(self.model))
+        check_settings(self)
+        if not self.model.actuators:
+            raise ValueError(
+                f"Robot: {self.model.name!r} has no actuator, expected at least one; read it with "
+                "actuators='torques' for one on every joint"
+            )
+        check_masses(self.model)
+        super().__post_init__()
+        if self.check_stability:
+            self.check_step()
+
+    @classmethod
+    def from_mjcf(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dt: float | None = None,
+        substeps: int | None = None,
+        implicit: bool | None = None,
+        contact: Literal["ground", "all", "none"] = "ground",
+        limits: bool = True,
+        actuators: Literal["model", "torques"] = "model",
+        **settings: Any,
+    ) -> Robot:
+        """Reads an MJCF file. Needs the package `mujoco`, whose compiler reads it.
+
+        Args:
+            path: The file, or its text, which begins with "<".
+            dt: Control step [s]. None: the file's time step.
+            substeps: None: the least number that `dt_bound` allows.
+            implicit: None: as in MuJoCo's Euler, so implicit unless the file says eulerdamp="disable".
+            contact: With the "ground" alone: spheres, capsules and boxes on a horizontal plane that is fixed
+                to the world; "all": that, and spheres on each other, which refuses files where other pairs
+                of bodies would collide; or "none".
+            limits: Whether joint limits act.
+            actuators: Those of the "model", or "torques": a force on every degree of freedom but those of
+                free joints.
+            **settings: Further fields of `Robot`.
+
+        Raises:
+            ImportError: `mujoco` is missing; pip install "warp-sims[robots]".
+            ValueError: the file holds something that is not supported, by its name.
+        """
+        from .mjcf import read_mjcf
+
+        model, found = read_mjcf(path, contact=contact, limits=limits, actuators=actuators)
+        return cls._from(model, found, dt, substeps, implicit, settings)
+
+    @classmethod
+    def from_urdf(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dt: float = 0.01,
+        substeps: int | None = None,
+        implicit: bool = True,
+        floating: bool = False,
+        contact: Literal["ground", "all", "none"] = "ground",
+        limits: bool = True,
+        **settings: Any,
+    ) -> Robot:
+        """Reads a URDF file. Needs the package `mujoco`, whose compiler reads it.
+
+        Controls are the forces on all joints, within the file's effort limits. Visual shapes are left out.
+
+        Args:
+            path: The file, or its text, which begins with "<".
+            dt: Control step [s].
+            substeps: None: the least number that `dt_bound` allows.
+            implicit: Whether joint damping is implicit.
+            floating: Whether the first link moves freely; else it is fixed to the world.
+            contact: As for `from_mjcf`, with the ground at height 0.
+            limits: Whether joint limits act.
+            **settings: Further fields of `Robot`.
+
+        Raises:
+            ImportError: `mujoco` is missing; pip install "warp-sims[robots]".
+            ValueError: the file holds something that is not supported, by its name.
+        """
+        from .mjcf import read_urdf
+
+        model, found = read_urdf(path, floating=floating, contact=contact, limits=limits)
+        return cls._from(model, found, dt, substeps, implicit, settings)
+
+    @classmethod
+    def _from(
+        cls,
+        model: Model,
+        found: dict[str, Any],
+        dt: float | None,
+        substeps: int | None,
+        implicit: bool | None,
+        settings: dict[str, Any],
+    ) -> Robot:
+        settings = {**settings, "dt": found["dt"] if dt is None else dt}
+        settings["implicit"] = found["implicit"] if implicit is None else implicit
+        if substeps is None:
+            probe = cls(model, **{**settings, "substeps": 1, "check_stability": False})
+            bound = probe.dt_bound.seconds
+            substeps = max(1, math.ceil(probe.dt / bound)) if math.isfinite(bound) else 1
+        return cls(model, **{**settings, "substeps": substeps})
+
+
+def check_settings(robot: Any) -> None:
+    """Checks the fields that all articulated systems share."""
+    name = type(robot).__name__
+    for field in dataclasses.fields(robot):
+        value = getattr(robot, field.name)
+        kind = {"int": int, "float": float, "bool": bool, int: int, float: float, bool: bool}.get(field.type)  # type: ignore
+        if kind is bool and not isinstance(value, bool):
+            raise TypeError(f"{name}: {field.name} is {value!r}, expected True or False")
+        if kind in (int, float):
+            if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+                expected = "an int" if kind is int else "a number"
+                raise TypeError(f"{name}: {field.name} is {value!r}, expected {expected}")
+            if kind is float:
+                object.__setattr__(robot, field.name, float(value))
+    if robot.substeps < 1:
+        raise ValueError(f"{name}: substeps is {robot.substeps}, expected at least 1")
+    for field in ("dt", "contact_stiffness", "friction_stiffness", "slip_speed"):
+        if not 0 < getattr(robot, field) < math.inf:
+            raise ValueError(f"{name}: {field} is {getattr(robot, field)}, expected a finite number above 0")
+    for field in ("contact_damping", "limit_stiffness", "limit_damping"):
+        if not 0 <= getattr(robot, field) < math.inf:
+            raise ValueError(
+                f"{name}: {field} is {getattr(robot, field)}, expected a finite number of at least 0"
+            )
+    if robot.friction not in ("smooth", "linear"):
+        raise ValueError(f"{name}: friction is {robot.friction!r}, expected 'smooth' or 'linear'")
+
+
+def check_masses(model: Model) -> None:
+    """Raises ValueError where a joint moves nothing: its acceleration would be infinite."""
+    mass = [link.mass for link in model.links]
+    for i in range(len(mass) - 1, -1, -1):
+        if model.links[i].parent:
+            mass[model.links[i].parent - 1] += mass[i]
+    at = 0
+    for link, below in zip(model.links, mass):
+        armature = [joint.armature for joint in model.joints[at : at + DOF_SIZE[link.kind]]]
+        at += DOF_SIZE[link.kind]
+        if below <= 0 and min(armature) <= 0:
+            raise ValueError(
+                f"Robot: joint {link.joint!r} of body {link.body!r} moves no mass and has no armature, "
+                "expected one of both; give the body or one below it a mass"
+            )
