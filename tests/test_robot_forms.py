@@ -10,7 +10,7 @@ from golden_robots import numbers, robot
 from reference import rollout as oracle
 from warp_sims.bridge import sweeps
 from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.sweeps import Backward, Cotangents, LossWeights
+from warp_sims.bridge.spec import Cotangents, Spec
 from warp_sims.kernels.rollout import make_system_kernels
 from warp_sims.kernels.streamed import make_streamed_kernels
 
@@ -94,7 +94,7 @@ def test_forms_agree(name, dtype):
     for p in others:
         assert_close(sweeps.simulate(p, x0, controls), expected, TOLERANCE[dtype])
         for base, check in (("R", ""), ("R", "M"), ("N", "S")):
-            back = Backward(base * HORIZON, check * HORIZON, 0.9, LossWeights(0.0, 0.0, 0.2))
+            back = Spec(0, base * HORIZON, check * HORIZON, 0.9, 0.0, 0.0, 0.2)
             jac = 0.1 * normal(HORIZON, nworld, own.control_size, own.state_size)
             found = sweeps.adjoint(p, back, expected, controls, jac, g)
             for a, b in zip(found, sweeps.adjoint(wide, back, expected, controls, jac, g)):
