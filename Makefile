@@ -11,7 +11,7 @@
 #
 # PYTHON names another interpreter, PIP_ARGS goes to pip. On Linux, PyPI's torch brings CUDA along (some GB); without a GPU
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# is quicker. PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-m 'not slow'".
+# is quicker. PYTEST_ARGS goes to pytest: make test PYTEST_ARGS="-m 'not slow'"; -n 0 there keeps to one process.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -33,7 +33,7 @@ demo: $(VENV)/.ready-cli
 	$(BIN)/warp-sims demo
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-emulator: $(VENV)/.ready-dev
 	EMULATOR=whole $(BIN)/python -m pytest tests/emulator tests/test_gpu.py $(PYTEST_ARGS)
