@@ -236,7 +236,9 @@ def test_tied_parameters_count_once(flow):
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("block", [1, 4, 17])
 @pytest.mark.parametrize(
-    "system, loss", [(Unicycle(), own_loss), (CART, own_loss), (CART, "final"), (CART, "running")], ids=str
+    "system, loss",
+    [(Unicycle(), own_loss), (CART, own_loss), (CART, "final"), (CART, "running")],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_jacobians_in_blocks_of_worlds(system, loss, block, flow, monkeypatch):
     """A policy that torch evaluates, with Jacobians too large to be held at once."""
