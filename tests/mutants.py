@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import warp as wp
-import warp_sims.kernels.layout
+import warp_sims.kernels.systems.cartpole
 from warp_sims.kernels.native_text import sections
 
 import warp_sims as ws
 
 FACTOR = "1.001"
-KERNELS = Path(warp_sims.kernels.layout.__file__).parent
+KERNELS = Path(warp_sims.kernels.systems.cartpole.__file__).parent
 
 SYSTEMS: dict[str, list[ws.System]] = {
     "cartpole": [ws.CartPole(poles=2)],
@@ -40,7 +40,7 @@ class Mutant(NamedTuple):
     """One term of one adjoint, multiplied by 1.001."""
 
     file: str
-    """Below kernels/."""
+    """Below kernels/systems/."""
     form: str
     """As `check` calls it."""
     function: str
@@ -78,7 +78,7 @@ def all_mutants() -> tuple[Mutant, ...]:
 
 def _load(mutant: Mutant) -> Any:
     """Imports the mutated file as a module beside the original one."""
-    name = f"warp_sims.kernels.mutant_{abs(hash(mutant.source))}"
+    name = f"warp_sims.kernels.systems.mutant_{abs(hash(mutant.source))}"
     if name not in sys.modules:
         path = Path(_folder()) / f"{name.split('.')[-1]}.py"
         path.write_text(mutant.source)

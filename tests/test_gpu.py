@@ -16,10 +16,10 @@ from emulator import library
 from emulator.device import CPU, Emulator
 from test_golden import CASES as GOLDEN_CASES
 from test_golden import LETTERS, Problem, in_torch
-from warp_sims.bridge import fused
-from warp_sims.bridge.graphs import Graph
-from warp_sims.bridge.launches import Launch
-from warp_sims.kernels.resident import LATENCY_WORLDS, choose_plan
+from warp_sims.bridge.passes import fused
+from warp_sims.bridge.runtime.graphs import Graph
+from warp_sims.bridge.runtime.launches import Launch
+from warp_sims.kernels.sweeps.resident import LATENCY_WORLDS, choose_plan
 
 import warp_sims as ws
 from warp_sims.cli import main

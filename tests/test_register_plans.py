@@ -4,8 +4,8 @@ The sweep itself is executed in emulator/.
 """
 
 import pytest
-from warp_sims.kernels.layout import BLOCK, Column
-from warp_sims.kernels.resident import REGISTERS, make_plan
+from warp_sims.kernels.policy.layout import BLOCK, Column
+from warp_sims.kernels.sweeps.resident import REGISTERS, make_plan
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])

@@ -8,11 +8,11 @@ import torch
 from cases import FLOWS, assert_close, make_net
 from golden_robots import numbers, robot
 from reference import rollout as oracle
-from warp_sims.bridge import sweeps
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, Spec
-from warp_sims.kernels.rollout import make_system_kernels
-from warp_sims.kernels.streamed import make_streamed_kernels
+from warp_sims.bridge.passes import sweeps
+from warp_sims.bridge.passes.spec import Cotangents, Spec
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.kernels.sweeps.rollout import make_system_kernels
+from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
 
 import warp_sims as ws
 from warp_sims.robots.model import Pair
@@ -168,7 +168,7 @@ def test_spheres_push_each_other_apart_equally():
 
 def ball_pair():
     """Two free spheres of 0.1 m, of 1 and 2 kg, without gravity; a torque on one makes it a robot."""
-    from warp_sims.kernels.articulated_tables import BALL, SLIDES
+    from warp_sims.kernels.systems.articulated_tables import BALL, SLIDES
 
     from warp_sims.robots.model import Actuator, Joint, Link, Model
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from golden_robots import numbers
-from warp_sims.kernels.articulated_tables import HINGE, SLIDE
+from warp_sims.kernels.systems.articulated_tables import HINGE, SLIDE
 
 import warp_sims as ws
 from warp_sims.robots.geometry import jacobian, pose

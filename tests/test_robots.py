@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_robots import CASES, NAMES, numbers, robot, state
-from warp_sims.kernels import articulated
+from warp_sims.kernels.systems import articulated
 
 import warp_sims as ws
 from warp_sims.robots import geometry

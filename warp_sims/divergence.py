@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .bridge.arrays import capturing
+from .bridge.runtime.arrays import capturing
 from .flows import Flow
 from .kernels.agreement import SUMS
 from .systems import System

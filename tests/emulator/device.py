@@ -10,7 +10,7 @@ import torch
 import warp as wp
 from warp._src.context import _build_launch_bounds_from_tuple, pack_arg
 from warp._src.types import array_t
-from warp_sims.bridge import arrays
+from warp_sims.bridge.runtime import arrays
 
 from . import library
 

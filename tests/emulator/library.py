@@ -22,7 +22,7 @@ from typing import Any
 
 import warp as wp
 from warp._src.codegen import cuda_kernel_forward_name
-from warp_sims.bridge.launches import PREPARING
+from warp_sims.bridge.runtime.launches import PREPARING
 
 HERE = Path(__file__).parent
 MODES = {

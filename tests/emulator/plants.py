@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 import warp as wp
 from torch import Tensor
-from warp_sims.bridge import fused, registry, sweeps
+from warp_sims.bridge.passes import fused, sweeps
+from warp_sims.bridge.runtime import registry
 
 import warp_sims as ws
 

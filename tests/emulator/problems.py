@@ -9,9 +9,10 @@ import torch
 from cases import make_cotangents, make_net, make_states
 from own_systems import Pendulum, Unicycle
 from torch import Tensor
-from warp_sims.bridge import fused, fused_backward, registry, sweeps
-from warp_sims.bridge.launches import Pool
-from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.passes import fused, fused_backward, sweeps
+from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.runtime import registry
+from warp_sims.bridge.runtime.launches import Pool
 
 import warp_sims as ws
 from warp_sims.policies import fused_network

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from cases import assert_close, make_net, make_states
-from warp_sims.bridge import fused, registry
-from warp_sims.bridge.spec import LossWeights
-from warp_sims.kernels.resident import make_plan
+from warp_sims.bridge.passes import fused
+from warp_sims.bridge.passes.spec import LossWeights
+from warp_sims.bridge.runtime import registry
+from warp_sims.kernels.sweeps.resident import make_plan
 
 import warp_sims as ws
 from warp_sims.policies import fused_network

@@ -6,7 +6,8 @@ problems; all of them with EMULATOR=whole.
 
 import pytest
 import torch
-from warp_sims.bridge import registry, sweeps
+from warp_sims.bridge.passes import sweeps
+from warp_sims.bridge.runtime import registry
 
 import warp_sims as ws
 

@@ -7,11 +7,12 @@ import torch
 import warp as wp
 from cases import make_states
 from own_systems import Pendulum, Unicycle
-from warp_sims.bridge import registry, sweeps
-from warp_sims.bridge.spec import Cotangents, Spec
+from warp_sims.bridge.passes import sweeps
+from warp_sims.bridge.passes.spec import Cotangents, Spec
+from warp_sims.bridge.runtime import registry
 from warp_sims.kernels.agreement import CHUNK
-from warp_sims.kernels.rollout import make_system_kernels
-from warp_sims.kernels.streamed import make_streamed_kernels
+from warp_sims.kernels.sweeps.rollout import make_system_kernels
+from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
 
 import warp_sims as ws
 

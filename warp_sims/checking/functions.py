@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bridge.arrays import WARP_DTYPE
+from ..bridge.runtime.arrays import WARP_DTYPE
 from ..systems import System
 from .compare import Tolerance, compare, exactly, names, settled
 from .differences import Derivative, differentiate

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import warp as wp
 
-from ..bridge.arrays import WARP_DTYPE
+from ..bridge.runtime.arrays import WARP_DTYPE
 from ..systems import System
 from .compare import exactly
 from .forms import Form, forms_of

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..kernels import articulated as _articulated
-from ..kernels.articulated_tables import Structure
 from ..kernels.system import DeviceFunctions
+from ..kernels.systems import articulated as _articulated
+from ..kernels.systems.articulated_tables import Structure
 from ..system import System, check_draw
 from .geometry import random_qpos
 from .model import Model
@@ -22,7 +22,7 @@ __all__ = ["Articulated"]
 
 class Articulated(System):
     """Base of `ws.Robot` and of the tasks built on it. A subclass has the attributes below, as dataclass
-    fields or as properties; `ws.Robot` says what they are, kernels/articulated.py has the equations.
+    fields or as properties; `ws.Robot` says what they are, kernels/systems/articulated.py has the equations.
     """
 
     model: Model

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels.articulated_tables import BALL, DOF_SIZE, HINGE, SLIDE, SLIDES
+from ..kernels.systems.articulated_tables import BALL, DOF_SIZE, HINGE, SLIDE, SLIDES
 from .model import Actuator, Drag, Joint, Limit, Link, Model, Spring
 
 MJ_FREE, MJ_BALL, MJ_SLIDE, MJ_HINGE = range(4)

@@ -1,7 +1,7 @@
 """Poses, motion axes and mass matrix of one state of a robot, in NumPy: for pictures and for the stability
 bound.
 
-The kernels have their own (kernels/articulated_forward.h); a test compares the two.
+The kernels have their own (kernels/systems/articulated_forward.h); a test compares the two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels.articulated_tables import BALL, DOF_SIZE, HINGE, QPOS_SIZE, SLIDE, SLIDES
+from ..kernels.systems.articulated_tables import BALL, DOF_SIZE, HINGE, QPOS_SIZE, SLIDE, SLIDES
 from .build import rotation
 from .model import Model
 

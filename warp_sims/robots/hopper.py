@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import hopper as _hopper
-from ..kernels.articulated_tables import HINGE, SLIDE
 from ..kernels.system import DeviceFunctions
+from ..kernels.systems import hopper as _hopper
+from ..kernels.systems.articulated_tables import HINGE, SLIDE
 from ..system import check_draw
 from .articulated import Articulated
 from .model import Actuator, Geom, Joint, Limit, Model, Sphere
@@ -92,7 +92,7 @@ class Hopper(Articulated):
 
     State [q_x, q_z, pitch, thigh, leg, foot, and their rates] in m, rad, m/s, rad/s; q_z is 0 upright.
     Control: torques of thigh, leg and foot as shares of 200 N m, clipped to [-1, 1]; the papers' policies end
-    in a tanh. Cost of a state: minus the reward of a step but for its control, see kernels/hopper.py;
+    in a tanh. Cost of a state: minus the reward of a step but for its control, see kernels/systems/hopper.py;
     `reward` has all of it.
 
     Raises:

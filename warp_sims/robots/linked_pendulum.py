@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..kernels import linked_pendulum as _linked_pendulum
-from ..kernels.articulated_tables import HINGE, SLIDE
 from ..kernels.system import DeviceFunctions
+from ..kernels.systems import linked_pendulum as _linked_pendulum
+from ..kernels.systems.articulated_tables import HINGE, SLIDE
 from ..system import check_draw
 from .articulated import Articulated
 from .model import Actuator, Geom, Joint, Model
@@ -28,8 +28,8 @@ class LinkedPendulum(Articulated):
     State [x, q_1, ..., q_n, v, w_1, ..., w_n]: cart position [m] and velocity [m/s], the angle [rad] of the
     first link from upright, of each other link from the one before it, and their rates [rad/s]. Control
     [force] in N. Cost of a state: 1 - mean cos of the links' angles from upright, 0 with every link upright.
-    Links are thin rods. Equations: kernels/articulated.py and kernels/linked_pendulum.py. With one link this
-    is the cart-pole of `ws.CartPole(poles=1)` with its default masses and length.
+    Links are thin rods. Equations: kernels/systems/articulated.py, and the cost in linked_pendulum.py there.
+    With one link this is the cart-pole of `ws.CartPole(poles=1)` with its default masses and length.
 
     Raises:
         TypeError: a field has the wrong type.

@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels.articulated_tables import ACTUATOR_NAMES as _ACTUATOR
-from ..kernels.articulated_tables import BALL, DOF_SIZE, HINGE, QPOS_SIZE, SLIDE, SLIDES, Structure, offsets
-from ..kernels.articulated_tables import FLUID_NAMES as _FLUID
+from ..kernels.systems.articulated_tables import ACTUATOR_NAMES as _ACTUATOR
+from ..kernels.systems.articulated_tables import (
+    BALL,
+    DOF_SIZE,
+    HINGE,
+    QPOS_SIZE,
+    SLIDE,
+    SLIDES,
+    Structure,
+    offsets,
+)
+from ..kernels.systems.articulated_tables import FLUID_NAMES as _FLUID
 
 __all__ = ["Actuator", "Drag", "Geom", "Joint", "Limit", "Link", "Model", "Pair", "Sphere", "Spring"]
 
@@ -20,7 +29,7 @@ Matrix = tuple[float, ...]
 
 
 class Link(NamedTuple):
-    """A joint and what moves with it; see kernels/articulated_tables.py. Lengths in m, masses in kg."""
+    """A joint and what moves with it, in m and kg; see kernels/systems/articulated_tables.py."""
 
     body: str
     """Name of the body."""

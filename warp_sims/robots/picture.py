@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.articulated_tables import BALL
+from ..kernels.systems.articulated_tables import BALL
 from .geometry import pose
 from .model import Model
 

@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any, Literal
 
-from ..kernels.articulated_tables import DOF_SIZE
+from ..kernels.systems.articulated_tables import DOF_SIZE
 from .articulated import Articulated
 from .model import Model, as_model
 
@@ -23,7 +23,7 @@ class Robot(Articulated):
     State [qpos, qvel] as MuJoCo orders them, quaternions w, x, y, z; control: the actuators' ctrl. A control
     step `dt` is `substeps` steps of semi-implicit Euler with the control held. Contact and joint limits are
     smooth springs, whose numbers are fields here: those of MuJoCo's solver (solref, solimp, margin) belong
-    to another model of contact and are not used. Equations: kernels/articulated.py; what of a file is
+    to another model of contact and are not used. Equations: kernels/systems/articulated.py; what of a file is
     understood and what is refused: docs/robots.md. A robot has no loss of its own: give `ws.rollout` and
     `ws.TrainConfig` a callable of (states, controls).
 

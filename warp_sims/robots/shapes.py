@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ..kernels.articulated_tables import HINGE, SLIDE
+from ..kernels.systems.articulated_tables import HINGE, SLIDE
 from .build import axes_with_third, tuple_of
 from .model import Link
 

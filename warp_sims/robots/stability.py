@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels.articulated_tables import DOF_SIZE
+from ..kernels.systems.articulated_tables import DOF_SIZE
 from .geometry import jacobian, mass_matrix, pose, random_qpos
 from .model import Model
 

@@ -1,0 +1,187 @@
+"""A rollout whose policy torch evaluates: any module.
+
+Forwards it is evaluated step by step. Backwards it is not: it is evaluated again for all stored states at
+once, its Jacobians are taken there before the adjoint sweep, and its weight gradients behind it. Where that
+would be large it happens in blocks of worlds and segments of time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vjp
+
+from ..passes.segments import pieces
+from ..passes.spec import Cotangents, Saved, Spec
+from ..runtime.tracing import span
+from . import operators
+
+JACOBIAN_ELEMENTS = 1 << 26
+"""Elements of the policy's Jacobians held at once on the torch road; worlds go through in blocks where those
+of a segment are more.
+"""
+
+
+def places(module: torch.nn.Module, buffers: bool = False) -> dict[str, tuple[str, ...]]:
+    """Where each parameter (or buffer) of a module stands: the names of all its places, by the first of them,
+    which is its name in `named_parameters`.
+
+    A tied parameter has several places. A module that is registered under several names counts once:
+    `functional_call` would leave the substitutes of the first name in it when it is done with the second.
+    """
+    found: dict[int, list[str]] = {}
+    for prefix, part in module.named_modules():
+        own = part.named_buffers if buffers else part.named_parameters
+        for name, tensor in own(prefix, recurse=False, remove_duplicate=False):
+            found.setdefault(id(tensor), []).append(name)
+    return {names[0]: tuple(names) for names in found.values()}
+
+
+def call_with(module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Any:
+    """Calls a module with tensors in the places of its parameters and buffers, and leaves it as it was."""
+    return functional_call(module, tensors, (x,), tie_weights=False)
+
+
+class TorchPath(NamedTuple):
+    """The way of a rollout whose policy torch evaluates: the module, and the autocast it ran under."""
+
+    module: torch.nn.Module
+    places: tuple[tuple[str, ...], ...]
+    """Names of the places of each parameter, see `places`."""
+    autocast: torch.dtype | None
+
+    def policy(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
+        with torch.autocast(
+            x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        ):
+            u = call_with(self.module, self.substitutes(parameters), x)
+        return u.to(x.dtype)
+
+    def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors in the order of the parameters, by the names of all places they take."""
+        return {name: q for names, q in zip(self.places, parameters) for name in names}
+
+    @property
+    def tolerance(self) -> float | None:
+        """Accepted difference of recomputed controls under autocast: a few units in the last place of its
+        type.
+        """
+        return None if self.autocast is None else 16.0 * torch.finfo(self.autocast).eps
+
+    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
+        """What the backward pass needs, and the loss; the policy is evaluated step by step."""
+        x, states, controls = x0, [x0], []
+        for t in range(spec.horizon):
+            with span("policy"):
+                u = self._control(parameters, x0.clone() if t == 0 else x, t)
+            x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+            controls.append(u)
+            states.append(x)
+        saved = Saved(torch.stack(states), torch.stack(controls))
+        return saved, operators.loss(spec.text(), *saved[:2])
+
+    def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
+        """What the policy answers to the states of step t, which it must leave as they are."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return self.policy(parameters, x)
+        version = x._version
+        u = self.policy(parameters, x)
+        if x._version != version:
+            raise ValueError(
+                f"policy: it changed its input in place at step {t}, expected the states as they are: they "
+                "are simulated from and read again in the backward pass; work on x.clone()"
+            )
+        return u
+
+    def backward(
+        self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
+        compared: in blocks of worlds whose Jacobians of a segment are not too large.
+        """
+        horizon, nworld, m = saved.controls.shape
+        per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
+        block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
+        if block >= nworld:
+            return self._block(spec, saved.states, saved.controls, parameters, g, nworld)
+        grads, adj_x0 = [], []
+        for first in range(0, nworld, block):
+            part = slice(first, min(first + block, nworld))
+            states, controls = saved.states[:, part], saved.controls[:, part]
+            own, adj = self._block(spec, states, controls, parameters, g.worlds(part), nworld)
+            grads.append(own)
+            adj_x0.append(adj)
+        return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1)
+
+    def _block(
+        self,
+        spec: Spec,
+        states: Tensor,
+        controls: Tensor,
+        parameters: Sequence[Tensor],
+        g: Cotangents,
+        loss_worlds: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Those of some of the `loss_worlds` worlds over which the loss is a mean, over one segment of steps
+        after the other.
+        """
+        grads = adj_x0 = None
+        for t0, t1 in pieces(spec.horizon, spec.segment or spec.horizon):
+            own, adj_x0 = self._segment(
+                spec,
+                states[t0 : t1 + 1],
+                controls[t0:t1],
+                parameters,
+                g.steps(t0, t1),
+                t0,
+                adj_x0,
+                loss_worlds,
+            )
+            grads = own if grads is None else grads + own
+        assert grads is not None and adj_x0 is not None
+        return grads, adj_x0
+
+    def _segment(
+        self,
+        spec: Spec,
+        states: Tensor,
+        controls: Tensor,
+        parameters: Sequence[Tensor],
+        g: Cotangents,
+        t0: int,
+        carried: Tensor | None,
+        loss_worlds: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state
+        t0.
+        """
+        steps, nworld, m = controls.shape
+        points = states[:-1].reshape(steps * nworld, states.shape[2])
+        with span("policy_again"):
+            recomputed, pull, *_ = vjp(lambda q: self.policy(q, points), tuple(parameters))
+        jac = None
+        if spec.network_open:
+            with span("policy_jacobians"):
+                _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x), points)
+                # one unit cotangent a control component: rows do not mix, so all points share a product
+                columns = []
+                for c in range(m):
+                    unit = torch.zeros_like(recomputed)
+                    unit[:, c] = 1.0
+                    columns.append(pull_x(unit)[0])
+                jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
+        recomputed = recomputed.view(steps, nworld, m)
+        mu, adj_x0 = operators.adjoint(
+            spec.text(), states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        )
+        fields = []
+        for f in range(mu.shape[0]):
+            with span("policy_weight_grad"):
+                (field,) = pull(mu[f].reshape(steps * nworld, m))
+            fields.append(
+                torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
+            )
+        return torch.stack(fields), adj_x0

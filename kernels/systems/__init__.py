@@ -1,0 +1,1 @@
+"""Systems: equations, step, loss and adjoints by hand, and their forms in vector lanes and in memory."""
