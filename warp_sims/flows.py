@@ -9,6 +9,10 @@ from .kernels.flow import Flow
 __all__ = ["Flow", "check_decay", "schedule"]
 
 
+MOST_STEPS = 2**31 - 1
+"""Range of a kernel's indices."""
+
+
 def schedule(
     flow: str | Flow | Sequence[str | Flow], horizon: int, window: int | None = None, call: str = "rollout"
 ) -> tuple[str, str]:

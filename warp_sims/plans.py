@@ -19,7 +19,7 @@ from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.arrays import capturing
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
-from .flows import as_int, check_decay
+from .flows import MOST_STEPS, as_int, check_decay
 from .policies import fused_network
 from .systems import System
 
@@ -187,13 +187,15 @@ def check_system(system: Any, call: str) -> None:
     settle()
 
 
-def check_horizon(horizon: Any, call: str, system: Any = None, x0: Any = None) -> int:
-    """Returns the number of steps as an int.
+def check_horizon(horizon: Any, call: str, system: Any, x0: Any) -> int:
+    """Returns the number of steps as an int; nothing as long as it has been made.
 
     Raises:
-        TypeError: not a whole number.
+        TypeError: not a whole number, or what it is checked against is no system or no tensor.
         ValueError: below 1, or trajectories from `x0` would not fit into memory or the indices of a kernel.
     """
+    check_system(system, call)
+    _check_tensor(system, x0, call, "x0")
     steps = as_int(horizon)
     if steps is None:
         raise TypeError(
@@ -201,18 +203,16 @@ def check_horizon(horizon: Any, call: str, system: Any = None, x0: Any = None) -
         )
     if steps < 1:
         raise ValueError(f"{call}: horizon is {steps}, expected at least 1 step")
-    if isinstance(x0, Tensor) and isinstance(system, System):
-        _check_size(call, system, x0, steps)
+    _check_size(call, system, x0, steps)
     return steps
 
 
 def _check_size(call: str, system: System, x0: Tensor, horizon: int) -> None:
     worlds = x0.shape[:-1].numel()
-    most = 2**31 - 1
-    if horizon * max(worlds * system.control_size, 1) > most:
+    if horizon * max(worlds * system.control_size, 1) > MOST_STEPS:
         raise ValueError(
             f"{call}: horizon is {horizon} with {worlds} worlds of {system.control_size} controls, expected "
-            f"at most {most} controls in one rollout, the range of a kernel's indices; shorten it or split "
+            f"at most {MOST_STEPS} controls in one rollout, the range of a kernel's indices; shorten it or split "
             "the worlds"
         )
     numbers = (horizon + 1) * worlds * (system.state_size + system.control_size)
@@ -256,11 +256,7 @@ def check_states(system: System, x: Any, call: str, name: str, members: int | No
 
     Half precision becomes float32 under autocast; whatever else does not fit raises TypeError or ValueError.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); "
-            f"use torch.as_tensor"
-        )
+    _check_tensor(system, x, call, name)
     if x.layout != torch.strided:
         raise TypeError(f"{call}: {name} is {x.layout}, expected a dense tensor; use .to_dense()")
     single = x.ndim == 2 and x.shape[1] == system.state_size
@@ -284,6 +280,14 @@ def check_states(system: System, x: Any, call: str, name: str, members: int | No
             f"{call}: {name} is on {x.device}, expected a CPU or a CUDA device; move it with .to()"
         )
     return x
+
+
+def _check_tensor(system: System, x: Any, call: str, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{call}: {name} is of type {type(x).__name__}, expected a tensor (nworld, {system.state_size}); "
+            f"use torch.as_tensor"
+        )
 
 
 def check_like(tensor: Tensor, like: Tensor, call: str, name: str) -> None:

@@ -58,14 +58,6 @@ def record_rollout(
             f"{call}: policy is an Ensemble, expected a single policy: Warp arrays here have one axis of "
             f"worlds; record its members() one by one"
         )
-    horizon = check_horizon(horizon, call, system, x0 if isinstance(x0, Tensor) else None)
-    base, check = schedule(flow, horizon, window, call)
-    if check:
-        raise ValueError(
-            f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape "
-            f"gradients add up, the comparison "
-            "does not; use gradient_pair"
-        )
     array = None
     if isinstance(x0, wp.array):
         if x0.dtype not in (wp.float32, wp.float64) or x0.ndim != 2:
@@ -75,6 +67,14 @@ def record_rollout(
             )
         array = x0 if x0.requires_grad else None
         x0 = tensor_of(x0)
+    horizon = check_horizon(horizon, call, system, x0)
+    base, check = schedule(flow, horizon, window, call)
+    if check:
+        raise ValueError(
+            f"{call}: flow is 'combined', expected 'regular', 'modified', 'network' or 'stopped': on a tape "
+            f"gradients add up, the comparison "
+            "does not; use gradient_pair"
+        )
     with torch.no_grad():
         plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0, checkpoint_every)
     return record(tape, plan.spec, plan.path, plan.parameters, plan.x0.detach(), array)

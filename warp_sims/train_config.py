@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from .ensembles import Ensemble
-from .flows import Flow, check_decay, schedule
+from .flows import MOST_STEPS, Flow, check_decay, schedule
 from .optimizers import ON_HOST, OPTIMIZERS
 from .systems import System
 
@@ -153,6 +153,11 @@ class TrainConfig:
             )
 
     def _checked_flow(self) -> Flow | tuple[Flow, ...]:
+        if self.horizon > MOST_STEPS:
+            raise ValueError(
+                f"TrainConfig: horizon is {self.horizon}, expected at most {MOST_STEPS} steps, the range of a "
+                "kernel's indices"
+            )
         schedule(self.flow, self.horizon, self.window, "TrainConfig")
         return Flow.parse(self.flow) if isinstance(self.flow, str) else tuple(map(Flow.parse, self.flow))
 
