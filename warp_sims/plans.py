@@ -212,8 +212,8 @@ def _check_size(call: str, system: System, x0: Tensor, horizon: int) -> None:
     if horizon * max(worlds * system.control_size, 1) > MOST_STEPS:
         raise ValueError(
             f"{call}: horizon is {horizon} with {worlds} worlds of {system.control_size} controls, expected "
-            f"at most {MOST_STEPS} controls in one rollout, the range of a kernel's indices; shorten it or split "
-            "the worlds"
+            f"at most {MOST_STEPS} controls in one rollout, the range of a kernel's indices; shorten it or "
+            "split the worlds"
         )
     numbers = (horizon + 1) * worlds * (system.state_size + system.control_size)
     # tracing a compiled graph, the machine cannot be asked

@@ -155,8 +155,8 @@ class TrainConfig:
     def _checked_flow(self) -> Flow | tuple[Flow, ...]:
         if self.horizon > MOST_STEPS:
             raise ValueError(
-                f"TrainConfig: horizon is {self.horizon}, expected at most {MOST_STEPS} steps, the range of a "
-                "kernel's indices"
+                f"TrainConfig: horizon is {self.horizon}, expected at most {MOST_STEPS} steps, the range of "
+                "a kernel's indices"
             )
         schedule(self.flow, self.horizon, self.window, "TrainConfig")
         return Flow.parse(self.flow) if isinstance(self.flow, str) else tuple(map(Flow.parse, self.flow))
