@@ -55,6 +55,8 @@ PROBLEMS = {
     "quantum": Problem(ws.QuantumControl(points=32), lambda s, seed: _wavecnn(s, 60)),
     "odd points": Problem(ws.QuantumControl(points=17), lambda s, seed: _wavecnn(s, 7)),
     "quantum, perceptron": Problem(ws.QuantumControl(points=9), _mlp(13)),
+    "hopper": Problem(ws.Hopper(substeps=4), _mlp(16)),
+    "links": Problem(ws.LinkedPendulum(links=2), _mlp(9, 7)),
     "own system": Problem(Pendulum(), _mlp(21)),
     "own system, no loss": Problem(Unicycle(), _mlp(5, 40)),
 }
@@ -108,7 +110,10 @@ class Case:
         parameters = [torch.stack(p) if members else p[0] for p in zip(*(n.parameters() for n in nets))]
         self.packed = fused.pack(self.network, parameters, (members,) if members else ())
         scale = 0.5 if isinstance(self.system, ws.QuantumControl) else 1.0
-        x0 = scale * make_states(self.system, max(members, 1) * nworld, dtype)
+        count = max(members, 1) * nworld
+        x0 = scale * make_states(self.system, count, dtype)
+        if isinstance(self.system, ws.Hopper):  # random joints would be far beyond their limits
+            x0 = self.system.initial_states(count, dtype=dtype) + 0.05 * x0
         self.x0 = x0.view(*((members, nworld) if members else (nworld,)), -1)
         self.dtype = dtype
         self.has_cost = self.system.device_functions(registry.WARP_DTYPE[dtype]).loss is not None

@@ -18,7 +18,7 @@ from .problems import FORMS, PROBLEMS, Case, Problem, assert_as_on_a_cpu, form_o
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
-SOME = ("cartpole", "odd widths", "wide", "guidance", "quantum", "own system, no loss")
+SOME = ("cartpole", "odd widths", "wide", "guidance", "quantum", "links", "own system, no loss")
 """Problems of ordinary runs."""
 
 
