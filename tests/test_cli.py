@@ -303,3 +303,59 @@ def test_ctrl_c_leaves_a_usable_run():
     checkpoint = torch.load("run/checkpoint_last.pt", weights_only=True)
     assert checkpoint["epoch"] == log["epoch"][-1]
     assert os.path.getsize("run/curves.png") > 1000
+
+
+OWN_TRAINING = """
+import torch
+
+class Small(torch.nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.net = torch.nn.Sequential(torch.nn.Linear(size, 5), torch.nn.ELU(), torch.nn.Linear(5, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+def make(system):
+    return torch.nn.Sequential(torch.nn.Linear(system.state_size, 5), torch.nn.ELU(), torch.nn.Linear(5, 1))
+
+def small(system):
+    return Small(system.state_size)
+
+def effort(states, controls):
+    return states[-1].square().mean() + 0.1 * controls.square().mean()
+"""
+
+
+def test_train_with_a_policy_and_a_loss_of_ones_own(tmp_path):
+    """By name, as `profile` has them; and resumed, with a name again where the run holds no constructor."""
+    (tmp_path / "own.py").write_text(OWN_TRAINING)
+    short = ["--poles", "1", "--samples", "4", "--batch", "2", "--horizon", "3", "--no-progress"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+    def run(*words):
+        command = [sys.executable, "-m", "warp_sims", "train", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    for made, again in (("small", []), ("make", ["--policy", "own:make"])):
+        out = ["--out", made]
+        words = ["--policy", f"own:{made}", "--loss", "own:effort", "--epochs", "1"]
+        done = run("cartpole", *short, *words, *out)
+        assert done.returncode == 0, done.stderr
+        done = run("--resume", made, "--epochs", "2", "--no-progress", *again)
+        assert done.returncode == 0, done.stderr
+        assert len((tmp_path / made / "log.csv").read_text().splitlines()) == 4
+    done = run("--resume", "make", "--epochs", "3", "--no-progress")
+    assert done.returncode == 2 and "give it as policy" in done.stderr
+    for wrong, message in (
+        (["--policy", "own:nothing"], "policy 'own:nothing'"),
+        (["--policy", "nothing"], "unknown policy 'nothing', expected mlp, wavecnn, or module:name"),
+        (["--policy", "own:OWN"], "policy 'own:OWN'"),
+        (["--loss", "nothing"], "unknown loss 'nothing', expected final, running, or module:name"),
+        (["--policy", "own:small", "--hidden", "3"], "--hidden is not for --policy own:small"),
+    ):
+        done = run("cartpole", *short, *wrong)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, (
+            done.stderr
+        )

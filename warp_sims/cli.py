@@ -19,12 +19,11 @@ from .bench.command import add_bench_options, run_bench
 from .checking.command import add_check_options, run_check
 from .demo import run_demo
 from .flows import Flow
+from .named import find_loss, make_policy, own_policy
 from .options import (
     DEFAULTS,
-    HIDDEN,
     QUICK_EPOCHS,
     SEEDS,
-    WIDTH,
     add_animate_options,
     add_demo_options,
     add_reproduce_options,
@@ -32,13 +31,14 @@ from .options import (
     add_train_options,
 )
 from .plots import need_matplotlib
-from .policies import MLP, WaveCNN
 from .processes import join, launched, leave
 from .profiling.command import add_profile_options, run_profile
 from .published import EPOCHS, SETTINGS, Scale, make_jobs
 from .reproduction.report import write_report
 from .reproduction.run import RunFailed, reproduce
 from .resuming import resumed_config
+from .run_config import build_system
+from .runs import read_config
 from .train_config import CLIPS, TrainConfig
 from .training import TrainResult, train
 
@@ -214,8 +214,8 @@ def _run_train(options: argparse.Namespace) -> None:
     system = _make_system(options)
     settings = {name: given[name] for name in DEFAULTS if name in given and name != "system"}
     flow = Flow.parse(options.flow)
-    policy = _make_policy(options, system)
-    policy.reset_parameters(seed=options.seed, zero_last=options.zero_last)
+    settings["loss"] = find_loss(options.loss)
+    policy = make_policy(options, system, options.seed, options.zero_last)
     policy.to(getattr(torch, options.dtype))
     with _processes(options.device) as device:
         settings["device"] = device
@@ -233,7 +233,15 @@ def _run_train(options: argparse.Namespace) -> None:
 
 def _run_resumed(options: argparse.Namespace) -> None:
     with _processes(options.device) as device:
-        config = resumed_config(options.resume, epochs=options.epochs, device=device)
+        policy = None
+        if options.network is not None:
+            policy = own_policy(options.network, build_system(read_config(options.resume)))
+        loss = None if options.loss is None else find_loss(options.loss)
+        if isinstance(loss, str):
+            raise UsageError(f"--loss {loss} is not for --resume, expected module:name of the run's own loss")
+        config = resumed_config(
+            options.resume, epochs=options.epochs, device=device, policy=policy, loss=loss
+        )
         result = train(config, options.resume, resume=True, progress=options.progress)
         _report(result)
 
@@ -262,21 +270,6 @@ def _report(result: TrainResult) -> None:
     )
     print(f"curves: {os.path.join(out, 'curves.png')}")
     print(f"to see it move: warp-sims animate {shlex.quote(out)}")
-
-
-def _make_policy(options: argparse.Namespace, system: systems.System) -> MLP | WaveCNN:
-    other = "width" if options.network == "mlp" else "hidden"
-    if getattr(options, other) is not None:
-        raise UsageError(f"--{other} is not for --policy {options.network}")
-    if options.network == "mlp":
-        hidden = HIDDEN if options.hidden is None else tuple(options.hidden)
-        return MLP(system.state_size, hidden, system.control_size)
-    if not isinstance(system, systems.QuantumControl):
-        raise UsageError(
-            f"--policy wavecnn reads the wave function of a QuantumControl, not a {type(system).__name__}; "
-            "give --policy mlp"
-        )
-    return WaveCNN(system.points, _first_given(options.width, WIDTH))
 
 
 def _run_animate(options: argparse.Namespace) -> None:
@@ -309,7 +302,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _run_profile(options: argparse.Namespace) -> None:
-    run_profile(options, _make_system(options), _make_policy)
+    run_profile(options, _make_system(options))
 
 
 def _run_check(options: argparse.Namespace) -> int:

@@ -79,14 +79,7 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     )
     add_flag(run, "progress", True, "show a progress bar")
     policy = parser.add_argument_group("policy")
-    policy.add_argument(
-        "--policy",
-        dest="network",
-        choices=POLICIES,
-        default=preset.policy,
-        help=f"multilayer perceptron, or the convolutional network for quantum (default: {preset.policy})",
-    )
-    add_sizes(policy)
+    add_policy(policy, preset.policy)
     add_flag(policy, "zero-last", preset.zero_last, "start with a zero output layer, so without any control")
     training = parser.add_argument_group("training")
     texts = field_texts(TrainConfig)
@@ -97,9 +90,10 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         },
         "horizon": {"type": int, "default": preset.horizon},
         "loss": {
-            "choices": LOSSES,
+            "metavar": "LOSS",
             "default": preset.loss,
-            "help": "the system's loss of the last state, or of all states",
+            "help": "the system's loss of the last state (final) or of all states (running), or module:name "
+            "for a function of (states, controls) of your own",
         },
         "control_cost": {"type": float, "default": preset.control_cost},
         "window": {"type": int, "help": "truncation: both edges close at every multiple of so many steps"},
@@ -152,11 +146,26 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=int, metavar="N", help="how many in all (default: as many as it was begun with)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:INDEX (default: as begun)")
+    for option, what in (("policy", "policy, a torch.nn.Module"), ("loss", "loss")):
+        parser.add_argument(
+            f"--{option}",
+            dest="network" if option == "policy" else option,
+            metavar="module:name",
+            help=f"the run's own {what}, where its config.json does not say how it is made",
+        )
     add_flag(parser, "progress", True, "show a progress bar")
 
 
-def add_sizes(policy: Any) -> None:
-    """Adds the sizes of the built-in policies."""
+def add_policy(policy: Any, default: str) -> None:
+    """Adds --policy, and the sizes of the built-in ones."""
+    policy.add_argument(
+        "--policy",
+        dest="network",
+        metavar="POLICY",
+        default=default,
+        help=f"{', '.join(POLICIES)}, or module:name for one of your own, a torch.nn.Module or a function "
+        f"that returns one for a system (default: {default})",
+    )
     policy.add_argument(
         "--hidden",
         type=int,

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,12 @@ def go_on(config: TrainConfig, path: str | os.PathLike[str]) -> str:
 
 
 def resumed_config(
-    path: str | os.PathLike[str], *, epochs: int | None = None, device: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    device: str | None = None,
+    policy: torch.nn.Module | None = None,
+    loss: Callable[..., torch.Tensor] | None = None,
 ) -> TrainConfig:
     """Returns the settings of the run at `path`, to go on with it.
 
@@ -101,9 +106,10 @@ def resumed_config(
         path: The run folder.
         epochs: How many there shall be in all; None: as many as it was begun with.
         device: Where it shall take place; None: where it was begun.
+        policy, loss: The run's own, where its config.json does not say how they are made.
     """
     data = read_config(path)
-    config = run_config.from_json(data)
+    config = run_config.from_json(data, policy=policy, loss=loss)
     where = device or data["training"].get("device") or "cpu"
     try:
         config.policy.to(where)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
-from collections.abc import Callable
 
 import torch
 
 from .. import systems
-from ..options import POLICIES, add_flag, add_sizes, add_system_options, preset_of
-from ..policies import MLP, WaveCNN
+from ..named import make_policy
+from ..options import add_flag, add_policy, add_system_options, preset_of
 from ..systems import System
 from ..train_config import LOSSES
 from .case import FLOWS
@@ -29,15 +27,7 @@ def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> N
         help=f"{known}, or module:Class for a system of your own; its name comes before the options",
     )
     policy = parser.add_argument_group("policy")
-    policy.add_argument(
-        "--policy",
-        dest="network",
-        metavar="POLICY",
-        default=preset.policy,
-        help=f"{', '.join(POLICIES)}, or module:name for one of your own, a torch.nn.Module or a function "
-        f"that returns one for a system (default: {preset.policy})",
-    )
-    add_sizes(policy)
+    add_policy(policy, preset.policy)
     run = parser.add_argument_group("what is run")
     letters = [flow.value for flow in FLOWS]
     run.add_argument(
@@ -90,13 +80,9 @@ def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> N
         add_system_options(parser, named)
 
 
-def run_profile(
-    options: argparse.Namespace,
-    system: System,
-    make_policy: Callable[[argparse.Namespace, System], MLP | WaveCNN],
-) -> None:
-    """Runs `warp-sims profile`; `make_policy` makes the built-in ones."""
-    policy = _load_policy(options, system, make_policy)
+def run_profile(options: argparse.Namespace, system: System) -> None:
+    """Runs `warp-sims profile`."""
+    policy = make_policy(options, system, seed=0, zero_last=False)
     for path in (options.json, options.trace):
         _check_writable(path)
     result = profile(
@@ -121,40 +107,6 @@ def run_profile(
     if options.trace is not None:
         result.write_trace(options.trace)
         print(f"trace: {options.trace}", file=sys.stderr if options.json == "-" else sys.stdout)
-
-
-def _load_policy(
-    options: argparse.Namespace,
-    system: System,
-    make_policy: Callable[[argparse.Namespace, System], MLP | WaveCNN],
-) -> torch.nn.Module:
-    """Returns a policy by one of our names or as `module:name`."""
-    name = options.network
-    if name in POLICIES:
-        policy = make_policy(options, system)
-        policy.reset_parameters(seed=0)
-        return policy
-    if ":" not in name:
-        raise ValueError(
-            f"unknown policy {name!r}, expected {', '.join(POLICIES)}, or module:name for one of your own"
-        )
-    for option in ("hidden", "width"):
-        if getattr(options, option) is not None:
-            raise ValueError(f"--{option} is not for --policy {name}")
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"policy {name!r}: {error}; expected module:name with the module importable from here"
-        ) from error
-    policy = found if isinstance(found, torch.nn.Module) else found(system) if callable(found) else found
-    if not isinstance(policy, torch.nn.Module):
-        raise ValueError(
-            f"policy {name!r} is {policy!r}, expected a torch.nn.Module or a function that returns one for a "
-            "system"
-        )
-    return policy
 
 
 def _check_writable(path: str | None) -> None:

@@ -1,0 +1,100 @@
+"""Policies and losses as the command line names them: the built-in ones, and `module:name` for your own."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from .options import HIDDEN, POLICIES, WIDTH
+from .policies import MLP, WaveCNN
+from .system import System
+from .systems import QuantumControl
+from .train_config import LOSSES
+
+
+def _find(name: str, what: str) -> Any:
+    """Returns what `module:name` stands for.
+
+    Raises:
+        ValueError: it cannot be imported from here.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{what} {name!r}: {error}; expected module:name with the module importable from here"
+        ) from error
+
+
+def make_policy(options: argparse.Namespace, system: System, seed: int, zero_last: bool) -> torch.nn.Module:
+    """Returns the policy of --policy with its sizes, its weights drawn with `seed`.
+
+    One of your own is a module, or a function of the system that returns one; `zero_last` is for the built-in
+    ones.
+
+    Raises:
+        ValueError: no such policy, or an option that is not for it.
+    """
+    name = options.network
+    if name not in POLICIES and ":" not in name:
+        raise ValueError(
+            f"unknown policy {name!r}, expected {', '.join(POLICIES)}, or module:name for one of your own"
+        )
+    for option, of in (("hidden", "mlp"), ("width", "wavecnn")):
+        if getattr(options, option) is not None and name != of:
+            raise ValueError(f"--{option} is not for --policy {name}")
+    if name in POLICIES:
+        policy = _built_in(options, system)
+        policy.reset_parameters(seed=seed, zero_last=zero_last)
+        return policy
+    torch.manual_seed(seed)
+    return own_policy(name, system)
+
+
+def own_policy(name: str, system: System) -> torch.nn.Module:
+    """Returns the policy that `module:name` stands for: a module, or what a function makes for the system.
+
+    Raises:
+        ValueError: it cannot be imported from here, or is none.
+    """
+    found = _find(name, "policy")
+    policy = found if isinstance(found, torch.nn.Module) else found(system) if callable(found) else found
+    if not isinstance(policy, torch.nn.Module):
+        raise ValueError(
+            f"policy {name!r} is {policy!r}, expected a torch.nn.Module or a function that returns one for a "
+            "system"
+        )
+    return policy
+
+
+def _built_in(options: argparse.Namespace, system: System) -> MLP | WaveCNN:
+    if options.network == "mlp":
+        hidden = HIDDEN if options.hidden is None else tuple(options.hidden)
+        return MLP(system.state_size, hidden, system.control_size)
+    if not isinstance(system, QuantumControl):
+        raise ValueError(
+            f"--policy wavecnn reads the wave function of a QuantumControl, not a {type(system).__name__}; "
+            "give --policy mlp"
+        )
+    return WaveCNN(system.points, WIDTH if options.width is None else options.width)
+
+
+def find_loss(name: str) -> str | Callable[..., torch.Tensor]:
+    """Returns the loss of --loss: a name of ours, or a function of (states, controls).
+
+    Raises:
+        ValueError: no such loss.
+    """
+    if name in LOSSES:
+        return name
+    if ":" not in name:
+        raise ValueError(
+            f"unknown loss {name!r}, expected {', '.join(LOSSES)}, or module:name for a function of your own"
+        )
+    found = _find(name, "loss")
+    if not callable(found):
+        raise ValueError(f"loss {name!r} is {found!r}, expected a function of (states, controls)")
+    return cast(Callable[..., torch.Tensor], found)
