@@ -27,7 +27,7 @@ def with_pairs(system):
     """Spheres on different links that touch each other, too."""
     spheres = system.model.spheres
     pairs = tuple(
-        Pair(a.link, a.centre, 2.0 * a.radius, b.link, b.centre, 3.0 * b.radius, 0.7)
+        Pair(a.link, a.centre, 4.0 * a.radius, b.link, b.centre, 6.0 * b.radius, 0.7)
         for a, b in ((spheres[0], spheres[-1]), (spheres[1], spheres[-2]))
     )
     return dataclasses.replace(system, model=system.model._replace(pairs=pairs))
@@ -43,8 +43,8 @@ def system(name):
     if name == "swimmer":
         return robot(numbers("swimmer"), "implicit")
     if name == "ballchain":
-        return robot(numbers("ballchain"), "contact_smooth", dt=0.004, substeps=2)
-    return with_pairs(robot(numbers("ballchain"), "contact_linear", dt=0.004, approach=name == "approach"))
+        return robot(numbers("ballchain"), "contact_smooth", dt=5e-4, substeps=2)
+    return with_pairs(robot(numbers("ballchain"), "contact_linear", dt=5e-4, approach=name == "approach"))
 
 
 SYSTEMS = ("hopper", "links", "swimmer", "ballchain", "pairs", "approach")
@@ -58,7 +58,7 @@ def states(name, nworld, dtype=torch.float64, seed=3):
     if name in ("hopper",):
         x = 0.3 * x - torch.tensor([0.0, 0.1] + [0.0] * 10)  # some points below the ground
     elif name not in ("links", "swimmer"):
-        x[:, 2] = 0.1 * x[:, 2]
+        x[:, 2] = 0.2 + 0.1 * x[:, 2]  # some spheres below the ground, 5 to 30 cm
     u = torch.randn(HORIZON, nworld, own.control_size, generator=draw, dtype=torch.float64)
     return x.to(dtype), (0.5 * u).to(dtype)
 
@@ -113,7 +113,8 @@ def test_float32_follows_float64(name):
         )
         results.append([after.detach(), *torch.autograd.grad(after, (x, u), w)])
     for exact, single in zip(*results):
-        assert_close(single.double(), exact, 2e-4)  # measured 2e-6 to 4e-5
+        # measured 2e-6 to 4e-5, with the ball chain's stiff contact 4e-4
+        assert_close(single.double(), exact, 2e-3 if name == "ballchain" else 2e-4)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -122,10 +123,10 @@ def test_finite_differences(name):
     x, u = states(name, 4)
     torch.autograd.gradcheck(
         lambda x, u: ws.simulate(own, x, u)[1:],
-        (x.requires_grad_(), u[:2].contiguous().requires_grad_()),
-        eps=1e-6,
+        (x.requires_grad_(), u[:1].contiguous().requires_grad_()),
+        eps=3e-5,  # below, rounding of velocities of 100 is seen; the error goes as 1 / eps
         rtol=1e-5,
-        atol=1e-3 if name in ("pairs", "approach", "ballchain") else 1e-5,  # accelerations of up to 1e5 there
+        atol=1e-4,
         nondet_tol=0.0,
     )
 

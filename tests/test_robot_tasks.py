@@ -215,3 +215,28 @@ def test_the_bound_is_where_friction_explodes(share, stays):
     x = torch.tensor([[0.0, 0.0, 1e-6, 0.0]], dtype=torch.float64)
     speed = ws.simulate(system, x, torch.zeros(100, 1, 1, dtype=torch.float64))[:, 0, 2].abs()
     assert (speed[-1] < 1e-7) == stays
+
+
+@pytest.mark.parametrize(
+    "words", [["hopper", "--substeps", "2", "--loss", "running"], ["links", "--links", "1"]]
+)
+def test_registered_tasks_train_from_the_command_line(words, tmp_path):
+    from warp_sims.cli import main
+
+    sizes = [
+        "--epochs",
+        "1",
+        "--samples",
+        "4",
+        "--batch",
+        "4",
+        "--horizon",
+        "3",
+        "--hidden",
+        "8",
+        "--no-progress",
+    ]
+    main(["train", *words, *sizes, "--out", str(tmp_path / "run")])
+    config, _, log = ws.load_run(tmp_path / "run")
+    assert type(config.system).__name__ in ("Hopper", "LinkedPendulum")
+    assert np.isfinite(log["loss_test"]).all()
