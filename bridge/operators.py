@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..kernels.agreement import NSTATS
 from ..kernels.layout import layout
-from . import fused, sweeps
+from . import foreign, foreign_check, fused, sweeps
 from .arrays import capturing
 from .fused_backward import backward
 from .registry import prepare
@@ -90,6 +90,11 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
     """States (horizon + 1, nworld, state_size) under given controls."""
     if check:
         _check_finite(x0)
+    simulator = foreign.foreign(system)
+    if simulator is not None:
+        if check:
+            foreign_check.verify(simulator, x0, controls[0])
+        return foreign.simulate(simulator, x0, controls)
     return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
 
 
@@ -102,6 +107,9 @@ def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
 def loss(spec: str, states: Tensor, controls: Tensor) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
     own = parse(spec)
+    simulator = foreign.foreign(own.system)
+    if simulator is not None:
+        return foreign.loss(simulator, own, states, controls)
     p = prepare(own.system, states.dtype, states.device)
     return sweeps.loss(p, _dense(states), _dense(controls), own.weights)
 
@@ -205,8 +213,11 @@ def adjoint(
     """
     if recomputed is not None:
         _check_recomputed(recomputed, controls, tolerance, t0)
-    own = parse(spec)
-    p, g = prepare(own.system, states.dtype, states.device), Cotangents(adj_loss, adj_states, adj_controls)
+    own, g = parse(spec), Cotangents(adj_loss, adj_states, adj_controls)
+    simulator = foreign.foreign(own.system)
+    if simulator is not None:
+        return foreign.adjoint(simulator, own, states, controls, jac, g, t0, carried, loss_worlds)
+    p = prepare(own.system, states.dtype, states.device)
     jac = None if jac is None else jac.contiguous()
     return sweeps.adjoint(p, own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds)
 

@@ -50,6 +50,8 @@ class TorchPath(NamedTuple):
     places: tuple[tuple[str, ...], ...]
     """Names of the places of each parameter, see `places`."""
     autocast: torch.dtype | None
+    whole: bool = False
+    """Whether the worlds of the simulator cannot go through one part after the other."""
 
     def policy(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
@@ -104,7 +106,7 @@ class TorchPath(NamedTuple):
         horizon, nworld, m = saved.controls.shape
         per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
         block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
-        if block >= nworld:
+        if block >= nworld or self.whole:
             return self._block(spec, saved.states, saved.controls, parameters, g, nworld)
         grads, adj_x0 = [], []
         for first in range(0, nworld, block):

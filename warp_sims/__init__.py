@@ -31,6 +31,7 @@ from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
 from .flows import Flow
+from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gradients import GradientPair, gradient_pair
 from .policies import MLP, WaveCNN
 from .profiling.run import profile
@@ -59,12 +60,16 @@ __all__ = [
     "DeviceFunctions",
     "Ensemble",
     "Flow",
+    "ForeignSystem",
     "GradientPair",
     "GuidanceByRepulsion",
+    "JaxSystem",
     "MemoryFunctions",
     "QuantumControl",
     "Rollout",
     "System",
+    "TapeSystem",
+    "TorchSystem",
     "TrainConfig",
     "TrainResult",
     "WaveCNN",

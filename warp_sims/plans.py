@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .bridge import operators
 from .bridge.arrays import capturing
+from .bridge.foreign import Simulator
 from .bridge.fused_path import FusedPath
 from .bridge.segments import torch_segment
 from .bridge.spec import BY_SIZE, NONE_KEPT, Spec
@@ -93,7 +94,15 @@ def make_plan(
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
     spec = Spec(system.number, base, check, decay, *weights)
-    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    foreign = isinstance(system, Simulator)
+    if foreign and ensemble is not None:
+        raise ValueError(
+            f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: its "
+            "members run inside the sweeps; roll out its members() one by one"
+        )
+    fused = None
+    if not foreign:
+        fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
@@ -132,7 +141,9 @@ def make_plan(
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
-        path = TorchPath(policy, tuple(where[name] for name in names), half)
+        path = TorchPath(
+            policy, tuple(where[name] for name in names), half, foreign and not system.rowwise
+        )
         _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
