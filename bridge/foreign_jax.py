@@ -34,7 +34,7 @@ def to_jax(x: Tensor) -> Any:
         TypeError: float64, which JAX would round to float32.
     """
     jax = jax_module()
-    if x.dtype == torch.float64 and not jax.config.jax_enable_x64:
+    if x.dtype == torch.float64 and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise TypeError(
             "JaxSystem: the states are torch.float64, but JAX computes in float32 unless it is told "
             'otherwise; expected torch.float32, or jax.config.update("jax_enable_x64", True) before the first '
