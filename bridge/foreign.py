@@ -4,10 +4,8 @@ A foreign simulator steps all worlds at once and can be linearised: one recordin
 gradient field. Where its rows do not mix, the Jacobians of many points come from one recording instead, and
 what is left of the adjoint sweep is one small product a step:
 
-    [dS/dx dS/du]_t at all points at once
-    [through_x through_u]_t = lam_{t+1} [dS/dx dS/du]_t
-    mu_t  = through_u + dL/du_t
-    lam_t = dL/dx_t + decay * [physics edge open] through_x + [network edge open] mu_t dN/dx
+    [dS/dx dS/du]_t              at all points at once
+    lam_{t+1} [dS/dx dS/du]_t    in the sweep, kernels/linear_sweep.py
 
 Shapes and arguments are those of sweeps.py, which does the same for systems with kernels.
 """
@@ -15,17 +13,21 @@ Shapes and arguments are those of sweeps.py, which does the same for systems wit
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import warp as wp
 from torch import Tensor
 
 from ..kernels.flow import NETWORK, PHYSICS, Flow
-from .arrays import capturing
+from ..kernels.linear_sweep import make_linear_sweep
+from .arrays import WARP_DTYPE, capturing, constant, stream, warp_device
 from .registry import find
 from .segments import pieces
 from .spec import Cotangents, Spec
+from .sweeps import edge_masks
+from .tracing import span
 
 Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes the cotangent of the next states (nworld, state_size) to those of states and controls."""
@@ -34,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Difference of recomputed and stored next states, relative to the largest, that rounding may cause."""
 JACOBIAN_ELEMENTS = 1 << 22
 """Elements of the Jacobians that are held at once; steps go through in segments where there are more."""
-JACOBIAN_WORK = 1 << 18
+JACOBIAN_WORK = 1 << 14
 """Elements of one step's Jacobians above which steps are recorded one by one: the overhead of a recording is
 then small beside its work, of which Jacobians take state_size times as much.
 """
@@ -196,54 +198,98 @@ def adjoint(
     if nworld == 0:
         return states.new_zeros((fields, *controls.shape)), states.new_zeros((fields, 0, n))
     direct_x, direct_u = _direct(simulator, spec, states, controls, g, t0, carried is None, loss_worlds)
-    # fields beside each other in every world, as the products take them
     if carried is not None:
-        lam = carried.transpose(0, 1)
+        lam = carried.clone()
     elif direct_x is not None:
-        lam = direct_x[steps].unsqueeze(1).expand(-1, fields, -1)
+        lam = direct_x[steps].expand(fields, -1, -1).clone()
     else:
-        lam = states.new_zeros((nworld, fields, n))
-    mu = states.new_empty((steps, nworld, fields, m))
-    for t, through in _through(simulator, states, controls, t0):
-        back = through(lam)
-        mu_t = back[..., n:]
-        if direct_u is not None:
-            mu_t = mu_t + direct_u[t].unsqueeze(1)
-        mu[t] = mu_t
-        edges = [Flow(letters[t0 + t]).edges for letters in spec.schedules]
-        here = None if direct_x is None else direct_x[t]
-        physics = back[..., :n] if spec.decay == 1.0 else spec.decay * back[..., :n]
-        lam = _leave(edges, spec.decay != 0.0, here, physics, mu_t, None if jac is None else jac[t])
-    return mu.permute(2, 0, 1, 3).contiguous(), lam.transpose(0, 1).contiguous()
+        lam = states.new_zeros((fields, nworld, n))
+    mu = states.new_empty((fields, *controls.shape))
+    elements = nworld * n * (n + m)
+    if not simulator.rowwise or elements > JACOBIAN_WORK:
+        for t in range(steps - 1, -1, -1):
+            x_next, pull = simulator.linearize(states[t], controls[t])
+            _check_recomputed(simulator, x_next.unsqueeze(0), states[t + 1 : t + 2], t0 + t)
+            # a pull may write into its cotangent
+            pulled = [pull(adj.clone()) for adj in lam.unbind()]
+            through_x, through_u = (torch.stack(parts) for parts in zip(*pulled))
+            mu[:, t] = through_u if direct_u is None else through_u + direct_u[t]
+            for f, letters in enumerate(spec.schedules):
+                edges = Flow(letters[t0 + t]).edges
+                if spec.decay == 0.0:
+                    edges &= ~PHYSICS
+                own = states.new_zeros((nworld, n)) if direct_x is None else direct_x[t]
+                lam[f] = _leave(edges, spec.decay, own, through_x[f], mu[f, t], jac, t)
+        return mu, lam
+    for first, end in pieces(steps, max(1, min(steps, JACOBIAN_ELEMENTS // elements))):
+        points, given = states[first:end].flatten(0, 1), controls[first:end].flatten(0, 1)
+        x_next, both = simulator.jacobians(points, given)
+        again = x_next.view(end - first, nworld, n)
+        _check_recomputed(simulator, again, states[first + 1 : end + 1], t0 + first)
+        sweep_jacobians(
+            spec,
+            both.reshape(end - first, nworld, n, n + m),
+            None if jac is None else jac[first:end],
+            None if direct_x is None else direct_x[first:end],
+            None if direct_u is None else direct_u[first:end],
+            t0 + first,
+            lam,
+            mu[:, first:end],
+        )
+    return mu, lam
+
+
+def sweep_jacobians(
+    spec: Spec,
+    jac_step: Tensor,
+    jac_policy: Tensor | None,
+    direct_x: Tensor | None,
+    direct_u: Tensor | None,
+    t0: int,
+    lam: Tensor,
+    mu: Tensor,
+) -> None:
+    """Takes `lam` (fields, nworld, n) back over the steps whose Jacobians are given, and fills `mu`; see
+    kernels/linear_sweep.py.
+    """
+    (fields, nworld, n), like = lam.shape, lam
+    edges = constant((spec.schedules, spec.decay == 0.0), edge_masks, like.device)
+
+    def given(tensor: Tensor | None, axes: int) -> wp.array:
+        tensor = like.new_empty((0,) * axes) if tensor is None else tensor.detach().contiguous()
+        return wp.from_torch(tensor, requires_grad=False)
+
+    written = [wp.from_torch(tensor, requires_grad=False) for tensor in (lam, mu, torch.empty_like(lam))]
+    with stream(like.device), span("linear_sweep"):
+        wp.launch(
+            make_linear_sweep(WARP_DTYPE[like.dtype]),
+            dim=(nworld, fields),
+            inputs=[
+                given(jac_step, 4),
+                given(jac_policy, 4),
+                given(direct_x, 3),
+                given(direct_u, 3),
+                wp.from_torch(edges),
+                spec.decay,
+                t0,
+            ],
+            outputs=written,
+            device=warp_device(like.device),
+            record_tape=False,
+        )
 
 
 def _leave(
-    edges: list[int],
-    crosses: bool,
-    direct: Tensor | None,
-    physics: Tensor,
-    mu: Tensor,
-    jac: Tensor | None,
+    edges: int, decay: float, direct: Tensor, through: Tensor, mu: Tensor, jac: Tensor | None, t: int
 ) -> Tensor:
-    """Cotangents (nworld, fields, state_size) of x_t: a closed gate selects, it never multiplies (0 inf is
-    NaN).
-    """
-    lams = []
-    same = len(edges) > 1 and crosses and all(e & PHYSICS for e in edges)
-    if same:
-        base = physics if direct is None else physics + direct.unsqueeze(1)
-    for f, mask in enumerate(edges):
-        if same:
-            lam = base[:, f]  # pyright: ignore[reportPossiblyUnboundVariable]
-        elif mask & PHYSICS and crosses:
-            lam = physics[:, f] if direct is None else physics[:, f] + direct
-        else:
-            lam = torch.zeros_like(physics[:, f]) if direct is None else direct
-        if mask & NETWORK:
-            assert jac is not None
-            lam = torch.baddbmm(lam.unsqueeze(1), mu[:, f : f + 1], jac).squeeze(1)
-        lams.append(lam)
-    return lams[0].unsqueeze(1) if len(lams) == 1 else torch.stack(lams, dim=1)
+    """Cotangent of x_t: a closed gate selects, it never multiplies (0 inf is NaN)."""
+    lam = direct
+    if edges & PHYSICS:
+        lam = lam + decay * through
+    if edges & NETWORK:
+        assert jac is not None
+        lam = torch.baddbmm(lam.unsqueeze(1), mu.unsqueeze(1), jac[t]).squeeze(1)
+    return lam
 
 
 def _direct(
@@ -288,38 +334,6 @@ def _direct(
         own[-1] += weighted(final, simulator.cost_gradient(states[-1]))
         direct_x = own
     return direct_x, direct_u
-
-
-def _through(
-    simulator: Simulator, states: Tensor, controls: Tensor, t0: int
-) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
-    """From the last step to the first: the step, and what takes cotangents (nworld, fields, state_size) of
-    its next states to those of states and controls behind one another.
-    """
-    steps, nworld, m = controls.shape
-    n = states.shape[2]
-    elements = nworld * n * (n + m)
-    if not simulator.rowwise or elements > JACOBIAN_WORK:
-        for t in range(steps - 1, -1, -1):
-            x_next, pull = simulator.linearize(states[t], controls[t])
-            _check_recomputed(simulator, x_next.unsqueeze(0), states[t + 1 : t + 2], t0 + t)
-
-            def pulled(lam: Tensor, pull: Pull = pull) -> Tensor:
-                # a pull may write into its cotangent
-                each = [torch.cat(pull(adj.clone()), dim=1) for adj in lam.unbind(1)]
-                return torch.stack(each, dim=1)
-
-            yield t, pulled
-        return
-    for first, end in pieces(steps, max(1, min(steps, JACOBIAN_ELEMENTS // elements))):
-        points, given = states[first:end].flatten(0, 1), controls[first:end].flatten(0, 1)
-        x_next, both = simulator.jacobians(points, given)
-        _check_recomputed(
-            simulator, x_next.view(end - first, nworld, n), states[first + 1 : end + 1], t0 + first
-        )
-        both = both.view(end - first, nworld, n, n + m)
-        for t in range(end - 1, first - 1, -1):
-            yield t, lambda lam, own=both[t - first]: torch.bmm(lam, own)
 
 
 def _check_recomputed(simulator: Simulator, again: Tensor, stored: Tensor, t0: int) -> None:
