@@ -146,13 +146,14 @@ def check_output(simulator: Any, x_next: Any, x: Tensor) -> None:
 
 def simulate(simulator: Simulator, x0: Tensor, controls: Tensor) -> Tensor:
     """States under given controls."""
-    states = x0.new_empty((controls.shape[0] + 1, *x0.shape))
-    states[0] = x0
-    if x0.shape[0]:
-        with torch.no_grad():
-            for t in range(controls.shape[0]):
-                states[t + 1] = stepped(simulator, states[t], controls[t])
-    return states
+    if not x0.shape[0]:
+        return x0.new_empty((controls.shape[0] + 1, *x0.shape))
+    states = [x0]
+    with torch.no_grad():
+        for u in controls.unbind():
+            # a copy: what a step returns may be memory that it will write to again
+            states.append(stepped(simulator, states[-1], u).clone())
+    return torch.stack(states)
 
 
 def loss(simulator: Simulator, spec: Spec, states: Tensor, controls: Tensor) -> Tensor:
@@ -252,7 +253,8 @@ def sweep_jacobians(
     """Takes `lam` (fields, nworld, n) back over the steps whose Jacobians are given, and fills `mu`; see
     kernels/linear_sweep.py.
     """
-    (fields, nworld, n), like = lam.shape, lam
+    (fields, nworld, _), like = lam.shape, lam
+    device = warp_device(like.device)  # starts Warp, if nobody has
     edges = constant((spec.schedules, spec.decay == 0.0), edge_masks, like.device)
 
     def given(tensor: Tensor | None, axes: int) -> wp.array:
@@ -274,7 +276,7 @@ def sweep_jacobians(
                 t0,
             ],
             outputs=written,
-            device=warp_device(like.device),
+            device=device,
             record_tape=False,
         )
 

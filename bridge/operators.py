@@ -35,6 +35,17 @@ own.
 """
 
 
+def watched(*args: Any) -> bool:
+    """Whether a call with these arguments has to go through the dispatcher."""
+    return (
+        any(type(a) not in _PLAIN for a in args)
+        or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
+        or torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 class _Operator:
     """A torch operator that is called past the dispatcher where nobody watches: it costs more than a
     launch there.
@@ -46,14 +57,7 @@ class _Operator:
         self.register_fake = self._operator.register_fake
 
     def __call__(self, *args: Any) -> Any:
-        watched = (
-            any(type(a) not in _PLAIN for a in args)
-            or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
-            or torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
-            or torch._C._are_functorch_transforms_active()
-        )
-        return self._operator(*args) if watched else self._body(*args)
+        return self._operator(*args) if watched(*args) else self._body(*args)
 
 
 def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functional_call, vjp
+from torch.nn.functional import linear
 
 from . import operators
+from .foreign import foreign, stepped
+from .foreign_torch import ordinary, recording
 from .segments import pieces
 from .spec import Cotangents, Saved, Spec
 from .tracing import span
@@ -43,6 +46,16 @@ def call_with(module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor) ->
     return functional_call(module, tensors, (x,), tie_weights=False)
 
 
+def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The controls of an `MLP`, without putting its parameters into a module at every step."""
+    last = len(parameters) - 2
+    for i in range(0, last + 1, 2):
+        x = linear(x, parameters[i], parameters[i + 1])
+        if i < last:
+            x = x.tanh()
+    return x
+
+
 class TorchPath(NamedTuple):
     """The way of a rollout whose policy torch evaluates: the module, and the autocast it ran under."""
 
@@ -52,14 +65,38 @@ class TorchPath(NamedTuple):
     autocast: torch.dtype | None
     whole: bool = False
     """Whether the worlds of the simulator cannot go through one part after the other."""
+    perceptron: bool = False
+    """Whether the module is an unchanged `MLP`, whose parameters are weight, bias, weight, bias, ..."""
 
     def policy(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
+        if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
+            return self._evaluate(parameters, x).to(x.dtype)
         with torch.autocast(
             x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         ):
-            u = call_with(self.module, self.substitutes(parameters), x)
+            u = self._evaluate(parameters, x)
         return u.to(x.dtype)
+
+    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        if self.perceptron:
+            return _perceptron(parameters, x)
+        return call_with(self.module, self.substitutes(parameters), x)
+
+    def _recorded(self, parameters: Sequence[Tensor], points: Tensor) -> tuple[Tensor, Any, Any]:
+        """Controls, and the pullbacks to parameters and points, of one recording."""
+        with torch.inference_mode(False), torch.enable_grad():
+            q = tuple(ordinary(p).requires_grad_() for p in parameters)
+            x = ordinary(points).requires_grad_()
+            u = self.policy(q, x)
+
+        def pull(adj: Tensor) -> tuple[tuple[Tensor, ...]]:
+            return (torch.autograd.grad(u, q, adj, retain_graph=True),)
+
+        def pull_x(adj: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(u, x, adj, retain_graph=True)
+
+        return u.detach(), pull, pull_x
 
     def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Tensors in the order of the parameters, by the names of all places they take."""
@@ -75,10 +112,14 @@ class TorchPath(NamedTuple):
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; the policy is evaluated step by step."""
         x, states, controls = x0, [x0], []
+        simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
                 u = self._control(parameters, x0.clone() if t == 0 else x, t)
-            x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+            if simulator is None or t == 0 or not x0.shape[0]:
+                x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+            else:
+                x = stepped(simulator, x, u).clone()  # it may write there again
             controls.append(u)
             states.append(x)
         saved = Saved(torch.stack(states), torch.stack(controls))
@@ -161,12 +202,18 @@ class TorchPath(NamedTuple):
         """
         steps, nworld, m = controls.shape
         points = states[:-1].reshape(steps * nworld, states.shape[2])
+        once = self.perceptron and not operators.watched(points, list(parameters)) and recording()
+        pull_x: Any = None
         with span("policy_again"):
-            recomputed, pull, *_ = vjp(lambda q: self.policy(q, points), tuple(parameters))
+            if once:
+                recomputed, pull, pull_x = self._recorded(parameters, points)
+            else:
+                recomputed, pull, *_ = vjp(lambda q: self.policy(q, points), tuple(parameters))
         jac = None
         if spec.network_open:
             with span("policy_jacobians"):
-                _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x), points)
+                if not once:
+                    _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x), points)
                 # one unit cotangent a control component: rows do not mix, so all points share a product
                 columns = []
                 for c in range(m):

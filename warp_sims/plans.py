@@ -100,9 +100,10 @@ def make_plan(
             f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: its "
             "members run inside the sweeps; roll out its members() one by one"
         )
-    fused = None
-    if not foreign:
-        fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    perceptron = foreign and fused is not None and fused.description.startswith("mlp:")
+    if foreign:
+        fused = None
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
@@ -141,9 +142,8 @@ def make_plan(
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
-        path = TorchPath(
-            policy, tuple(where[name] for name in names), half, foreign and not system.rowwise
-        )
+        whole = isinstance(system, Simulator) and not system.rowwise
+        path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron)
         _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
