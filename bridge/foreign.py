@@ -64,6 +64,11 @@ class Simulator(abc.ABC):
         """Whether any number of rows can go through at once and none changes with another."""
 
     @property
+    def worlds_apart(self) -> bool:
+        """Whether none changes with another, however many have to go through at once."""
+        return self.rowwise
+
+    @property
     @abc.abstractmethod
     def has_loss(self) -> bool: ...
 

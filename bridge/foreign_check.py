@@ -18,7 +18,9 @@ from torch import Tensor
 from .foreign import Simulator, name_of, stepped
 
 ROWS = 4
-"""States at which gradients are checked, where rows do not mix; one and another's influence where they may."""
+"""States at which gradients are checked where rows do not mix; where they may, the first world is, by its own
+inputs and by those of the second.
+"""
 
 
 class Tolerance(NamedTuple):
@@ -131,7 +133,9 @@ def _check_gradient(simulator: Simulator, x: Tensor, u: Tensor) -> None:
 
     if simulator.rowwise:
         _, both = simulator.jacobians(x, u)
-        differences = _differences(lambda q: stepped(simulator, q[:, :n], q[:, n:]), torch.cat((x, u), 1), tolerance)
+        differences = _differences(
+            lambda q: stepped(simulator, q[:, :n], q[:, n:]), torch.cat((x, u), 1), tolerance
+        )
         _compare(name, "step", both, differences, tolerance, output, "x", n)
         return
     for world in range(min(2, x.shape[0])):

@@ -37,8 +37,8 @@ def to_jax(x: Tensor) -> Any:
     if x.dtype == torch.float64 and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise TypeError(
             "JaxSystem: the states are torch.float64, but JAX computes in float32 unless it is told "
-            'otherwise; expected torch.float32, or jax.config.update("jax_enable_x64", True) before the first '
-            "use of JAX"
+            'otherwise; expected torch.float32, or jax.config.update("jax_enable_x64", True) before JAX is '
+            "first used"
         )
     # dlpack takes neither gradients nor strides that leave gaps
     return jax.dlpack.from_dlpack(ordinary(x).resolve_neg().contiguous())
@@ -96,9 +96,7 @@ def advance(system: Any, step: Callable[..., Any], jit: bool, x: Tensor, u: Tens
     return to_torch(system, functions_of(step, jit)["step"](to_jax(x), to_jax(u)))
 
 
-def linearize(
-    system: Any, step: Callable[..., Any], jit: bool, x: Tensor, u: Tensor
-) -> tuple[Tensor, Pull]:
+def linearize(system: Any, step: Callable[..., Any], jit: bool, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
     """Next states and the pullback of a step, from one recording."""
     functions = functions_of(step, jit)
     value, recorded = functions["linearize"](to_jax(x), to_jax(u))

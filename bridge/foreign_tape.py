@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -154,8 +153,8 @@ def _worlds(name: str, what: str, arrays: Sequence[wp.array], size: int) -> int:
     worlds = sum(numbers) // size
     if worlds == 0 or worlds * size != sum(numbers) or any(k % worlds for k in numbers):
         raise ValueError(
-            f"{name}: {what} hold {' + '.join(map(str, numbers)) or 'no'} numbers, expected {size} for each of "
-            "some worlds, every array the same share of each world, world after world"
+            f"{name}: {what} hold {' + '.join(map(str, numbers)) or 'no'} numbers, expected {size} for each "
+            "of some worlds, every array the same share of each world, world after world"
         )
     return worlds
 

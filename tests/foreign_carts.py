@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import torch
 import warp as wp
 from reference import cartpole
 
@@ -70,7 +69,9 @@ def cart_kernels(poles: int, dtype: Any) -> tuple[wp.Kernel, wp.Kernel]:
             c = wp.cos(x[world, 2 + 2 * i])
             w = x[world, 3 + 2 * i]
             push = (u[world, 0] + moment * s * w * w) / total_mass
-            a = (gravity * s - c * push) / (length * (dtype(4.0) / dtype(3.0) - pole_mass * c * c / total_mass))
+            a = (gravity * s - c * push) / (
+                length * (dtype(4.0) / dtype(3.0) - pole_mass * c * c / total_mass)
+            )
             acc[world, 1 + i] = a
             pull = pull + s * w * w - a * c
         acc[world, 0] = (u[world, 0] + moment * pull) / total_mass

@@ -7,9 +7,17 @@ import contextlib
 import pytest
 import torch
 import warp as wp
-from cases import FLOWS, Evaluated, assert_all_differ, assert_close, gradients, make_cotangents, make_net, make_states
-from foreign_carts import jax_cart, sizes, tape_cart, torch_cart
-from reference import cartpole
+from cases import (
+    FLOWS,
+    Evaluated,
+    assert_all_differ,
+    assert_close,
+    gradients,
+    make_cotangents,
+    make_net,
+    make_states,
+)
+from foreign_carts import jax_cart, tape_cart, torch_cart
 
 import warp_sims as ws
 
@@ -60,7 +68,11 @@ each_kind = pytest.mark.parametrize("cart", KINDS, indirect=True)
 def test_gradients(cart, options, loss):
     """Of every flow, with cotangents on all outputs at once."""
     net, x0 = Evaluated(make_net(CART)), make_states(CART, WORLDS)
-    asked = {"loss": loss, "control_cost": 0.0 if loss is None else 0.1, "cotangents": make_cotangents(CART, HORIZON, WORLDS)}
+    asked = {
+        "loss": loss,
+        "control_cost": 0.0 if loss is None else 0.1,
+        "cotangents": make_cotangents(CART, HORIZON, WORLDS),
+    }
     found = []
     for flow in FLOWS:
         expected = gradients(CART, net, x0, HORIZON, flow, **asked, **options)
@@ -136,7 +148,9 @@ def test_one_recording_serves_both_fields(cart, monkeypatch):
 def test_float32(kind):
     if kind == "jax":
         pytest.importorskip("jax")
-    cart = {"torch": torch_cart, "jax": jax_cart, "tape": lambda c: tape_cart(c, WORLDS, wp.float32)}[kind](CART)
+    cart = {"torch": torch_cart, "jax": jax_cart, "tape": lambda c: tape_cart(c, WORLDS, wp.float32)}[kind](
+        CART
+    )
     net, x0 = Evaluated(make_net(CART, dtype=torch.float32)), make_states(CART, WORLDS, torch.float32)
     for flow in "RMNS":
         found = gradients(cart, net, x0, HORIZON, flow, loss="running")

@@ -33,6 +33,7 @@ from .ensembles import Ensemble
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gradients import GradientPair, gradient_pair
+from .linearization import linearize
 from .policies import MLP, WaveCNN
 from .profiling.run import profile
 from .recording import record_rollout
@@ -77,6 +78,7 @@ __all__ = [
     "animate",
     "check",
     "gradient_pair",
+    "linearize",
     "load_run",
     "profile",
     "record_rollout",

@@ -15,7 +15,7 @@ from .bridge import operators
 from .bridge.arrays import capturing
 from .bridge.foreign import Simulator
 from .bridge.fused_path import FusedPath
-from .bridge.segments import torch_segment
+from .bridge.segments import CACHED_ROWS, torch_segment
 from .bridge.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.threads import settle
 from .bridge.torch_path import TorchPath, call_with, places
@@ -97,10 +97,16 @@ def make_plan(
     foreign = isinstance(system, Simulator)
     if foreign and ensemble is not None:
         raise ValueError(
-            f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: its "
-            "members run inside the sweeps; roll out its members() one by one"
+            f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
+            "its members run inside the sweeps; roll out its members() one by one"
         )
     fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
+        raise ValueError(
+            f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
+            f"{system.state_size} (state_size) to "
+            f"{system.control_size} (control_size) for {type(system).__name__}"
+        )
     perceptron = foreign and fused is not None and fused.description.startswith("mlp:")
     if foreign:
         fused = None
@@ -109,12 +115,6 @@ def make_plan(
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
     names, parameters = list(named), list(named.values())
     autocast = torch.is_autocast_enabled(x0.device.type)
-    if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
-        raise ValueError(
-            f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
-            f"{system.state_size} (state_size) to "
-            f"{system.control_size} (control_size) for {type(system).__name__}"
-        )
     device, dtype = x0.device, x0.dtype
     for i, (name, parameter) in enumerate(named.items()):
         if type(parameter) is nn.Parameter and parameter.dtype == dtype and parameter.device == device:
@@ -144,7 +144,8 @@ def make_plan(
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
         whole = isinstance(system, Simulator) and not system.rowwise
         path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron)
-        _probe(call, system, path, parameters, x0)
+        if not perceptron:
+            _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
@@ -153,6 +154,8 @@ def make_plan(
         segment = BY_SIZE if keep else NONE_KEPT
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
+        if perceptron and x0.device.type == "cpu":
+            segment = min(segment, max(1, CACHED_ROWS // max(x0.shape[-2], 1)))
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
     return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
