@@ -34,6 +34,18 @@ class Tolerance(NamedTuple):
     """Units in the last place of what the differences are taken of."""
 
 
+class Source(NamedTuple):
+    """Words about a derivative that is found wrong."""
+
+    head: str
+    """Whose it is, and what it is of."""
+    by: str
+    """What computed it."""
+    remedy: str
+    output: str = ""
+    """What is differentiated, where it is not a component of the next state."""
+
+
 TOLERANCES = {
     torch.float64: Tolerance(1e-5, 1e-6, (1e-4, 1e-5, 1e-6, 1e-7), 16.0),
     # a difference of float32 is no better than some 1e-3: eps / length against length squared
@@ -117,26 +129,20 @@ def _check_cost(simulator: Simulator, x: Tensor) -> None:
         )
     if simulator.checks_gradient:
         gradient, tolerance = simulator.cost_gradient(x).unsqueeze(1), TOLERANCES[x.dtype]
-        differences = _differences(lambda q: simulator.cost(q).unsqueeze(1), x, tolerance)
-        _compare(name_of(simulator), "loss", gradient, differences, tolerance, lambda i: "the cost", "x")
+        found = differences(lambda q: simulator.cost(q).unsqueeze(1), x, tolerance)
+        source = _source(simulator, "loss")._replace(output="the cost")
+        compare(source, gradient, found, tolerance, x.shape[1])
 
 
 def _check_gradient(simulator: Simulator, x: Tensor, u: Tensor) -> None:
     """Compares [dS/dx dS/du] with differences: of each row where rows do not mix, else of the first world by
     the inputs of the first and of the second.
     """
-    tolerance, n = TOLERANCES[x.dtype], x.shape[1]
-    name = name_of(simulator)
-
-    def output(i: int) -> str:
-        return f"x_next[{i}]"
-
+    tolerance, n, source = TOLERANCES[x.dtype], x.shape[1], _source(simulator, "step")
     if simulator.rowwise:
         _, both = simulator.jacobians(x, u)
-        differences = _differences(
-            lambda q: stepped(simulator, q[:, :n], q[:, n:]), torch.cat((x, u), 1), tolerance
-        )
-        _compare(name, "step", both, differences, tolerance, output, "x", n)
+        found = differences(lambda q: stepped(simulator, q[:, :n], q[:, n:]), torch.cat((x, u), 1), tolerance)
+        compare(source, both, found, tolerance, n)
         return
     for world in range(min(2, x.shape[0])):
         _, pull = simulator.linearize(x, u)
@@ -152,11 +158,20 @@ def _check_gradient(simulator: Simulator, x: Tensor, u: Tensor) -> None:
             given_x[world], given_u[world] = q[0, :n], q[0, n:]
             return stepped(simulator, given_x, given_u)[:1].clone()
 
-        differences = _differences(first, torch.cat((x[world], u[world])).unsqueeze(0), tolerance)
-        _compare(name, "step", torch.stack(rows).unsqueeze(0), differences, tolerance, output, "x", n)
+        found = differences(first, torch.cat((x[world], u[world])).unsqueeze(0), tolerance)
+        compare(source, torch.stack(rows).unsqueeze(0), found, tolerance, n)
 
 
-def _differences(
+def _source(simulator: Simulator, role: str) -> Source:
+    return Source(
+        f"{name_of(simulator)}: the gradient of {role} is wrong",
+        "the simulator",
+        "look for detach(), stop_gradient, numpy, values written over or arrays without gradients on the "
+        "way, or say check=False if the gradient is meant to differ",
+    )
+
+
+def differences(
     function: Callable[[Tensor], Tensor], q: Tensor, tolerance: Tolerance
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Jacobians (rows, outputs, inputs) by central differences of several lengths, and their rounding."""
@@ -176,18 +191,17 @@ def _differences(
         yield torch.stack(columns, dim=2), torch.stack(rounding, dim=2)
 
 
-def _compare(
-    name: str,
-    role: str,
+def compare(
+    source: Source,
     given: Tensor,
     differences: Iterator[tuple[Tensor, Tensor]],
     tolerance: Tolerance,
-    output: Callable[[int], str],
-    state: str,
-    state_size: int | None = None,
+    state_size: int,
 ) -> None:
-    """Raises ValueError where a derivative agrees with the differences of no length."""
-    open_, best = torch.ones_like(given, dtype=torch.bool), torch.full_like(given, torch.nan)
+    """Raises ValueError where a derivative (rows, outputs, inputs) agrees with the differences of no
+    length.
+    """
+    wrong, best = torch.ones_like(given, dtype=torch.bool), torch.full_like(given, torch.nan)
     excess = torch.full_like(given, torch.inf)
     for found, rounding in differences:
         finite = torch.isfinite(found)
@@ -195,20 +209,17 @@ def _compare(
         allowed = tolerance.own * found.abs() + tolerance.row * largest + rounding
         error = torch.where(given.isnan(), torch.inf, (found - given).abs())
         # a difference across the edge of where the step is defined says nothing
-        open_ &= finite & (error > allowed)
-        closer = finite & (error - allowed < excess)
+        wrong &= finite & (error > allowed)
+        closer = finite & ((error - allowed < excess) | best.isnan())
         excess, best = torch.where(closer, error - allowed, excess), torch.where(closer, found, best)
-        if not bool(open_.any()):
+        if not bool(wrong.any()):
             return
-    worst = torch.where(open_, (best - given).abs() / (1e-300 + best.abs()), -1.0)
+    worst = torch.where(wrong, (best - given).abs() / (1e-300 + best.abs()), -1.0)
     worst = torch.where(worst.isnan(), torch.inf, worst)
     row, i, j = (int(k) for k in torch.unravel_index(worst.argmax(), worst.shape))
-    size = given.shape[2] if state_size is None else state_size
-    source = f"{state}[{j}]" if j < size else f"u[{j - size}]"
+    by = f"x[{j}]" if j < state_size else f"u[{j - state_size}]"
     raise ValueError(
-        f"{name}: the gradient of {role} is wrong: d {output(i)} / d {source} is "
-        f"{float(given[row, i, j]):.6g} by the simulator and {float(best[row, i, j]):.6g} by finite "
-        f"differences, expected the same ({int(open_.sum())} of {open_.numel()} derivatives differ); look "
-        "for detach(), stop_gradient, numpy, values written over or arrays without gradients on the way, or "
-        "say check=False if the gradient is meant to differ"
+        f"{source.head}: d {source.output or f'x_next[{i}]'} / d {by} is {float(given[row, i, j]):.6g} by "
+        f"{source.by} and {float(best[row, i, j]):.6g} by finite differences, expected the same "
+        f"({int(wrong.sum())} of {wrong.numel()} derivatives differ); {source.remedy}"
     )

@@ -17,7 +17,7 @@ from ..kernels.rollout import SystemKernels, make_system_kernels
 from ..kernels.streamed import make_cuda_system_kernels
 from ..kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
-from .contract import check_contract, functions_of
+from .contract import check_contract, functions_of, is_generated
 from .launches import PREPARING
 
 
@@ -91,8 +91,27 @@ def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     if found is None:
         with PREPARING:
             found = _prepared.get(key) or _prepare(*key)
+            _verify(number, found)
             _prepared[key] = found
     return found
+
+
+_verified: set[tuple[int, str]] = set()
+"""Systems whose generated adjoints have been checked, by kind of device."""
+
+
+def _verify(number: int, found: Prepared) -> None:
+    """Raises ValueError unless adjoints that Warp generated are right."""
+    system, key = find(number), (number, found.torch_device.type)
+    if key in _verified or not is_generated(system, found.dtype):
+        return
+    from .generated_check import verify  # which needs what is here
+
+    double = torch.float64
+    verify(
+        system, number, found if found.torch_dtype == double else _prepare(number, double, found.torch_device)
+    )
+    _verified.add(key)
 
 
 _prepared: dict[tuple[int, torch.dtype, torch.device], Prepared] = {}
@@ -104,7 +123,8 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     functions, params = functions_of(system, scalar), system.parameters(scalar)
     on = warp_device(device)
     check_contract(system, functions, params, scalar, on)
-    cuda = device.type == "cuda"
+    # those for large states call adjoints from functions, behind which Warp emits generated ones
+    cuda = device.type == "cuda" and not is_generated(system, scalar)
     return Prepared(
         dtype,
         device,
@@ -114,5 +134,7 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         on,
         functions,
         params,
-        make_cuda_system_kernels(functions, scalar) if cuda else make_system_kernels(functions, scalar, True),
+        make_cuda_system_kernels(functions, scalar)
+        if cuda
+        else make_system_kernels(functions, scalar, device.type == "cpu"),
     )

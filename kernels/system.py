@@ -50,7 +50,7 @@ class MemoryFunctions(NamedTuple):
     """
 
     step: Any
-    step_vjp: Any
+    step_vjp: Any = None
     loss: Any = None
     loss_vjp: Any = None
 
@@ -70,7 +70,9 @@ class DeviceFunctions(NamedTuple):
         loss_vjp(x: State, p: Params, adj_loss: dtype) -> State
             cotangent of x
 
-    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` and
+    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. Without a
+    `step_vjp` Warp generates the adjoints, of the loss too; they are held against finite differences in
+    float64 before their first use and refused where they are wrong, see generated_vjp.py. `block` and
     `memory` are optional further forms of the step, for CPUs and for large states on GPUs.
     """
 
@@ -78,7 +80,7 @@ class DeviceFunctions(NamedTuple):
     State: Any
     Control: Any
     step: Any
-    step_vjp: Any
+    step_vjp: Any = None
     loss: Any = None
     loss_vjp: Any = None
     block: BlockFunctions | None = None

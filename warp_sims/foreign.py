@@ -359,7 +359,7 @@ class TapeSystem(ForeignSystem):
 
     @property
     def worlds_apart(self) -> bool:
-        """Taken as given: kernels rarely let worlds act on each other, and nobody asks for one world alone."""
+        """Taken as given, for `linearize`: kernels that let worlds act on each other are rare."""
         return True
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
