@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,20 @@ from torch import Tensor
 
 from .arrays import grad_of, stream, tensor_of
 from .foreign import Pull
+
+
+@contextlib.contextmanager
+def off_tape() -> Iterator[None]:
+    """Nothing is recorded on a tape of the user's in here, and a tape of our own may be opened.
+
+    Warp keeps the open tape in its runtime, which has no public name (1.19); it refuses a second one.
+    """
+    runtime: Any = wp._src.context.runtime
+    before, runtime.tape = runtime.tape, None
+    try:
+        yield
+    finally:
+        runtime.tape = before
 
 
 class TapeStep:
@@ -49,14 +64,14 @@ class TapeStep:
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
         """Next states."""
-        with stream(x.device):
+        with stream(x.device), off_tape():
             self._put(x, u)
             self.launch()
             return self._read()
 
     def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
         """Next states and the pullback; only of the last recording, whose arrays the next overwrites."""
-        with stream(x.device):
+        with stream(x.device), off_tape():
             self._put(x, u)
             with wp.Tape() as tape:
                 self.launch()
@@ -70,7 +85,7 @@ class TapeStep:
                     "reads, expected it before the next step or linearize; pull first, or give each its own "
                     "arrays"
                 )
-            with stream(x.device):
+            with stream(x.device), off_tape():
                 # what launches on other tapes, or the pull before this one, have left
                 _clear(tape, (*self.inputs, *self.controls, *self.outputs))
                 _split(adj, [grad_of(a) for a in self.outputs], self.nworld)

@@ -231,13 +231,28 @@ def test_no_worlds(rowwise):
     assert all(not p.grad.any() for p in net.parameters())
 
 
+@pytest.mark.parametrize("kind", ["torch", "tape"])
+def test_in_a_compiled_graph(kind):
+    torch._dynamo.reset()  # which makes a number of what differs between two systems
+    system = torch_cart(CART) if kind == "torch" else tape_cart(CART, WORLDS)
+    net, x0 = make_net(CART), make_states(CART, WORLDS)
+
+    def update(x):
+        return ws.rollout(system, net, x, horizon=4, flow="C", loss="running").loss
+
+    expected = torch.autograd.grad(update(x0), list(net.parameters()))
+    compiled = torch.compile(update, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x0), list(net.parameters())), expected):
+        assert_close(a, b, TOLERANCE)
+
+
 def test_under_inference_mode_and_on_a_tape():
     net, x0 = make_net(CART), make_states(CART, WORLDS)
     with torch.inference_mode():
         out = ws.rollout(torch_cart(CART), net, x0.clone(), horizon=HORIZON)
     assert_close(out.states, ws.rollout(CART, net, x0, horizon=HORIZON).states.detach(), TOLERANCE)
     found = []
-    for system in (CART, torch_cart(CART)):
+    for system in (CART, torch_cart(CART), tape_cart(CART, WORLDS)):
         start = wp.from_torch(x0.clone(), requires_grad=True)
         with wp.Tape() as tape:
             states, _ = ws.record_rollout(tape, system, net, start, horizon=HORIZON, flow="M")
@@ -245,6 +260,7 @@ def test_under_inference_mode_and_on_a_tape():
         tape.backward()
         found.append(wp.to_torch(start.grad).clone())
     assert_close(found[1], found[0], TOLERANCE)
+    assert_close(found[2], found[0], TOLERANCE)
 
 
 def test_function_transforms():

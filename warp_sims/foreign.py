@@ -315,7 +315,8 @@ class TapeSystem(ForeignSystem):
             set or reset.
         state_size, control_size, loss, check, initial_states: As of `ForeignSystem`; the loss in torch.
 
-    The arrays fix the number of worlds, the dtype and the device. Worlds may act on each other.
+    The arrays fix the number of worlds, the dtype and the device. Worlds may act on each other. One thread at
+    a time may use a system: all of them would write to the same arrays.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected. The first use
