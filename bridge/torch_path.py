@@ -41,9 +41,14 @@ def places(module: torch.nn.Module, buffers: bool = False) -> dict[str, tuple[st
     return {names[0]: tuple(names) for names in found.values()}
 
 
-def call_with(module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Any:
-    """Calls a module with tensors in the places of its parameters and buffers, and leaves it as it was."""
-    return functional_call(module, tensors, (x,), tie_weights=False)
+def call_with(
+    module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor, given: Tensor | None = None
+) -> Any:
+    """Calls a module, on states and what it is given beside them, with tensors in the places of its
+    parameters and buffers, and leaves it as it was.
+    """
+    arguments = (x,) if given is None else (x, given)
+    return functional_call(module, tensors, arguments, tie_weights=False)
 
 
 def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -68,20 +73,23 @@ class TorchPath(NamedTuple):
     perceptron: bool = False
     """Whether the module is an unchanged `MLP`, whose parameters are weight, bias, weight, bias, ..."""
 
-    def policy(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    inputs: Tensor | None = None
+    """(horizon, nworld, k) that the policy is given beside the states."""
+
+    def policy(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None) -> Tensor:
         """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
         if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
-            return self._evaluate(parameters, x).to(x.dtype)
+            return self._evaluate(parameters, x, given).to(x.dtype)
         with torch.autocast(
             x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         ):
-            u = self._evaluate(parameters, x)
+            u = self._evaluate(parameters, x, given)
         return u.to(x.dtype)
 
-    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None) -> Tensor:
         if self.perceptron:
             return _perceptron(parameters, x)
-        return call_with(self.module, self.substitutes(parameters), x)
+        return call_with(self.module, self.substitutes(parameters), x, given)
 
     def _recorded(self, parameters: Sequence[Tensor], points: Tensor) -> tuple[Tensor, Any, Any]:
         """Controls, and the pullbacks to parameters and points, of one recording."""
@@ -127,10 +135,11 @@ class TorchPath(NamedTuple):
 
     def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
+        given = None if self.inputs is None else self.inputs[t]
         if torch.compiler.is_compiling() or x.is_inference():
-            return self.policy(parameters, x)
+            return self.policy(parameters, x, given)
         version = x._version
-        u = self.policy(parameters, x)
+        u = self.policy(parameters, x, given)
         if x._version != version:
             raise ValueError(
                 f"policy: it changed its input in place at step {t}, expected the states as they are: they "
@@ -153,7 +162,8 @@ class TorchPath(NamedTuple):
         for first in range(0, nworld, block):
             part = slice(first, min(first + block, nworld))
             states, controls = saved.states[:, part], saved.controls[:, part]
-            own, adj = self._block(spec, states, controls, parameters, g.worlds(part), nworld)
+            path = self if self.inputs is None else self._replace(inputs=self.inputs[:, part])
+            own, adj = path._block(spec, states, controls, parameters, g.worlds(part), nworld)
             grads.append(own)
             adj_x0.append(adj)
         return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1)
@@ -202,18 +212,19 @@ class TorchPath(NamedTuple):
         """
         steps, nworld, m = controls.shape
         points = states[:-1].reshape(steps * nworld, states.shape[2])
+        given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
         once = self.perceptron and not operators.watched(points, list(parameters)) and recording()
         pull_x: Any = None
         with span("policy_again"):
             if once:
                 recomputed, pull, pull_x = self._recorded(parameters, points)
             else:
-                recomputed, pull, *_ = vjp(lambda q: self.policy(q, points), tuple(parameters))
+                recomputed, pull, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
         jac = None
         if spec.network_open:
             with span("policy_jacobians"):
                 if not once:
-                    _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x), points)
+                    _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x, given), points)
                 # one unit cotangent a control component: rows do not mix, so all points share a product
                 columns = []
                 for c in range(m):

@@ -32,6 +32,7 @@ from .checking.run import check
 from .ensembles import Ensemble
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
+from .gaussian import GaussianPolicy
 from .gradients import GradientPair, gradient_pair
 from .linearization import linearize
 from .policies import MLP, WaveCNN
@@ -62,6 +63,7 @@ __all__ = [
     "Ensemble",
     "Flow",
     "ForeignSystem",
+    "GaussianPolicy",
     "GradientPair",
     "GuidanceByRepulsion",
     "JaxSystem",

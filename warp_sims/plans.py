@@ -76,6 +76,7 @@ def make_plan(
     control_cost: float,
     checkpoint_every: int | None,
     keep: bool = True,
+    inputs: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
@@ -107,8 +108,9 @@ def make_plan(
             f"{system.state_size} (state_size) to "
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
-    perceptron = foreign and fused is not None and fused.description.startswith("mlp:")
-    if foreign:
+    inputs = _check_inputs(call, inputs, x0, horizon, ensemble is not None)
+    perceptron = foreign and inputs is None and fused is not None and fused.description.startswith("mlp:")
+    if foreign or inputs is not None:
         fused = None
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
@@ -143,7 +145,7 @@ def make_plan(
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
         whole = isinstance(system, Simulator) and not system.rowwise
-        path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron)
+        path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron, inputs)
         if not perceptron:
             _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
@@ -159,6 +161,28 @@ def make_plan(
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
     return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
+
+
+def _check_inputs(call: str, inputs: Any, x0: Tensor, horizon: int, ensemble: bool) -> Tensor | None:
+    """What the policy is given beside the states, checked."""
+    if inputs is None:
+        return None
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"{call}: inputs is of type {type(inputs).__name__}, expected a tensor or None")
+    if ensemble:
+        raise ValueError(f"{call}: inputs for an Ensemble, expected None; roll out its members() one by one")
+    if inputs.ndim != 3 or tuple(inputs.shape[:2]) != (horizon, x0.shape[0]):
+        raise ValueError(
+            f"{call}: inputs has shape {tuple(inputs.shape)}, expected (horizon, nworld, k) = ({horizon}, "
+            f"{x0.shape[0]}, any), time first"
+        )
+    check_like(inputs, x0, call, "inputs")
+    if inputs.requires_grad:
+        raise ValueError(
+            f"{call}: inputs requires a gradient, expected a tensor that does not: none is computed for it; "
+            "pass inputs.detach(), and make what is to be learned a parameter of the policy"
+        )
+    return inputs
 
 
 def _differentiable(parameter: Tensor) -> bool:
@@ -372,6 +396,7 @@ def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Te
     if capturing(x0.device):
         return
     rows = x0[:_PROBE_ROWS].detach()
+    given = None if policy.inputs is None else policy.inputs[0, :_PROBE_ROWS]
     fixed = policy.substitutes([parameter.detach() for parameter in parameters])
     held = places(policy.module, buffers=True)
     written: list[str] = []
@@ -385,16 +410,17 @@ def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Te
 
         def evaluate(x: Tensor) -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
-            given = x.clone()
+            copy = x.clone()
+            beside = None if given is None else given.repeat(x.shape[0] // given.shape[0], 1)
             substitutes = fixed | {place: buffers[name] for name in held for place in held[name]}
             try:
-                u = call_with(policy.module, substitutes, given)
+                u = call_with(policy.module, substitutes, copy, beside)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(
                     f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
                     f"(n, {system.control_size}): {error}"
                 ) from error
-            if not bool(((given == x) | (x != x)).all()):
+            if not bool(((copy == x) | (x != x)).all()):
                 raise ValueError(
                     f"{call}: policy changes its input in place, expected the states as they are: they are "
                     "simulated from and read again in the backward pass; work on x.clone()"

@@ -42,6 +42,7 @@ def rollout(
     window: int | None = None,
     decay: float = 1.0,
     checkpoint_every: int | None = None,
+    inputs: Tensor | None = None,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -71,6 +72,9 @@ def rollout(
             default activations are kept up to 1 GiB (4 GiB on a GPU) and recomputed beyond, in segments whose
             length follows from the size; a policy that torch evaluates keeps none between the passes, and
             its backward pass takes segments where all steps at once would be large.
+        inputs: (horizon, nworld, k), dtype and device of x0: what the policy is given beside the states, as
+            policy(x, inputs[t]): references, time, noise. Torch evaluates the policy; no gradient is
+            computed for it.
 
     Returns:
         `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
@@ -104,6 +108,7 @@ def rollout(
         control_cost,
         checkpoint_every,
         keep=_differentiated(),
+        inputs=inputs,
     )
     states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:
