@@ -88,6 +88,11 @@ class Simulator(abc.ABC):
     def cost_gradient(self, x: Tensor) -> Tensor:
         """Gradient of each row's cost by that row, (n, state_size)."""
 
+    def first_use(self, x: Tensor, u: Tensor) -> None:  # noqa: B027
+        """Raises TypeError or ValueError where something is wrong that only this kind of simulator can have
+        wrong; called before its first use.
+        """
+
     def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size), where rows do not
         mix.

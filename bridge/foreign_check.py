@@ -65,6 +65,7 @@ def verify(simulator: Simulator, x: Tensor, u: Tensor) -> None:
     with torch.inference_mode(False), torch.no_grad():
         x, u = x.clone(), u.clone()
         _check_repeats(simulator, x, u)
+        simulator.first_use(x, u)
         if simulator.rowwise:
             x, u = x[:ROWS], u[:ROWS]
             _check_rows(simulator, x, u)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def off_tape() -> Iterator[None]:
 
     Warp keeps the open tape in its runtime, which has no public name (1.19); it refuses a second one.
     """
-    runtime: Any = wp._src.context.runtime
+    runtime: Any = importlib.import_module("warp._src.context").runtime
     before, runtime.tape = runtime.tape, None
     try:
         yield

@@ -1,6 +1,7 @@
 """Derivatives of a step that torch differentiates."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,27 @@ next state; from more rows a pull takes longer than its overhead, and there are 
 """
 
 Step = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def exact(x: Tensor) -> Iterator[None]:
+    """Autocast, which is for policies, does not reach a simulator in here."""
+    if not torch.is_autocast_enabled(x.device.type):
+        yield
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def check_fixed(system: Any, role: str, function: Callable[..., Tensor], *arguments: Tensor) -> None:
+    """Raises TypeError where a function brings along what a gradient is expected of: none would arrive."""
+    with torch.inference_mode(False), torch.enable_grad():
+        if recording() and getattr(function(*map(ordinary, arguments)), "requires_grad", False):
+            raise TypeError(
+                f"{type(system).__name__}: {role} uses a tensor that requires a gradient besides its "
+                "arguments, expected numbers or tensors that do not: it would get none; detach it, or call "
+                "requires_grad_(False) on a module"
+            )
 
 
 def ordinary(x: Tensor) -> Tensor:
@@ -35,7 +57,7 @@ def linearize(system: Any, step: Step, x: Tensor, u: Tensor) -> tuple[Tensor, Pu
         TypeError, ValueError: the next states are not like the states, or autograd sees no way from them to
             the inputs.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), exact(x):
         x, u = ordinary(x), ordinary(u)
         if not recording():
             x_next, pull, *_ = vjp(step, x, u)
@@ -75,7 +97,7 @@ def jacobians(system: Any, step: Step, x: Tensor, u: Tensor) -> tuple[Tensor, Te
 
 def gradient(cost: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Gradient of each row's cost by that row."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), exact(x):
         x = ordinary(x)
         ones = x.new_ones(x.shape[:1])
         if not recording():

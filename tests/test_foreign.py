@@ -17,7 +17,7 @@ from cases import (
     make_net,
     make_states,
 )
-from foreign_carts import jax_cart, tape_cart, torch_cart
+from foreign_carts import jax_cart, sizes, tape_cart, torch_cart
 
 import warp_sims as ws
 
@@ -156,6 +156,20 @@ def test_float32(kind):
         found = gradients(cart, net, x0, HORIZON, flow, loss="running")
         # rounding of 9 steps in another order
         assert_close(found, gradients(CART, net, x0, HORIZON, flow, loss="running"), 2e-5)
+
+
+def test_autocast_is_for_the_policy():
+    net, x0 = make_net(CART, dtype=torch.float32), make_states(CART, WORLDS, torch.float32)
+
+    def step(x, u):
+        return torch.cat((x[:, :1] @ x.new_ones(1, 5), u), dim=1)  # a product, which autocast would round
+
+    system = ws.TorchSystem(step, **sizes(CART), loss=lambda x: (x @ x.new_ones(6, 1))[:, 0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ws.rollout(system, net, x0, horizon=3, flow="R")
+        out.loss.backward()
+    assert out.states.dtype == torch.float32
+    assert torch.equal(out.states[1, :, 0], x0[:, 0])
 
 
 def test_large_jacobians_go_through_in_segments(monkeypatch):

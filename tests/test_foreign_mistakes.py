@@ -201,6 +201,15 @@ def test_what_needs_kernels_says_so():
         )
 
 
+def test_what_is_to_be_learned_is_no_number():
+    mass = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(TypeError, match="step uses a tensor that requires a gradient besides"):
+        run(of(lambda x, u: mass * right(x, u)))
+    with pytest.raises(TypeError, match="loss uses a tensor that requires a gradient besides"):
+        run(of(right, loss=lambda x: mass * x[:, 0]))
+    run(of(lambda x, u: mass.detach() * right(x, u)))
+
+
 def test_systems_are_told_apart():
     assert of(right) != of(right)
     system = of(right)
@@ -271,6 +280,22 @@ def through_an_array_without_gradient(x, u, y):
     between = wp.zeros(x.shape, dtype=wp.float64)
     wp.launch(double, dim=x.shape, inputs=[x, u], outputs=[between])
     wp.copy(y, between)
+
+
+def copies(x, u, y, kept={}):  # noqa: B006
+    between = kept.setdefault(x.ptr, wp.zeros(x.shape, dtype=wp.float64, requires_grad=True))
+    wp.launch(double, dim=x.shape, inputs=[x, u], outputs=[between])
+    wp.copy(y, between)
+
+
+def test_gradients_do_not_pile_up_in_between():
+    system = tape_of(copies)
+    x, u = torch.full((3, 2), 0.5, dtype=torch.float64), torch.full((3, 1), 0.3, dtype=torch.float64)
+    _, pull = system.linearize(x, u)
+    for _ in range(2):
+        adj_x, adj_u = pull(torch.ones_like(x))
+        assert torch.equal(adj_x, torch.full_like(x, 2.0))
+        assert torch.allclose(adj_u, torch.full_like(u, 2 * 2 * 0.3), rtol=1e-15)
 
 
 def test_mistakes_on_a_tape():

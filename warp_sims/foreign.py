@@ -125,7 +125,8 @@ class ForeignSystem(System, Simulator):
     def cost(self, x: Tensor) -> Tensor:
         """Cost of states (n, state_size), one a row (n,)."""
         assert self._loss is not None
-        return self._loss(x)
+        with foreign_torch.exact(x):
+            return self._loss(x)
 
     def cost_gradient(self, x: Tensor) -> Tensor:
         """Gradient of each row's cost by that row, (n, state_size)."""
@@ -209,7 +210,16 @@ class TorchSystem(ForeignSystem):
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
         """Next states (n, state_size)."""
-        return self._step(x, u)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._step(x, u)
+        with foreign_torch.exact(x):
+            return self._step(x, u)
+
+    def first_use(self, x: Tensor, u: Tensor) -> None:
+        """Raises TypeError where step or loss want a gradient for something else."""
+        foreign_torch.check_fixed(self, "step", self._step, x, u)
+        if self._loss is not None:
+            foreign_torch.check_fixed(self, "loss", self._loss, x)
 
     def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
         """Next states and the pullback."""
