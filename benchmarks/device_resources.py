@@ -14,9 +14,9 @@ from typing import Any
 
 import warp as wp
 from warp_sims.kernels.agreement import make_combine
-from warp_sims.kernels.fused_rollout import make_fused_rollout
-from warp_sims.kernels.resident import choose_plan, make_resident_rollout
-from warp_sims.kernels.streamed import make_cuda_system_kernels
+from warp_sims.kernels.sweeps.fused_rollout import make_fused_rollout
+from warp_sims.kernels.sweeps.resident import choose_plan, make_resident_rollout
+from warp_sims.kernels.sweeps.streamed import make_cuda_system_kernels
 
 import warp_sims as ws
 from warp_sims.profiling.resources import device_resources, find_ptxas

@@ -5,7 +5,7 @@ import torch
 import warp as wp
 from cases import ROADS, make_cotangents, make_net, make_states, on_road
 from small_cart import CART, HORIZON, WORLDS
-from warp_sims.bridge import fused, fused_backward, sweeps
+from warp_sims.bridge.passes import fused, fused_backward, sweeps
 
 # The tensors here are small: threads that wait for each other cost several times the work.
 # Tests of threads set their own number.

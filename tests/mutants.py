@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import warp as wp
-import warp_sims.kernels.layout
+import warp_sims.kernels.policy.layout
 
 import warp_sims as ws
 
 FACTOR = "1.001"
-KERNELS = Path(warp_sims.kernels.layout.__file__).parent
+KERNELS = Path(warp_sims.kernels.policy.layout.__file__).parent
 
 SYSTEMS: dict[str, list[ws.System]] = {
     "cartpole": [ws.CartPole(poles=2)],

@@ -13,7 +13,7 @@ import torch
 import warp as wp
 from cases import ROADS, Evaluated, assert_close, error_of, make_net, make_states, on_road
 from reference import rollout as oracle
-from warp_sims.bridge.arrays import WARP_DTYPE
+from warp_sims.bridge.runtime.arrays import WARP_DTYPE
 from warp_sims.kernels.agreement import CHUNK, NSTATS, chunks, make_combine
 
 import warp_sims as ws

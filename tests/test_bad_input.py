@@ -11,8 +11,8 @@ import warp as wp
 from cases import Evaluated, make_net, make_states
 from own_systems import Unicycle
 from torch import nn
-from warp_sims.bridge.launches import DirectCall
-from warp_sims.bridge.team import _Job
+from warp_sims.bridge.runtime.launches import DirectCall
+from warp_sims.bridge.runtime.team import _Job
 
 import warp_sims as ws
 from warp_sims import plans

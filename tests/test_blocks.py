@@ -12,11 +12,11 @@ import torch
 import warp as wp
 from cases import assert_close, gradients, make_cotangents, make_net, make_states
 from own_systems import Pendulum, pendulum_functions
-from warp_sims.bridge import sweeps
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, Spec
-from warp_sims.kernels.layout import BLOCK
-from warp_sims.kernels.rollout import make_system_kernels
+from warp_sims.bridge.passes import sweeps
+from warp_sims.bridge.passes.spec import Cotangents, Spec
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.kernels.policy.layout import BLOCK
+from warp_sims.kernels.sweeps.rollout import make_system_kernels
 
 import warp_sims as ws
 

@@ -20,11 +20,12 @@ from cases import (
     make_states,
     on_road,
 )
-from warp_sims.bridge import fused, fused_backward, operators, segments, sweeps
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
-from warp_sims.bridge.team import Program
-from warp_sims.kernels.layout import layout
+from warp_sims.bridge.autograd import operators
+from warp_sims.bridge.passes import fused, fused_backward, segments, sweeps
+from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.bridge.runtime.team import Program
+from warp_sims.kernels.policy.layout import layout
 
 import warp_sims as ws
 

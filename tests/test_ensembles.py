@@ -8,12 +8,13 @@ import pytest
 import torch
 from cases import FLOWS, assert_close, make_net, make_states
 from ensemble_cases import CART, CASES, HORIZON, TOLERANCE, assert_same_bits, backward_of, make, member_of
-from warp_sims.bridge import fused_backward, operators, wide
-from warp_sims.bridge.launches import Pool
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
-from warp_sims.bridge.sweeps import adjoint
-from warp_sims.kernels.layout import layout
+from warp_sims.bridge.autograd import operators
+from warp_sims.bridge.passes import fused_backward, wide
+from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.passes.sweeps import adjoint
+from warp_sims.bridge.runtime.launches import Pool
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.kernels.policy.layout import layout
 
 import warp_sims as ws
 

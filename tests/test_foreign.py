@@ -174,7 +174,7 @@ def test_autocast_is_for_the_policy():
 
 def test_large_jacobians_go_through_in_segments(monkeypatch):
     """The same gradient, whichever way Jacobians are taken."""
-    from warp_sims.bridge import foreign, foreign_torch
+    from warp_sims.bridge.passes import foreign, foreign_torch
 
     net, x0 = Evaluated(make_net(CART)), make_states(CART, WORLDS)
     expected = gradients(torch_cart(CART), net, x0, HORIZON, "C", loss="running")

@@ -136,7 +136,7 @@ def test_a_wrong_one_is_refused(mistake, dtype):
 
 def test_nothing_is_refused_that_is_right(monkeypatch):
     """A hand-written adjoint is not asked for; the command `check` does that."""
-    from warp_sims.bridge import generated_check
+    from warp_sims.bridge.passes import generated_check
 
     def never(*args):
         raise AssertionError

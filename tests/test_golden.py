@@ -9,8 +9,8 @@ import pytest
 import torch
 from cases import ROADS, on_road
 from torch.func import jacrev, vmap
-from warp_sims.bridge import operators
-from warp_sims.bridge.spec import Spec
+from warp_sims.bridge.autograd import operators
+from warp_sims.bridge.passes.spec import Spec
 
 import warp_sims as ws
 from warp_sims.optimizers import KerasAdam

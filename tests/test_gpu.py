@@ -9,9 +9,9 @@ import torch
 import warp as wp
 from test_golden import CASES as GOLDEN_CASES
 from test_golden import LETTERS, Problem, in_torch
-from warp_sims.bridge import fused
-from warp_sims.bridge.graphs import Graph
-from warp_sims.kernels.resident import LATENCY_WORLDS, choose_plan
+from warp_sims.bridge.passes import fused
+from warp_sims.bridge.runtime.graphs import Graph
+from warp_sims.kernels.sweeps.resident import LATENCY_WORLDS, choose_plan
 
 import warp_sims as ws
 from warp_sims.cli import main

@@ -23,7 +23,7 @@ from cases import (
 )
 from own_systems import Pendulum, Unicycle
 from reference import rollout as oracle
-from warp_sims.bridge import torch_path
+from warp_sims.bridge.autograd import torch_path
 
 import warp_sims as ws
 

@@ -5,8 +5,8 @@ The graphs themselves are tested on a GPU, in test_gpu.py.
 
 import pytest
 import torch
-from warp_sims.bridge.arrays import constant, keeping
-from warp_sims.bridge.launches import Pool
+from warp_sims.bridge.runtime.arrays import constant, keeping
+from warp_sims.bridge.runtime.launches import Pool
 
 import warp_sims as ws
 from warp_sims.cli import main

@@ -58,7 +58,7 @@ def test_gradients(system, flow, options):
 
 def test_blocks_of_worlds(monkeypatch):
     """Each world's own inputs, where worlds go through in blocks."""
-    from warp_sims.bridge import torch_path
+    from warp_sims.bridge.autograd import torch_path
 
     policy, x0, inputs = Tracker(), make_states(CART, WORLDS), references()
     monkeypatch.setattr(torch_path, "JACOBIAN_ELEMENTS", 2 * HORIZON * 4)

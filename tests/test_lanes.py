@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import warp as wp
-from warp_sims.kernels.lanes import sincos
+from warp_sims.kernels.systems.lanes import sincos
 
 LANES = 16
 # Units in the last place of results above 1e-30; measured 1.5 and 1.0.

@@ -13,10 +13,11 @@ from cases import (
     make_states,
 )
 from torch import nn
-from warp_sims.bridge import fused, fused_backward, sweeps, tracing
-from warp_sims.bridge import launches as bridge_launches
-from warp_sims.bridge.launches import DIRECT_CALLS, DirectCall
-from warp_sims.bridge.team import _Job
+from warp_sims.bridge.passes import fused, fused_backward, sweeps
+from warp_sims.bridge.runtime import launches as bridge_launches
+from warp_sims.bridge.runtime import tracing
+from warp_sims.bridge.runtime.launches import DIRECT_CALLS, DirectCall
+from warp_sims.bridge.runtime.team import _Job
 from warp_sims.kernels import programs
 
 import warp_sims as ws

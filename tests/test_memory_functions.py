@@ -20,11 +20,12 @@ from cases import (
 from test_golden import EVERY
 from test_golden import test_rollout_and_gradients as check_golden_rollout
 from test_golden import test_step_and_its_vjp as check_golden_step
-from warp_sims.bridge import registry, sweeps
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
-from warp_sims.kernels.fused_rollout import make_fused_rollout
-from warp_sims.kernels.streamed import make_streamed_kernels
+from warp_sims.bridge.passes import sweeps
+from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.runtime import registry
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.kernels.sweeps.fused_rollout import make_fused_rollout
+from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
 
 import warp_sims as ws
 

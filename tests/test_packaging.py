@@ -40,11 +40,11 @@ def imports_of(path):
 def test_rooms_install_under_the_package_and_nowhere_else(tmp_path):
     """From any directory, one name each: `kernels` alone must stay free for other packages."""
     code = (
-        "import sys, warp_sims, warp_sims.kernels.cartpole, warp_sims.bridge.rollout\n"
-        "print(warp_sims.kernels.cartpole.__name__, warp_sims.bridge.rollout.__name__)\n"
+        "import sys, warp_sims, warp_sims.kernels.systems.cartpole, warp_sims.bridge.autograd.rollout\n"
+        "print(warp_sims.kernels.systems.cartpole.__name__, warp_sims.bridge.autograd.rollout.__name__)\n"
         "print('kernels' in sys.modules, 'bridge' in sys.modules)"
     )
-    names = ["warp_sims.kernels.cartpole", "warp_sims.bridge.rollout"]
+    names = ["warp_sims.kernels.systems.cartpole", "warp_sims.bridge.autograd.rollout"]
     assert run_python(code, tmp_path)[-4:] == [*names, "False", "False"]
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "bridge" / "__init__.py").exists()
@@ -124,7 +124,7 @@ def test_wheel_holds_the_three_rooms_and_works_without_the_checkout(tmp_path):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
     code = (
-        f"import sys; sys.path.insert(0, {str(target)!r})\nimport warp_sims, warp_sims.kernels.cartpole as "
+        f"import sys; sys.path.insert(0, {str(target)!r})\nimport warp_sims, warp_sims.kernels.systems.cartpole as "
         f"k\nprint(warp_sims.__file__.startswith({str(target)!r}), k.__file__.startswith({str(target)!r}))"
     )
     assert run_python(code, tmp_path, isolated=True)[-2:] == ["True", "True"]

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from warp_sims.bridge import threads
+from warp_sims.bridge.runtime import threads
 
 PROLOGUE = """
 import copy, os, threading, warnings

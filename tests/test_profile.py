@@ -12,11 +12,11 @@ from cases import Evaluated, make_net, make_states
 from own_systems import Pendulum, Planted, Unicycle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from warp_sims.bridge import fused, wide
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import LossWeights
-from warp_sims.bridge.tracing import Event, trace
-from warp_sims.kernels.layout import layout
+from warp_sims.bridge.passes import fused, wide
+from warp_sims.bridge.passes.spec import LossWeights
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.bridge.runtime.tracing import Event, trace
+from warp_sims.kernels.policy.layout import layout
 
 import warp_sims as ws
 from warp_sims.ceilings import measure_ceilings

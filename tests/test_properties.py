@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from own_systems import Pendulum, Unicycle
 from torch import nn
-from warp_sims.bridge import operators
-from warp_sims.bridge.spec import Spec
+from warp_sims.bridge.autograd import operators
+from warp_sims.bridge.passes.spec import Spec
 
 import warp_sims as ws
 

@@ -27,11 +27,12 @@ from cases import (
 )
 from reference import quantum
 from reference import rollout as oracle
-from warp_sims.bridge import fused_backward, operators, wide
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, LossWeights, Spec
-from warp_sims.bridge.sweeps import adjoint
-from warp_sims.kernels.layout import layout
+from warp_sims.bridge.autograd import operators
+from warp_sims.bridge.passes import fused_backward, wide
+from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
+from warp_sims.bridge.passes.sweeps import adjoint
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.kernels.policy.layout import layout
 
 import warp_sims as ws
 

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 from cases import make_net
-from warp_sims.bridge import arrays
-from warp_sims.bridge.arrays import Reserve
+from warp_sims.bridge.runtime import arrays
+from warp_sims.bridge.runtime.arrays import Reserve
 
 import warp_sims as ws
 

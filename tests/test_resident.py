@@ -8,9 +8,9 @@ import pytest
 import torch
 import warp as wp
 from cases import assert_close, make_net, make_states
-from warp_sims.bridge.fused import pack
-from warp_sims.kernels.layout import BLOCK, Column
-from warp_sims.kernels.resident import REGISTERS, load_text, make_plan, policy_text
+from warp_sims.bridge.passes.fused import pack
+from warp_sims.kernels.policy.layout import BLOCK, Column
+from warp_sims.kernels.sweeps.resident import REGISTERS, load_text, make_plan, policy_text
 
 import warp_sims as ws
 from warp_sims.policies import fused_network

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from cases import assert_close, make_cotangents, make_states
-from warp_sims.bridge import sweeps
-from warp_sims.bridge.arrays import WARP_DTYPE
-from warp_sims.bridge.registry import prepare
-from warp_sims.bridge.spec import Cotangents, Spec
-from warp_sims.kernels.elements import is_large
-from warp_sims.kernels.streamed import make_streamed_kernels
+from warp_sims.bridge.passes import sweeps
+from warp_sims.bridge.passes.spec import Cotangents, Spec
+from warp_sims.bridge.runtime.arrays import WARP_DTYPE
+from warp_sims.bridge.runtime.registry import prepare
+from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
+from warp_sims.kernels.systems.elements import is_large
 
 import warp_sims as ws
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import warp as wp
-from warp_sims.bridge import launches, team, tracing
-from warp_sims.bridge.launches import Launch, array
-from warp_sims.bridge.team import Backoff, Program, Step, Team, in_parallel
+from warp_sims.bridge.runtime import launches, team, tracing
+from warp_sims.bridge.runtime.launches import Launch, array
+from warp_sims.bridge.runtime.team import Backoff, Program, Step, Team, in_parallel
 
 
 @wp.kernel(module="unique", enable_backward=False)

@@ -1,4 +1,4 @@
-"""The cart-pole as users name it; the physics is in kernels/cartpole.py."""
+"""The cart-pole as users name it; the physics is in kernels/systems/cartpole.py."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels import cartpole as _cartpole
 from .kernels.system import DeviceFunctions
+from .kernels.systems import cartpole as _cartpole
 from .system import System, check_draw, check_types, require
 
 __all__ = ["CartPole"]
@@ -22,7 +22,7 @@ class CartPole(System):
 
     State [x, v, q_1, w_1, q_2, w_2, ...]: cart position [m] and velocity [m/s], pole angles [rad] from
     upright and rates [rad/s]. Control [force] in N. Cost of a state: 1 - mean cos q, 0 with every pole
-    upright. Equations: kernels/cartpole.py. The defaults are the published values; the total mass is 1.1 kg
+    upright. Equations: kernels/systems/cartpole.py. The defaults are the published values; the total mass is 1.1 kg
     whatever the number of poles.
 
     Raises:

@@ -10,9 +10,9 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from .bridge import foreign_jax, foreign_torch
-from .bridge.foreign import Pull, Simulator
-from .bridge.foreign_tape import TapeStep
+from .bridge.passes import foreign_jax, foreign_torch
+from .bridge.passes.foreign import Pull, Simulator
+from .bridge.passes.foreign_tape import TapeStep
 from .kernels.system import DeviceFunctions
 from .system import System, check_draw
 

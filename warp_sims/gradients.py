@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .bridge import operators
-from .bridge.spec import Cotangents
+from .bridge.autograd import operators
+from .bridge.passes.spec import Cotangents
 from .flows import Flow, schedule
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
 from .systems import System

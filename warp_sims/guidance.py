@@ -1,4 +1,4 @@
-"""Guidance by repulsion as users name it; the physics is in kernels/guidance.py."""
+"""Guidance by repulsion as users name it; the physics is in kernels/systems/guidance.py."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels import guidance as _guidance
 from .kernels.system import DeviceFunctions
+from .kernels.systems import guidance as _guidance
 from .system import System, check_draw, check_types, require
 
 __all__ = ["GuidanceByRepulsion"]
@@ -24,7 +24,7 @@ class GuidanceByRepulsion(System):
     State per object, drivers first: [p_x, p_y, v_x, v_y] in m and m/s. Control per driver: [radial,
     orthogonal], the acceleration per distance [1/s^2] along and across the line from the herd to the driver.
     Cost of a state: mean squared evader coordinate [m^2].
-    Equations: kernels/guidance.py. The defaults are the published values; distances in the forces are |r| +
+    Equations: kernels/systems/guidance.py. The defaults are the published values; distances in the forces are |r| +
     softening.
 
     Raises:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .bridge import rollout as _bridge
-from .bridge.foreign import Simulator
+from .bridge.autograd import rollout as _bridge
+from .bridge.passes.foreign import Simulator
 from .plans import check_like, check_states, check_system
 from .systems import System
 

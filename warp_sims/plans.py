@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bridge import operators
-from .bridge.arrays import capturing
-from .bridge.foreign import Simulator
-from .bridge.fused_path import FusedPath
-from .bridge.segments import CACHED_ROWS, torch_segment
-from .bridge.spec import BY_SIZE, NONE_KEPT, Spec
-from .bridge.threads import settle
-from .bridge.torch_path import TorchPath, call_with, places
+from .bridge.autograd import operators
+from .bridge.autograd.fused_path import FusedPath
+from .bridge.autograd.torch_path import TorchPath, call_with, places
+from .bridge.passes.foreign import Simulator
+from .bridge.passes.segments import CACHED_ROWS, torch_segment
+from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
+from .bridge.runtime.arrays import capturing
+from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
 from .flows import as_int, check_decay
 from .policies import fused_network

@@ -154,7 +154,7 @@ class FusedNetwork(NamedTuple):
     """A policy that the fused sweeps reproduce exactly."""
 
     description: str
-    """For kernels/dense.py, which lays it out."""
+    """For kernels/policy/dense.py, which lays it out."""
     in_size: int
     out_size: int
     parameters: dict[str, torch.Tensor]

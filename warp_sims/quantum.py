@@ -1,4 +1,4 @@
-"""Quantum control as users name it; the physics is in kernels/quantum.py."""
+"""Quantum control as users name it; the physics is in kernels/systems/quantum.py."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels import quantum as _quantum
 from .kernels.system import DeviceFunctions
+from .kernels.systems import quantum as _quantum
 from .system import System, check_draw, check_types, require
 
 __all__ = ["QuantumControl"]
@@ -25,7 +25,7 @@ class QuantumControl(System):
     State [Re psi_1, Im psi_1, Re psi_2, ...] at the inner grid points, sum |psi|^2 = 1. Control [field
     strength]. Cost of a state: 1 - |<e_target, psi>|^2; the running loss sums it over the steps. Units with
     hbar = 1, kinetic term without the factor 1/2.
-    Equations: kernels/quantum.py. The defaults are the published values.
+    Equations: kernels/systems/quantum.py. The defaults are the published values.
 
     Raises:
         TypeError: a field has the wrong type.

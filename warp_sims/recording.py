@@ -6,8 +6,8 @@ import torch
 import warp as wp
 from torch import Tensor, nn
 
-from .bridge.arrays import tensor_of
-from .bridge.tape import record
+from .bridge.autograd.tape import record
+from .bridge.runtime.arrays import tensor_of
 from .ensembles import Ensemble
 from .flows import Flow, schedule
 from .plans import check_horizon, make_plan

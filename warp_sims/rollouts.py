@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bridge import arrays
-from .bridge import rollout as _bridge
+from .bridge.autograd import rollout as _bridge
+from .bridge.runtime import arrays
 from .flows import Flow, schedule
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System

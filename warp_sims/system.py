@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .bridge import registry as _numbers
-from .bridge.contract import functions_of
+from .bridge.runtime import registry as _numbers
+from .bridge.runtime.contract import functions_of
 from .kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions
 
 __all__ = ["BlockFunctions", "DeviceFunctions", "MemoryFunctions", "System"]

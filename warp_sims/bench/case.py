@@ -17,7 +17,7 @@ import torch
 
 from .. import work
 from ..gradients import GradientPair, gradient_pair
-from ..kernels.layout import layout
+from ..kernels.policy.layout import layout
 from ..policies import MLP, WaveCNN, fused_network
 from ..published import SETTINGS, Setting
 from ..systems import QuantumControl, System

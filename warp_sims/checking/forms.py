@@ -6,10 +6,10 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from ..bridge.arrays import WARP_DTYPE, stream, warp_device
-from ..bridge.launches import PREPARING
-from ..kernels.layout import BLOCK
-from ..kernels.probes import make_lanes_probe, make_memory_probe, make_value_probe
+from ..bridge.runtime.arrays import WARP_DTYPE, stream, warp_device
+from ..bridge.runtime.launches import PREPARING
+from ..kernels.policy.layout import BLOCK
+from ..kernels.sweeps.probes import make_lanes_probe, make_memory_probe, make_value_probe
 from ..systems import DeviceFunctions, System
 
 __all__ = ["BY_VALUE", "IN_LANES", "IN_MEMORY", "Form", "Outputs", "forms_of"]

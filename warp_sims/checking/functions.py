@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bridge.arrays import WARP_DTYPE
-from ..bridge.contract import functions_of
+from ..bridge.runtime.arrays import WARP_DTYPE
+from ..bridge.runtime.contract import functions_of
 from ..systems import System
 from .compare import Tolerance, compare, exactly, names, settled
 from .differences import Derivative, differentiate

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import warp as wp
 
-from ..bridge.arrays import WARP_DTYPE
-from ..bridge.contract import functions_of
+from ..bridge.runtime.arrays import WARP_DTYPE
+from ..bridge.runtime.contract import functions_of
 from ..systems import System
 from .compare import exactly
 from .forms import Form, forms_of

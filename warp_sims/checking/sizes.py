@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import warp as wp
 
-from ..bridge.contract import functions_of
+from ..bridge.runtime.contract import functions_of
 from ..systems import System
 from .compare import exactly
 from .report import Comparison

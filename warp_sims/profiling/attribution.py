@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..bridge.tracing import Event
+from ..bridge.runtime.tracing import Event
 
 __all__ = ["REST", "attribute"]
 

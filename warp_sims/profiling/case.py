@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flows import Flow
-from ..kernels.layout import layout
+from ..kernels.policy.layout import layout
 from ..plans import Loss
 from ..policies import MLP, fused_network
 from ..systems import System

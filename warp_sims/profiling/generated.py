@@ -9,10 +9,10 @@ import torch
 import warp as wp
 from torch import Tensor, nn
 
-from ..bridge.arrays import stream
-from ..bridge.launches import PREPARING
-from ..bridge.registry import Prepared, prepare
-from ..kernels.generated import MAX_UNROLL, make_generated_kernels
+from ..bridge.runtime.arrays import stream
+from ..bridge.runtime.launches import PREPARING
+from ..bridge.runtime.registry import Prepared, prepare
+from ..kernels.sweeps.generated import MAX_UNROLL, make_generated_kernels
 from ..rollouts import rollout, simulate
 from ..systems import System
 from .result import AgainstRow, spread

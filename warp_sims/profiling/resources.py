@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from ..bridge.launches import PREPARING
-from ..kernels.fused_rollout import make_fused_rollout
-from ..kernels.resident import choose_plan, make_resident_rollout
+from ..bridge.runtime.launches import PREPARING
+from ..kernels.sweeps.fused_rollout import make_fused_rollout
+from ..kernels.sweeps.resident import choose_plan, make_resident_rollout
 from ..kernels.system import DeviceFunctions
 
 __all__ = ["Resources", "compile_ptx", "cuda_rollout", "device_resources", "find_ptxas"]

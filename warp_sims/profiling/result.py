@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..bridge.tracing import Event
+from ..bridge.runtime.tracing import Event
 from ..ceilings import Ceilings
 from .resources import Resources
 

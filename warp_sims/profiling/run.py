@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..bridge.launches import PREPARING
-from ..bridge.registry import prepare
-from ..bridge.tracing import Event, trace
+from ..bridge.runtime.launches import PREPARING
+from ..bridge.runtime.registry import prepare
+from ..bridge.runtime.tracing import Event, trace
 from ..ceilings import measure_ceilings
 from ..flows import Flow, schedule
 from ..kernels.agreement import make_combine
-from ..kernels.streamed import make_cuda_system_kernels
+from ..kernels.sweeps.streamed import make_cuda_system_kernels
 from ..plans import Loss
 from ..policies import fused_network
 from ..rollouts import rollout

@@ -6,13 +6,13 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from ..bridge.arrays import stream
-from ..bridge.launches import PREPARING
-from ..bridge.registry import prepare
+from ..bridge.runtime.arrays import stream
+from ..bridge.runtime.launches import PREPARING
+from ..bridge.runtime.registry import prepare
 from ..checking.forms import forms_of
 from ..checking.functions import compare_adjoint, draw_points, jacobian_of_step, pulled_back
 from ..checking.report import Comparison
-from ..kernels.generated import make_generated_kernels
+from ..kernels.sweeps.generated import make_generated_kernels
 from ..systems import System
 
 __all__ = ["Verdict", "decide"]

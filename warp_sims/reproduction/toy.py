@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..bridge import operators
+from ..bridge.autograd import operators
 from ..gradients import gradient_pair
-from ..kernels import toy as _toy
 from ..kernels.system import DeviceFunctions
+from ..kernels.systems import toy as _toy
 from ..rollouts import simulate
 from ..systems import System
 

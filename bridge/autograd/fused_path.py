@@ -1,0 +1,37 @@
+"""A rollout whose policy runs inside the sweeps: forwards in one launch, backwards without a step of torch's.
+
+The network's Jacobians are taken at all points at once before the adjoint sweep, its weight gradients behind
+it; see fused.py and fused_backward.py. torch_path.py has the same with the policy evaluated by torch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..passes.spec import Cotangents, Saved, Spec
+from . import operators
+
+
+class FusedPath(NamedTuple):
+    """The way of a rollout whose policy the sweeps reproduce exactly."""
+
+    network: str
+    """Description of the policy, see kernels/policy/layout.py."""
+
+    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
+        """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
+        out = operators.fused_rollout(spec.text(), self.network, list(parameters), x0)
+        states, controls, loss, hidden, packed = out
+        return Saved(states, controls, (hidden, packed)), loss
+
+    def backward(
+        self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
+        compared; with a member axis behind the fields of an ensemble.
+        """
+        hidden, packed = saved.kept
+        return operators.fused_backward(
+            spec.text(), self.network, packed, hidden, saved.states, saved.controls, *g
+        )

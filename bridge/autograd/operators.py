@@ -1,0 +1,284 @@
+"""The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need
+values.
+
+None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would
+make forward-mode derivatives silently zero).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ...kernels.agreement import NSTATS
+from ...kernels.policy.layout import layout
+from ..passes import foreign, foreign_check, fused, sweeps
+from ..passes.fused_backward import backward
+from ..passes.segments import with_segment
+from ..passes.spec import Cotangents, parse
+from ..runtime.arrays import capturing
+from ..runtime.registry import prepare
+from ..runtime.tracing import span
+
+CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of
+another size takes another summation order, and a policy amplifies it."""
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, list, tuple, int, float, str, bool, type(None)})
+"""Types of arguments that may go past the dispatcher: subclasses of Tensor can be without memory of their
+own.
+"""
+
+
+def watched(*args: Any) -> bool:
+    """Whether a call with these arguments has to go through the dispatcher."""
+    return (
+        any(type(a) not in _PLAIN for a in args)
+        or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
+        or torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Operator:
+    """A torch operator that is called past the dispatcher where nobody watches: it costs more than a
+    launch there.
+    """
+
+    def __init__(self, name: str, body: Callable[..., Any]) -> None:
+        self._body = body
+        self._operator = custom_op(name, body, mutates_args=())
+        self.register_fake = self._operator.register_fake
+
+    def __call__(self, *args: Any) -> Any:
+        return self._operator(*args) if watched(*args) else self._body(*args)
+
+
+def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:
+    return lambda body: _Operator(f"warp_sims::{name}", body)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Memory that holds the values as they are: contiguous, no lazy negation."""
+    return x.resolve_neg().contiguous()
+
+
+def _check_finite(x0: Tensor) -> None:
+    if x0.numel() == 0 or capturing(x0.device):
+        return
+    # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they
+    # are
+    if math.isfinite(float(x0.detach().sum())):
+        return
+    finite = torch.isfinite(x0)
+    if not bool(finite.all()):
+        # (member,) world
+        bad = torch.nonzero(~finite.all(dim=-1)).tolist()
+        names = [" of member ".join(str(i) for i in reversed(where)) for where in bad[:8]]
+        shown = ", ".join(names) + (", ..." if len(bad) > 8 else "")
+        raise ValueError(
+            f"x0: {len(bad)} of {x0.shape[:-1].numel()} worlds hold NaN or infinity (world {shown}; world "
+            f"{names[0]} is {x0[tuple(bad[0])].tolist()}), expected finite initial states; remove or repair "
+            f"these rows"
+        )
+
+
+@_operator("simulate")
+def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
+    """States (horizon + 1, nworld, state_size) under given controls."""
+    if check:
+        _check_finite(x0)
+    simulator = foreign.foreign(system)
+    if simulator is not None:
+        if check:
+            foreign_check.verify(simulator, x0, controls[0])
+        return foreign.simulate(simulator, x0, controls)
+    return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
+
+
+@simulate.register_fake
+def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
+    return x0.new_empty((controls.shape[0] + 1, *x0.shape))
+
+
+@_operator("loss")
+def loss(spec: str, states: Tensor, controls: Tensor) -> Tensor:
+    """Built-in loss of a trajectory, a scalar."""
+    own = parse(spec)
+    simulator = foreign.foreign(own.system)
+    if simulator is not None:
+        return foreign.loss(simulator, own, states, controls)
+    p = prepare(own.system, states.dtype, states.device)
+    return sweeps.loss(p, _dense(states), _dense(controls), own.weights)
+
+
+@loss.register_fake
+def _(spec: str, states: Tensor, controls: Tensor) -> Tensor:
+    return states.new_empty(())
+
+
+@_operator("fused_rollout")
+def fused_rollout(
+    spec: str, network: str, parameters: list[Tensor], x0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
+
+    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. Where
+    the description has a segment, the activations are not kept: they have no rows.
+    """
+    _check_finite(x0)
+    own = with_segment(parse(spec), network, x0)
+    p = prepare(own.system, x0.dtype, x0.device)
+    with span("pack_parameters"):
+        packed = fused.pack(network, parameters, x0.shape[:-2])
+    return *fused.rollout(p, network, packed, _dense(x0), own.horizon, own.weights, own.segment), packed
+
+
+@fused_rollout.register_fake
+def _(
+    spec: str, network: str, parameters: list[Tensor], x0: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own, lay = with_segment(parse(spec), network, x0), layout(network, x0.element_size())
+    return (
+        x0.new_empty((own.horizon + 1, *x0.shape)),
+        x0.new_empty((own.horizon, *x0.shape[:-1], lay.control_size)),
+        x0.new_empty(x0.shape[:-2]),
+        x0.new_empty(fused.hidden_shape(x0, own.horizon, lay.row, own.segment)),
+        x0.new_empty((*x0.shape[:-2], lay.packed)),
+    )
+
+
+@_operator("fused_backward")
+def fused_backward(
+    spec: str,
+    network: str,
+    packed: Tensor,
+    hidden: Tensor,
+    states: Tensor,
+    controls: Tensor,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
+    state_size), with a member axis behind the fields for an ensemble.
+    """
+    own = with_segment(parse(spec), network, states[0])
+    p = prepare(own.system, states.dtype, states.device)
+    g = Cotangents(adj_loss, adj_states, adj_controls)
+    return backward(p, own, network, packed, hidden, states, controls, g)
+
+
+@fused_backward.register_fake
+def _(
+    spec: str,
+    network: str,
+    packed: Tensor,
+    hidden: Tensor,
+    states: Tensor,
+    controls: Tensor,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    fields = len(parse(spec).schedules)
+    parameters = layout(network, states.element_size()).unpack.size
+    grads = states.new_empty((fields, *states.shape[1:-2], parameters))
+    return grads, states.new_empty((fields, *states.shape[1:]))
+
+
+@_operator("adjoint")
+def adjoint(
+    spec: str,
+    states: Tensor,
+    controls: Tensor,
+    recomputed: Tensor | None,
+    tolerance: float,
+    jac: Tensor | None,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+    t0: int = 0,
+    carried: Tensor | None = None,
+    loss_worlds: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of x0.
+
+    `recomputed` are the controls as the policy gives them for all stored states at once; they must be the
+    stored ones. Over a segment of a rollout everything begins with its step `t0`, schedules excepted, and
+    `carried` is what the sweep over the steps behind it gave for the state between them. The loss is a mean
+    over `loss_worlds` worlds, those of the trajectory where that is 0.
+    """
+    if recomputed is not None:
+        _check_recomputed(recomputed, controls, tolerance, t0)
+    own, g = parse(spec), Cotangents(adj_loss, adj_states, adj_controls)
+    simulator = foreign.foreign(own.system)
+    if simulator is not None:
+        return foreign.adjoint(simulator, own, states, controls, jac, g, t0, carried, loss_worlds)
+    p = prepare(own.system, states.dtype, states.device)
+    jac = None if jac is None else jac.contiguous()
+    return sweeps.adjoint(p, own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds)
+
+
+@adjoint.register_fake
+def _(
+    spec: str,
+    states: Tensor,
+    controls: Tensor,
+    recomputed: Tensor | None,
+    tolerance: float,
+    jac: Tensor | None,
+    adj_loss: Tensor | None,
+    adj_states: Tensor | None,
+    adj_controls: Tensor | None,
+    t0: int = 0,
+    carried: Tensor | None = None,
+    loss_worlds: int = 0,
+) -> tuple[Tensor, Tensor]:
+    fields = len(parse(spec).schedules)
+    return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
+
+
+def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+    if controls.numel() == 0 or capturing(controls.device):
+        return
+    if torch.allclose(
+        recomputed, controls, rtol=0.0, atol=tolerance * (1.0 + _largest(controls)), equal_nan=True
+    ):
+        return
+    off = (recomputed - controls).abs()
+    off = torch.where(off.isnan(), torch.inf, off)
+    t, world, c = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+    raise ValueError(
+        f"policy: for the state of step {t0 + t}, world {world} it gave control "
+        f"{float(controls[t, world, c])!r} in the forward pass and "
+        f"{float(recomputed[t, world, c])!r} when recomputed with all steps in one batch; expected a policy "
+        f"that acts row by row and "
+        "deterministically (no batch normalisation in training mode, no dropout, no state of its own); call "
+        "policy.eval() or remove "
+        "what mixes rows or draws random numbers"
+    )
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[torch.isfinite(x)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+@_operator("combine")
+def combine(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
+    """Component-wise comparison of two gradients (components,) or (members, components): the combined one,
+    and the sums named in kernels/agreement.py, (sums,) or (members, sums).
+    """
+    return sweeps.combine(base.contiguous(), check.contiguous(), keep_check)
+
+
+@combine.register_fake
+def _(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base), base.new_empty((*base.shape[:-1], NSTATS), dtype=torch.float64)

@@ -1,0 +1,205 @@
+"""A rollout as one differentiable torch operation, and the open loop.
+
+It returns (states, controls, loss) and differentiates all three: the cotangents that arrive in one backward
+pass go into one adjoint sweep, and for a combined gradient are summed before anything is compared. What the
+passes compute is the affair of a path: fused_path.py or torch_path.py.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch._utils import _unflatten_dense_tensors
+
+from ...kernels.flow import Flow
+from ..passes.spec import Cotangents, Saved, Spec
+from . import operators
+
+_NO_SECOND = (
+    "second derivatives through a rollout are not implemented: the adjoint kernels have no adjoint of their "
+    "own; "
+    "compute the outer derivative by finite differences, or detach() the inner gradient"
+)
+_NO_FORWARD = (
+    "forward-mode derivatives (jvp, jacfwd, dual numbers) through a rollout are not implemented: the flows "
+    "are defined on the "
+    "backward pass; use reverse mode (backward, torch.func.grad, torch.autograd.grad)"
+)
+
+
+class Path(Protocol):
+    """The way of a rollout: what its two passes compute."""
+
+    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]: ...
+    def backward(
+        self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class BackwardPass(torch.autograd.Function):
+    """A backward pass: differentiating it again is an error, never zero."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise NotImplementedError(_NO_SECOND)
+
+
+def differentiable(
+    function: type[torch.autograd.Function], backward_pass: bool = False
+) -> Callable[..., Any]:
+    """Returns `function.apply`, with forward-mode derivatives an error that says so.
+
+    torch.compile refuses a Function that has a `jvp`, so the error is a subclass, left out where a graph is
+    traced.
+    """
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD)
+
+    plain = function.forward
+    reverse_only = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+    # what Function.apply comes to without transforms, less its inspection of the signature of forward at
+    # every call
+    direct: Any = super(torch.autograd.Function, reverse_only).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+    def apply(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # compiled graphs refuse second derivatives themselves
+            return plain(*args) if backward_pass else function.apply(*args)
+        # a pullback may be called when the transform that wrapped its tensors is over
+        args = unwrap_dead_wrappers(args)
+        if backward_pass and not torch.is_grad_enabled():
+            # nobody can differentiate this again
+            return plain(*args)
+        if torch._C._are_functorch_transforms_active():
+            return reverse_only.apply(*args)
+        return direct(*args)
+
+    return apply
+
+
+def x0_is_wanted(ctx: Any) -> bool:
+    """Whether somebody reads the cotangent of x0; tracing a compiled graph, that is not known."""
+    return torch.compiler.is_compiling() or ctx.needs_input_grad[0]
+
+
+def combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
+    """One gradient of one or two fields, (fields, ...); the comparison is left out where nobody reads it."""
+    if not two or not wanted:
+        return fields[0]
+    one, _ = operators.combine(fields[0].reshape(-1), fields[1].reshape(-1), False)
+    return one.view(fields.shape[1:])
+
+
+def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cuts a flat gradient, (members, parameters) of an ensemble, into tensors shaped like the parameters."""
+    if flat.ndim == 1 and not torch.compiler.is_compiling():
+        return list(_unflatten_dense_tensors(flat, like))  # the same, by one call
+    members = flat.shape[:-1].numel()
+    sizes = [q.numel() // members for q in like]
+    return [part.view(q.shape) for part, q in zip(flat.split(sizes, dim=-1), like)]
+
+
+class RolloutBackward(BackwardPass):
+    """Backward pass of `Rollout`: the (combined) flat gradient and the cotangent of x0."""
+
+    @staticmethod
+    def forward(
+        spec: Spec,
+        path: Path,
+        wants_x0: bool,
+        kept: int,
+        states: Tensor,
+        controls: Tensor,
+        adj_loss: Tensor | None,
+        adj_states: Tensor | None,
+        adj_controls: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        saved, g = Saved(states, controls, tensors[:kept]), Cotangents(adj_loss, adj_states, adj_controls)
+        grads, adj_x0 = path.backward(spec, saved, tensors[kept:], g)
+        two = spec.check != ""
+        return combined(grads, two), combined(adj_x0, two, wants_x0)
+
+
+_rollout_backward = differentiable(RolloutBackward, backward_pass=True)
+
+
+class Rollout(torch.autograd.Function):
+    """(x0, spec, path, *parameters) -> states, controls, loss, and what the path keeps."""
+
+    @staticmethod
+    def forward(x0: Tensor, spec: Spec, path: Path, *parameters: Tensor) -> tuple[Tensor, ...]:
+        saved, loss = path.forward(spec, x0, parameters)
+        return saved.states, saved.controls, loss, *saved.kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.spec, ctx.path, *parameters = inputs
+        states, controls, _, *kept = output
+        ctx.kept = len(kept)
+        # not every path reads the parameters again, but a change between the passes must not go unseen
+        ctx.save_for_backward(states, controls, *kept, *parameters)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any, *_: Any) -> Any:
+        states, controls, *tensors = ctx.saved_tensors
+        flat, adj_x0 = _rollout_backward(
+            ctx.spec,
+            ctx.path,
+            x0_is_wanted(ctx),
+            ctx.kept,
+            states,
+            controls,
+            adj_loss,
+            adj_states,
+            adj_controls,
+            *tensors,
+        )
+        return adj_x0, None, None, *split(flat, tensors[ctx.kept :])
+
+
+class SimulateBackward(BackwardPass):
+    """Backward pass of `Simulate`."""
+
+    @staticmethod
+    def forward(system: int, states: Tensor, controls: Tensor, adj_states: Tensor) -> tuple[Tensor, Tensor]:
+        spec = Spec(system, Flow.MODIFIED.value * controls.shape[0])
+        mu, adj_x0 = operators.adjoint(spec.text(), states, controls, None, 0.0, None, None, adj_states, None)
+        return mu[0], adj_x0[0]
+
+
+_simulate_backward = differentiable(SimulateBackward, backward_pass=True)
+
+
+class Simulate(torch.autograd.Function):
+    """Open loop: (x0, controls, system) -> states. Without a policy only the physics edges exist."""
+
+    @staticmethod
+    def forward(x0: Tensor, controls: Tensor, system: int) -> Tensor:
+        return operators.simulate(system, x0, controls, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, controls, ctx.system = inputs
+        ctx.save_for_backward(output, controls)
+
+    @staticmethod
+    def backward(ctx: Any, adj_states: Any) -> Any:
+        states, controls = ctx.saved_tensors
+        adj_controls, adj_x0 = _simulate_backward(ctx.system, states, controls, adj_states)
+        return adj_x0, adj_controls, None
+
+
+rollout = differentiable(Rollout)
+"""(x0, spec, path, *parameters) -> states, controls, loss, and tensors that only the backward pass reads."""
+simulate = differentiable(Simulate)
+"""(x0, controls, number of the system) -> states."""

@@ -1,0 +1,247 @@
+"""A rollout whose policy torch evaluates: any module.
+
+Forwards it is evaluated step by step. Backwards it is not: it is evaluated again for all stored states at
+once, its Jacobians are taken there before the adjoint sweep, and its weight gradients behind it. Where that
+would be large it happens in blocks of worlds and segments of time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vjp
+from torch.nn.functional import linear
+
+from ..passes.foreign import foreign, stepped
+from ..passes.foreign_torch import ordinary, recording
+from ..passes.segments import pieces
+from ..passes.spec import Cotangents, Saved, Spec
+from ..runtime.tracing import span
+from . import operators
+
+JACOBIAN_ELEMENTS = 1 << 26
+"""Elements of the policy's Jacobians held at once on the torch road; worlds go through in blocks where those
+of a segment are more.
+"""
+
+
+def places(module: torch.nn.Module, buffers: bool = False) -> dict[str, tuple[str, ...]]:
+    """Where each parameter (or buffer) of a module stands: the names of all its places, by the first of them,
+    which is its name in `named_parameters`.
+
+    A tied parameter has several places. A module that is registered under several names counts once:
+    `functional_call` would leave the substitutes of the first name in it when it is done with the second.
+    """
+    found: dict[int, list[str]] = {}
+    for prefix, part in module.named_modules():
+        own = part.named_buffers if buffers else part.named_parameters
+        for name, tensor in own(prefix, recurse=False, remove_duplicate=False):
+            found.setdefault(id(tensor), []).append(name)
+    return {names[0]: tuple(names) for names in found.values()}
+
+
+def call_with(
+    module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor, given: Tensor | None = None
+) -> Any:
+    """Calls a module, on states and what it is given beside them, with tensors in the places of its
+    parameters and buffers, and leaves it as it was.
+    """
+    arguments = (x,) if given is None else (x, given)
+    return functional_call(module, tensors, arguments, tie_weights=False)
+
+
+def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The controls of an `MLP`, without putting its parameters into a module at every step."""
+    last = len(parameters) - 2
+    for i in range(0, last + 1, 2):
+        x = linear(x, parameters[i], parameters[i + 1])
+        if i < last:
+            x = x.tanh()
+    return x
+
+
+class TorchPath(NamedTuple):
+    """The way of a rollout whose policy torch evaluates: the module, and the autocast it ran under."""
+
+    module: torch.nn.Module
+    places: tuple[tuple[str, ...], ...]
+    """Names of the places of each parameter, see `places`."""
+    autocast: torch.dtype | None
+    whole: bool = False
+    """Whether the worlds of the simulator cannot go through one part after the other."""
+    perceptron: bool = False
+    """Whether the module is an unchanged `MLP`, whose parameters are weight, bias, weight, bias, ..."""
+
+    inputs: Tensor | None = None
+    """(horizon, nworld, k) that the policy is given beside the states."""
+
+    def policy(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None) -> Tensor:
+        """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
+        if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
+            return self._evaluate(parameters, x, given).to(x.dtype)
+        with torch.autocast(
+            x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        ):
+            u = self._evaluate(parameters, x, given)
+        return u.to(x.dtype)
+
+    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None) -> Tensor:
+        if self.perceptron:
+            return _perceptron(parameters, x)
+        return call_with(self.module, self.substitutes(parameters), x, given)
+
+    def _recorded(self, parameters: Sequence[Tensor], points: Tensor) -> tuple[Tensor, Any, Any]:
+        """Controls, and the pullbacks to parameters and points, of one recording."""
+        with torch.inference_mode(False), torch.enable_grad():
+            q = tuple(ordinary(p).requires_grad_() for p in parameters)
+            x = ordinary(points).requires_grad_()
+            u = self.policy(q, x)
+
+        def pull(adj: Tensor) -> tuple[tuple[Tensor, ...]]:
+            return (torch.autograd.grad(u, q, adj, retain_graph=True),)
+
+        def pull_x(adj: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(u, x, adj, retain_graph=True)
+
+        return u.detach(), pull, pull_x
+
+    def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tensors in the order of the parameters, by the names of all places they take."""
+        return {name: q for names, q in zip(self.places, parameters) for name in names}
+
+    @property
+    def tolerance(self) -> float | None:
+        """Accepted difference of recomputed controls under autocast: a few units in the last place of its
+        type.
+        """
+        return None if self.autocast is None else 16.0 * torch.finfo(self.autocast).eps
+
+    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
+        """What the backward pass needs, and the loss; the policy is evaluated step by step."""
+        x, states, controls = x0, [x0], []
+        simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
+        for t in range(spec.horizon):
+            with span("policy"):
+                u = self._control(parameters, x0.clone() if t == 0 else x, t)
+            if simulator is None or t == 0 or not x0.shape[0]:
+                x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+            else:
+                x = stepped(simulator, x, u).clone()  # it may write there again
+            controls.append(u)
+            states.append(x)
+        saved = Saved(torch.stack(states), torch.stack(controls))
+        return saved, operators.loss(spec.text(), *saved[:2])
+
+    def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
+        """What the policy answers to the states of step t, which it must leave as they are."""
+        given = None if self.inputs is None else self.inputs[t]
+        if torch.compiler.is_compiling() or x.is_inference():
+            return self.policy(parameters, x, given)
+        version = x._version
+        u = self.policy(parameters, x, given)
+        if x._version != version:
+            raise ValueError(
+                f"policy: it changed its input in place at step {t}, expected the states as they are: they "
+                "are simulated from and read again in the backward pass; work on x.clone()"
+            )
+        return u
+
+    def backward(
+        self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
+        compared: in blocks of worlds whose Jacobians of a segment are not too large.
+        """
+        horizon, nworld, m = saved.controls.shape
+        per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
+        block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
+        if block >= nworld or self.whole:
+            return self._block(spec, saved.states, saved.controls, parameters, g, nworld)
+        grads, adj_x0 = [], []
+        for first in range(0, nworld, block):
+            part = slice(first, min(first + block, nworld))
+            states, controls = saved.states[:, part], saved.controls[:, part]
+            path = self if self.inputs is None else self._replace(inputs=self.inputs[:, part])
+            own, adj = path._block(spec, states, controls, parameters, g.worlds(part), nworld)
+            grads.append(own)
+            adj_x0.append(adj)
+        return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1)
+
+    def _block(
+        self,
+        spec: Spec,
+        states: Tensor,
+        controls: Tensor,
+        parameters: Sequence[Tensor],
+        g: Cotangents,
+        loss_worlds: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Those of some of the `loss_worlds` worlds over which the loss is a mean, over one segment of steps
+        after the other.
+        """
+        grads = adj_x0 = None
+        for t0, t1 in pieces(spec.horizon, spec.segment or spec.horizon):
+            own, adj_x0 = self._segment(
+                spec,
+                states[t0 : t1 + 1],
+                controls[t0:t1],
+                parameters,
+                g.steps(t0, t1),
+                t0,
+                adj_x0,
+                loss_worlds,
+            )
+            grads = own if grads is None else grads + own
+        assert grads is not None and adj_x0 is not None
+        return grads, adj_x0
+
+    def _segment(
+        self,
+        spec: Spec,
+        states: Tensor,
+        controls: Tensor,
+        parameters: Sequence[Tensor],
+        g: Cotangents,
+        t0: int,
+        carried: Tensor | None,
+        loss_worlds: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state
+        t0.
+        """
+        steps, nworld, m = controls.shape
+        points = states[:-1].reshape(steps * nworld, states.shape[2])
+        given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
+        once = self.perceptron and not operators.watched(points, list(parameters)) and recording()
+        pull_x: Any = None
+        with span("policy_again"):
+            if once:
+                recomputed, pull, pull_x = self._recorded(parameters, points)
+            else:
+                recomputed, pull, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
+        jac = None
+        if spec.network_open:
+            with span("policy_jacobians"):
+                if not once:
+                    _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x, given), points)
+                # one unit cotangent a control component: rows do not mix, so all points share a product
+                columns = []
+                for c in range(m):
+                    unit = torch.zeros_like(recomputed)
+                    unit[:, c] = 1.0
+                    columns.append(pull_x(unit)[0])
+                jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
+        recomputed = recomputed.view(steps, nworld, m)
+        mu, adj_x0 = operators.adjoint(
+            spec.text(), states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        )
+        fields = []
+        for f in range(mu.shape[0]):
+            with span("policy_weight_grad"):
+                (field,) = pull(mu[f].reshape(steps * nworld, m))
+            fields.append(
+                torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
+            )
+        return torch.stack(fields), adj_x0

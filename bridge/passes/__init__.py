@@ -1,0 +1,1 @@
+"""Forward and backward pass of a rollout as plain functions of tensors."""

@@ -1,0 +1,201 @@
+"""The forward sweep of a rollout whose policy is fused into it; fused_backward.py has the way back.
+
+Like sweeps.py, this allocates outputs, picks kernels and spreads CPU work over threads, and knows no
+autograd.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...kernels.policy.layout import BLOCK, Column, Layout, layout
+from ...kernels.sweeps.resident import choose_plan, make_resident_rollout
+from ..runtime.arrays import constant, empty, stream
+from ..runtime.launches import Launch, Pool, array
+from ..runtime.registry import Prepared
+from ..runtime.team import Team, shares
+from .segments import blocks_of, hidden_shape, pieces
+from .spec import LossWeights
+from .sweeps import check_has_loss, loss, members_of, total
+
+GPU_LANES = 128
+"""Threads of a GPU block in the forward sweep of a policy whose weights do not fit the registers."""
+THREAD_PRODUCTS = 1 << 18
+"""Multiply-adds of a thread in one pass through the policy, below which a second thread costs more than it
+brings: some 6 us.
+"""
+
+
+def pack(network: str, parameters: Sequence[torch.Tensor], members: tuple[int, ...] = ()) -> torch.Tensor:
+    """The policy's parameters as the kernels read them, (packed,); (*members, packed) of stacked ones."""
+    first = parameters[0]
+    index = constant((network, first.element_size()), _pack_index, first.device)
+    zero = constant(first.dtype, _zero, first.device)
+    if members:
+        zero = zero.expand(*members, 1)
+    flat = torch.cat([zero, *(q.detach().reshape(*members, -1) for q in parameters)], dim=-1)
+    return flat.index_select(-1, index)
+
+
+def _zero(dtype: torch.dtype) -> np.ndarray:
+    return torch.zeros(1, dtype=dtype, device="cpu").numpy()
+
+
+def _pack_index(key: tuple[str, int]) -> np.ndarray:
+    return layout(*key).pack
+
+
+def table(key: tuple[str, int]) -> np.ndarray:
+    return layout(*key).table.ravel()
+
+
+def blocks_per_thread(lay: Layout, horizon: int) -> int:
+    """World blocks below which another thread costs more than it brings."""
+    columns = (Column.POSITIONS, Column.PITCH_UNITS, Column.WINDOW)
+    products = sum(math.prod(lay.column(i, c) for c in columns) for i in range(lay.layers))
+    return -(-THREAD_PRODUCTS // (horizon * BLOCK * products))
+
+
+def fixed(tensor: torch.Tensor) -> Any:
+    """Descriptor of a kept tensor with one axis."""
+    descriptor = array(tensor.element_size(), tensor.numel())
+    descriptor.data = tensor.data_ptr()
+    return descriptor
+
+
+def _groups(members: int, blocks: int, least: int) -> tuple[list[range], int]:
+    """Groups of neighbouring blocks of a member for each thread, and of how many blocks one is.
+
+    Two share every weight that is loaded, which is worth it unless a thread has more to do for it.
+    """
+    alone = shares(members * blocks, least)
+    pairs = shares(members * -(-blocks // 2), -(-least // 2))
+    if blocks > 1 and 2 * len(pairs[0]) <= 1.1 * len(alone[0]):
+        return pairs, 2
+    return alone, 1
+
+
+class _Rollout:
+    """Prepared forward sweep with the policy fused in."""
+
+    def __init__(
+        self,
+        p: Prepared,
+        network: str,
+        horizon: int,
+        kept: int,
+        members: int,
+        member_worlds: int,
+        weights: LossWeights,
+        threads: int,
+    ) -> None:
+        n, m, size = p.state_size, p.control_size, p.itemsize
+        lay = layout(network, size)
+        nworld, blocks = members * member_worlds, members * blocks_of(member_worlds)
+        self.x0 = array(size, nworld, n, components=1)
+        self.packed = array(size, members, lay.packed)
+        self.table = constant((network, size), table, p.torch_device)
+        self.states = array(size, horizon + 1, nworld, n, components=1)
+        self.controls = array(size, horizon, nworld, m, components=1)
+        self.flat_controls = array(size, horizon * nworld * m)
+        self.hidden = array(size, blocks * kept * BLOCK, lay.row)
+        self.world_loss = array(size, nworld)
+        worlds = [nworld, member_worlds, *weights.per_world(member_worlds, horizon, m)]
+        plan = None if p.device.is_cpu else choose_plan(network, size, nworld)
+        if plan is not None:
+            args = [self.x0, p.params, self.packed, horizon, *worlds]
+            args += [self.states, self.controls, self.hidden, self.world_loss]
+            kernel = make_resident_rollout(p.functions, p.dtype, plan)
+            dim = members * plan.blocks(member_worlds), plan.threads
+            self.run = Team([Launch(kernel, dim, args, p.device, block_dim=plan.threads)])
+            return
+        lanes = 1 if p.device.is_cpu else GPU_LANES
+        before = [self.x0, p.params, self.packed, fixed(self.table), lay.layers, lay.row]
+        parts, together = [range(blocks)], 1
+        if p.device.is_cpu:
+            parts, together = _groups(members, blocks // members, blocks_per_thread(lay, horizon))
+        before += [lay.column(0, Column.SECTION), horizon, kept, *worlds, together]
+        after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
+        args = [([*before, part.start, *after], (len(part), lanes)) for part in parts]
+        self.run = Team([Launch(p.fused_rollout, dim, a, p.device, block_dim=lanes) for a, dim in args])
+
+
+_rollout = Pool(_Rollout)
+
+
+def rollout(
+    p: Prepared,
+    network: str,
+    packed: torch.Tensor,
+    x0: torch.Tensor,
+    horizon: int,
+    weights: LossWeights,
+    segment: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fused forward sweep: states, controls, loss and hidden activations, see `segments.hidden_shape`.
+
+    With x0 (members, nworld, state_size) and packed (members, packed), every member drives its own worlds and
+    has its own loss. With a `segment` the activations are scratch: on a CPU those of one step; on a GPU those
+    of one segment, because the sweep then runs in segments of so many steps.
+    """
+    check_has_loss(p, weights)
+    states = empty(x0, horizon + 1, *x0.shape)
+    controls = empty(x0, horizon, *x0.shape[:-1], p.control_size)
+    row = layout(network, p.itemsize).row
+    hidden = empty(x0, *hidden_shape(x0, horizon, row, segment))
+    if x0.shape[-2] == 0:
+        return states, controls, x0.new_zeros(x0.shape[:-2]), hidden
+    world_loss = x0.new_empty(x0.shape[:-1])
+    if not segment:
+        _sweep(p, network, packed, x0, weights, states, controls, hidden, world_loss)
+        return states, controls, total(world_loss), hidden
+    cut, kept = _cut(p, horizon, segment)
+    scratch = empty(x0, *hidden_shape(x0, kept, row, 0))
+    whole = weights if len(cut) == 1 else LossWeights(0.0, 0.0, 0.0)
+    for t0, t1 in cut:
+        part = x0 if t0 == 0 else states[t0]
+        _sweep(p, network, packed, part, whole, states[t0 : t1 + 1], controls[t0:t1], scratch, world_loss)
+    value = total(world_loss) if len(cut) == 1 else loss(p, states, controls, weights)
+    return states, controls, value, hidden
+
+
+def _cut(p: Prepared, horizon: int, segment: int) -> tuple[list[tuple[int, int]], int]:
+    """Pieces in which a sweep runs that keeps no activations, and of how many steps it has some."""
+    if p.device.is_cpu:
+        return [(0, horizon)], 1
+    return pieces(horizon, segment)[::-1], min(segment, horizon)
+
+
+def activations(p: Prepared, network: str, packed: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Hidden activations of a segment of a rollout, from its states (steps + 1, nworld, state_size): by the
+    sweep itself, so that they are what it found. The road of GPUs; see fused_backward.py for that of CPUs.
+    """
+    steps = states.shape[0] - 1
+    return rollout(p, network, packed, states[0], steps, LossWeights(0.0, 0.0, 0.0))[3]
+
+
+def _sweep(
+    p: Prepared,
+    network: str,
+    packed: torch.Tensor,
+    x0: torch.Tensor,
+    weights: LossWeights,
+    states: torch.Tensor,
+    controls: torch.Tensor,
+    hidden: torch.Tensor,
+    world_loss: torch.Tensor,
+) -> None:
+    """Runs the sweep over all steps of `controls`; `hidden` has room for some of them at least."""
+    horizon, lay = controls.shape[0], layout(network, p.itemsize)
+    members, member_worlds = members_of(x0.shape)
+    kept = min(horizon, hidden.numel() // (members * blocks_of(member_worlds) * BLOCK * lay.row))
+    key = (p, network, horizon, kept, members, member_worlds, weights, torch.get_num_threads())
+    with _rollout.borrow(*key) as sweep, stream(x0.device):
+        sweep.x0.data, sweep.packed.data = x0.data_ptr(), packed.data_ptr()
+        sweep.states.data, sweep.hidden.data = states.data_ptr(), hidden.data_ptr()
+        sweep.controls.data = sweep.flat_controls.data = controls.data_ptr()
+        sweep.world_loss.data = world_loss.data_ptr()
+        sweep.run()

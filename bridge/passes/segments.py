@@ -1,0 +1,95 @@
+"""Which activations of a rollout are kept for its backward pass, and in which pieces the others come again.
+
+The hidden activations of a policy depend on the states and the weights alone, and the states are outputs of
+the rollout: they are kept anyway. A rollout that does not keep its activations recomputes those of one
+segment of time steps after the other, from the last to the first, while the adjoint sweep carries the
+cotangent of the state from each to the one before it. On a CPU nothing is simulated again: the activations of
+the points of a segment do not depend on one another. On a GPU the forward sweep itself runs again over the
+segment, so that whatever form it has, what it finds has the bits it had: one forward and one adjoint launch a
+segment.
+
+All decisions here follow from shapes, so that a traced graph knows them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ...kernels.policy.layout import BLOCK, layout
+from .spec import BY_SIZE, NONE_KEPT, Spec
+
+STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
+"""Activations up to which a rollout keeps them, by device."""
+SEGMENT_BYTES = {"cpu": 1 << 20, "cuda": 1 << 30}
+"""Activations that are recomputed at once: on a CPU by a thread, so that they stay in cache; on a GPU of all
+worlds. At least one step."""
+POINT_ELEMENTS = 1 << 25
+"""Elements that a policy which torch evaluates holds at once, as far as they can be foreseen."""
+
+CACHED_ROWS = 1 << 12
+"""Rows that a perceptron of a foreign simulator's rollout takes at once on a CPU: of more, the pages of fresh
+memory cost as much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
+"""
+
+
+def blocks_of(nworld: int) -> int:
+    """World blocks of `nworld` worlds of one policy."""
+    return (nworld + BLOCK - 1) // BLOCK
+
+
+def hidden_shape(x0: torch.Tensor, horizon: int, row: int, segment: int) -> tuple[int, ...]:
+    """Shape of the stored activations, (blocks * horizon * BLOCK, row), of each member for an ensemble;
+    without rows where they are recomputed.
+    """
+    blocks = 0 if segment else blocks_of(x0.shape[-2])
+    return (*x0.shape[:-2], blocks * horizon * BLOCK, row)
+
+
+def pieces(horizon: int, segment: int) -> list[tuple[int, int]]:
+    """First and last step (exclusive) of the segments, in the order of the backward pass."""
+    return [(t, min(t + segment, horizon)) for t in range(0, horizon, segment)][::-1]
+
+
+def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = True) -> int:
+    """Steps of a segment of a fused rollout; 0 where all activations are kept, never without `keep`."""
+    size, device = x0.element_size(), x0.device.type
+    blocks = x0.shape[:-2].numel() * blocks_of(x0.shape[-2])
+    step = BLOCK * layout(network, size).row * size
+    if keep and blocks * step * horizon <= STORED_BYTES[device]:
+        return 0
+    if device == "cpu":
+        return cpu_steps(step, horizon)
+    return _even(horizon, SEGMENT_BYTES[device] // (max(blocks, 1) * step))
+
+
+def with_segment(spec: Spec, network: str, x0: torch.Tensor) -> Spec:
+    """The description of a fused rollout with the segment that its size asks for, where none is given."""
+    if spec.segment not in (BY_SIZE, NONE_KEPT):
+        return spec
+    return spec._replace(segment=fused_segment(network, x0, spec.horizon, spec.segment == BY_SIZE))
+
+
+def cpu_steps(step: int, horizon: int, whole: int = 0) -> int:
+    """Steps of a segment on a CPU, of `step` bytes each; all where they come to no more than `whole`."""
+    return horizon if step * horizon <= whole else _even(horizon, SEGMENT_BYTES["cpu"] // step)
+
+
+def torch_segment(
+    parameters: Sequence[torch.Tensor], x0: torch.Tensor, control_size: int, jacobians: bool, horizon: int
+) -> int:
+    """Steps of a segment of a rollout whose policy torch evaluates.
+
+    What the policy keeps of a row is its own affair; foreseen are its inputs and outputs, a unit for every
+    row of a weight or entry of a bias, and the Jacobian.
+    """
+    state_size = x0.shape[-1]
+    row = state_size + control_size + sum(q.shape[0] for q in parameters if q.ndim)
+    if jacobians:
+        row += control_size * state_size
+    return _even(horizon, POINT_ELEMENTS // (max(x0.shape[-2], 1) * row))
+
+
+def _even(horizon: int, most: int) -> int:
+    """The shortest segment that needs no more segments than one of `most` steps."""
+    count = -(-horizon // max(1, min(most, horizon)))
+    return -(-horizon // count)

@@ -1,0 +1,338 @@
+"""Launches of the sweeps over tensors: allocates outputs, picks kernels, spreads CPU work over threads.
+
+No autograd here; operators.py makes torch operators of these and tape.py records them on a Warp tape.
+Shapes: x0 (nworld, state_size), states (horizon + 1, nworld, state_size), controls (horizon, nworld,
+control_size). Of an ensemble of policies the worlds have two axes, (members, worlds of a member): the kernels
+see them as one, member after member.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import warp as wp
+
+from ...kernels.agreement import NSTATS, chunks, make_combine
+from ...kernels.flow import PHYSICS, Flow
+from ..runtime.arrays import WARP_DTYPE, constant, empty, stream, warp_device
+from ..runtime.launches import Launch, Pool, array
+from ..runtime.registry import Prepared
+from ..runtime.team import Team, shares
+from .spec import Cotangents, LossWeights, Spec
+
+WORLD_STEPS_PER_THREAD = 256
+"""Below this, a second thread costs a sweep without a policy more than it brings: some 5 to 10 us."""
+CHUNKS_PER_THREAD = 8
+"""The same for the comparison of two gradients."""
+
+
+def edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
+    """Edge masks (fields, horizon) of schedules."""
+    schedules, closed_physics = key
+    masks = np.array([[Flow(letter).edges for letter in schedule] for schedule in schedules], dtype=np.int32)
+    # a decay of 0 selects like a closed gate: 0 inf would be NaN
+    return masks & ~PHYSICS if closed_physics else masks
+
+
+def check_has_loss(p: Prepared, weights: LossWeights) -> None:
+    if p.functions.loss is None and (weights.final or weights.running):
+        raise ValueError(
+            "loss: this system has no loss of its own; pass a callable of (states, controls) or None"
+        )
+
+
+def _launches(
+    p: Prepared,
+    kernel: wp.Kernel,
+    threads: int,
+    steps: int,
+    before: list[Any],
+    after: list[Any],
+    worlds: int = 1,
+) -> list[Launch]:
+    """Launches over some steps that share the threads, each of which has up to `worlds` worlds; the first
+    thread of a launch stands between the arguments `before` and `after`.
+    """
+    least = -(-WORLD_STEPS_PER_THREAD // (steps * worlds))
+    parts = shares(threads, least) if p.device.is_cpu else [range(threads)]
+    return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
+
+
+def _threads(p: Prepared, members: int, nworld: int) -> int:
+    """Threads over the worlds of all members: by block, which never reaches into another member, or by
+    world.
+    """
+    return members * ((nworld // members + p.kernels.worlds - 1) // p.kernels.worlds)
+
+
+_ROW = 1024
+
+
+def total(world_loss: torch.Tensor) -> torch.Tensor:
+    """Sum over worlds, of each member where there are any, the same for every number of threads and of
+    members: torch splits a long sum by threads, short ones not, and orders them by shape.
+    """
+    if world_loss.ndim > 1:
+        return torch.stack([total(member) for member in world_loss])
+    if world_loss.numel() <= 16 * _ROW:
+        return world_loss.sum()
+    whole = world_loss.numel() // _ROW * _ROW
+    return world_loss[:whole].view(-1, _ROW).sum(1).sum() + world_loss[whole:].sum()
+
+
+class _Simulate:
+    """Prepared open-loop sweep."""
+
+    def __init__(self, p: Prepared, horizon: int, nworld: int, threads: int) -> None:
+        n, m, size = p.state_size, p.control_size, p.itemsize
+        self.x0 = array(size, nworld, n, components=1)
+        self.controls = array(size, horizon, nworld, m, components=1)
+        self.states = array(size, horizon + 1, nworld, n, components=1)
+        before = [self.x0, self.controls, p.params, horizon]
+        self.run = Team(
+            _launches(
+                p,
+                p.kernels.simulate,
+                _threads(p, 1, nworld),
+                horizon,
+                before,
+                [self.states],
+                p.kernels.worlds,
+            )
+        )
+
+
+_simulate = Pool(_Simulate)
+
+
+def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+    """States under given controls."""
+    horizon, nworld = controls.shape[0], x0.shape[0]
+    states = empty(x0, horizon + 1, nworld, p.state_size)
+    if nworld:
+        with _simulate.borrow(p, horizon, nworld, torch.get_num_threads()) as sweep, stream(x0.device):
+            sweep.x0.data, sweep.controls.data = x0.data_ptr(), controls.data_ptr()
+            sweep.states.data = states.data_ptr()
+            sweep.run()
+    return states
+
+
+class _Loss:
+    """Prepared loss of a trajectory."""
+
+    def __init__(
+        self,
+        p: Prepared,
+        horizon: int,
+        members: int,
+        member_worlds: int,
+        weights: LossWeights,
+        threads: int,
+    ) -> None:
+        nworld = members * member_worlds
+        self.states = array(p.itemsize, horizon + 1, nworld, p.state_size, components=1)
+        self.controls = array(p.itemsize, horizon, nworld, p.control_size, components=1)
+        self.world_loss = array(p.itemsize, nworld)
+        factors = weights.per_world(member_worlds, horizon, p.control_size)
+        before = [self.states, self.controls, p.params, horizon, *factors]
+        self.run = Team(_launches(p, p.kernels.loss, nworld, horizon, before, [self.world_loss]))
+
+
+_loss = Pool(_Loss)
+
+
+def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: LossWeights) -> torch.Tensor:
+    """The built-in loss, a scalar, one of each member for an ensemble; 0 without worlds."""
+    horizon, (members, nworld) = controls.shape[0], members_of(controls.shape[1:])
+    check_has_loss(p, weights)
+    if nworld == 0 or not any(weights):
+        return states.new_zeros(states.shape[1:-2])
+    world_loss = states.new_empty(states.shape[1:-1])
+    key = (p, horizon, members, nworld, weights, torch.get_num_threads())
+    with _loss.borrow(*key) as sweep, stream(states.device):
+        sweep.states.data, sweep.controls.data = states.data_ptr(), controls.data_ptr()
+        sweep.world_loss.data = world_loss.data_ptr()
+        sweep.run()
+    return total(world_loss)
+
+
+class Shape(NamedTuple):
+    """What the arguments of an adjoint sweep depend on besides addresses."""
+
+    steps: int
+    """Of the sweep: of the whole rollout or of a segment."""
+    members: int
+    nworld: int
+    """Of all members."""
+    jac: bool
+    adj_loss: bool
+    adj_states: bool
+    adj_controls: bool
+    loss_worlds: int = 0
+    """Worlds over which the loss is a mean, where they are more than those of a member here."""
+
+
+class AdjointArguments:
+    """Arguments of the adjoint kernel around the first world of a launch."""
+
+    def __init__(self, p: Prepared, spec: Spec, shape: Shape) -> None:
+        steps, nworld, n, m, size = shape.steps, shape.nworld, p.state_size, p.control_size, p.itemsize
+        fields, horizon = len(spec.schedules), spec.horizon
+        self.kernel = p.kernels.adjoint[fields - 1]
+        self.edges = constant((spec.schedules, spec.decay == 0.0), edge_masks, p.torch_device)
+        edges = array(4, fields, horizon)
+        edges.data = self.edges.data_ptr()
+        self.states = array(size, steps + 1, nworld, n, components=1)
+        self.controls = array(size, steps, nworld, m, components=1)
+        self.jac = array(size, *((steps, nworld, m) if shape.jac else (0, 0, 0)), n, components=1)
+        self.adj_loss = array(size, shape.members if shape.adj_loss else 0)
+        self.adj_states = array(size, *((steps + 1, nworld) if shape.adj_states else (0, 0)), n, components=1)
+        self.adj_controls = array(size, *((steps, nworld) if shape.adj_controls else (0, 0)), m, components=1)
+        self.mu = array(size, fields, steps, nworld, m, components=1)
+        self.adj_x0 = array(size, fields, nworld, n, components=1)
+        self.before = [self.states, self.controls, self.jac, p.params, edges, spec.decay, steps, 0, 0]
+        self.before += [
+            *spec.weights.per_world(shape.loss_worlds or nworld // shape.members, horizon, m),
+            self.adj_loss,
+            self.adj_states,
+            self.adj_controls,
+            nworld // shape.members,
+        ]
+        self.after = [self.mu, self.adj_x0]
+        self._trajectories: list[tuple[Any, int, int]] = []
+
+    def point(self, states: torch.Tensor, controls: torch.Tensor, g: Cotangents) -> None:
+        """Sets the addresses of the inputs, all dense; they must live until the launch has been made."""
+        self.adj_loss.data = 0 if g.loss is None else g.loss.data_ptr()
+        pairs = (
+            (self.states, states),
+            (self.controls, controls),
+            (self.adj_states, g.states),
+            (self.adj_controls, g.controls),
+        )
+        self._trajectories = [
+            (target, t.data_ptr(), t.stride(0) * t.element_size()) for target, t in pairs if t is not None
+        ]
+        self.seek(0)
+
+    def seek(self, t0: int) -> None:
+        """Lets the trajectories begin with this step of those that `point` was given."""
+        for target, first, step in self._trajectories:
+            target.data = first + t0 * step
+
+
+def shape_of(controls: torch.Tensor, jac: bool, g: Cotangents) -> Shape:
+    """The shape of an adjoint sweep over a trajectory."""
+    members, nworld = members_of(controls.shape[1:])
+    return Shape(controls.shape[0], members, members * nworld, jac, *(t is not None for t in g))
+
+
+def members_of(shape: torch.Size) -> tuple[int, int]:
+    """Members, and worlds of each, of a shape (nworld, size) or (members, nworld, size)."""
+    return (1, shape[0]) if len(shape) == 2 else (shape[0], shape[1])
+
+
+class _Adjoint:
+    """Prepared adjoint sweep over all worlds."""
+
+    def __init__(self, p: Prepared, spec: Spec, shape: Shape, threads: int) -> None:
+        self.arguments = a = AdjointArguments(p, spec, shape)
+        over = _threads(p, shape.members, shape.nworld)
+        self.launches = _launches(p, a.kernel, over, shape.steps, a.before, a.after, p.kernels.worlds)
+        self.run = Team(self.launches)
+        self._place = (0, 0)
+
+    def place(self, t0: int, carried: bool) -> None:
+        """Sets the step of the rollout with which the sweep begins, and whether it goes on from another."""
+        if self._place != (t0, int(carried)):
+            self._place = (t0, int(carried))
+            names = [a.label for a in self.arguments.kernel.adj.args]
+            for launch in self.launches:
+                for name, value in zip(("t0", "carried"), self._place):
+                    launch.put(names.index(name), value)
+
+
+_adjoint = Pool(_Adjoint)
+
+
+def adjoint(
+    p: Prepared,
+    spec: Spec,
+    states: torch.Tensor,
+    controls: torch.Tensor,
+    jac: torch.Tensor | None,
+    g: Cotangents,
+    t0: int = 0,
+    carried: torch.Tensor | None = None,
+    loss_worlds: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of the first state
+    (fields, nworld, state_size), with two axes of worlds for an ensemble.
+
+    `jac` is dN/dx (steps, nworld, control_size, state_size), None where no network edge is open. Over a
+    segment of a rollout the trajectories begin with its step `t0`, and `carried` is what the sweep over the
+    steps behind the segment has found for the state between them. The loss is a mean over `loss_worlds`
+    worlds, those of a member where that is 0.
+    """
+    fields = len(spec.schedules)
+    mu = empty(states, fields, *controls.shape)
+    adj_x0 = states.new_empty((fields, *states.shape[1:])) if carried is None else carried.clone()
+    shape = shape_of(controls, jac is not None, g)._replace(loss_worlds=loss_worlds)
+    if shape.nworld:
+        with (
+            _adjoint.borrow(p, spec, shape, torch.get_num_threads()) as sweep,
+            stream(states.device),
+        ):
+            a = sweep.arguments
+            g = g.dense()
+            a.point(states, controls, g)
+            sweep.place(t0, carried is not None)
+            a.jac.data = 0 if jac is None else jac.data_ptr()
+            a.mu.data, a.adj_x0.data = mu.data_ptr(), adj_x0.data_ptr()
+            sweep.run()
+    return mu, adj_x0
+
+
+class _Combine:
+    """Prepared comparison of two flat gradients."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        members: int,
+        size: int,
+        keep_check: bool,
+        _threads: int,
+    ) -> None:
+        itemsize, threads = dtype.itemsize, members * chunks(size)
+        self.base, self.check, self.combined = (array(itemsize, members, size) for _ in range(3))
+        self.stats = array(8, threads, NSTATS)
+        before, after = [self.base, self.check, size, int(keep_check)], [self.combined, self.stats]
+        cpu = device.type == "cpu"
+        kernel = make_combine(WARP_DTYPE[dtype], in_lanes=cpu)
+        parts = shares(threads, CHUNKS_PER_THREAD) if cpu else [range(threads)]
+        self.run = Team(
+            [Launch(kernel, len(part), [*before, part.start, *after], warp_device(device)) for part in parts]
+        )
+
+
+_combine = Pool(_Combine)
+
+
+def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Component-wise comparison of two gradients (components,) or (members, components): the combined one
+    and the sums of `agreement.NSTATS`, of each member.
+    """
+    size = base.shape[-1]
+    combined = torch.empty_like(base)
+    stats = base.new_empty((*base.shape[:-1], chunks(size), NSTATS), dtype=torch.float64)
+    if base.numel():
+        key = (base.dtype, base.device, base.numel() // size, size, keep_check, torch.get_num_threads())
+        with _combine.borrow(*key) as c, stream(base.device):
+            c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
+            c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
+            c.run()
+    return combined, stats.sum(-2)

@@ -1,0 +1,1 @@
+"""What tensors and Warp share: memory, streams, prepared launches, threads, tracing, prepared systems."""

@@ -1,0 +1,1 @@
+"""Policies inside the sweeps: the layout of their parameters, forward pass, input Jacobians, weight products."""

@@ -1,0 +1,114 @@
+"""A system's functions by themselves: one step and its adjoint at many points, for `warp_sims.checking`.
+
+One kernel for each form of the step that `system.py` knows. Its worlds are points that have nothing to do
+with each other; each writes the next state, the cost, and the cotangents that come back from given ones. No
+rollout runs these: what a sweep adds is not in them, so that a disagreement is one of the system's own
+functions.
+"""
+
+import functools
+from typing import Any
+
+import warp as wp
+
+from ..policy.layout import BLOCK
+from ..system import DeviceFunctions
+
+_OPTIONS = {"max_unroll": 4}
+
+
+def _kernel(function: Any) -> wp.Kernel:
+    return wp.kernel(function, module="unique", enable_backward=False, module_options=dict(_OPTIONS))
+
+
+@functools.cache
+def make_value_probe(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+    """Returns the kernel of the form by value, a world a thread."""
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step, step_vjp, loss, loss_vjp = functions.step, functions.step_vjp, functions.loss, functions.loss_vjp
+    has_loss = loss is not None
+
+    def value_probe(
+        # In:
+        x: wp.array(dtype=State),  # (nworld,)
+        u: wp.array(dtype=Control),  # (nworld,)
+        p: Params,
+        adj_x_next: wp.array(dtype=State),  # (nworld,)
+        adj_cost: wp.array(dtype=dtype),  # (nworld,)
+        # Out:
+        x_next: wp.array(dtype=State),  # (nworld,)
+        cost: wp.array(dtype=dtype),  # (nworld,); untouched without a loss, as is
+        adj_x: wp.array(dtype=State),  # (nworld,)
+        adj_u: wp.array(dtype=Control),  # (nworld,)
+        adj_x_cost: wp.array(dtype=State),  # (nworld,)
+    ):
+        world = wp.tid()
+        x_next[world] = step(x[world], u[world], p)
+        through_x, through_u = step_vjp(x[world], u[world], p, adj_x_next[world])
+        adj_x[world] = through_x
+        adj_u[world] = through_u
+        if wp.static(has_loss):
+            cost[world] = loss(x[world], p)
+            adj_x_cost[world] = loss_vjp(x[world], p, adj_cost[world])
+
+    return _kernel(value_probe)
+
+
+@functools.cache
+def make_lanes_probe(functions: DeviceFunctions) -> wp.Kernel:
+    """Returns the kernel of the block form, a block of worlds a thread; for CPUs."""
+    assert functions.block is not None
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step, step_vjp = functions.block.step, functions.block.step_vjp
+
+    def lanes_probe(
+        # In:
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        p: Params,
+        t: int,
+        # In, out:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld); row t is read, row t + 1 written
+        adj: wp.array2d(dtype=State),  # (fields, nworld)
+        # Out:
+        adj_u: wp.array3d(dtype=Control),  # (fields, horizon, nworld); row t is written
+    ):
+        nworld = states.shape[1]
+        world0 = wp.static(BLOCK) * wp.tid()
+        worlds = wp.min(wp.static(BLOCK), nworld - world0)
+        step(states, controls, p, t, nworld, world0, worlds)
+        step_vjp(states, controls, p, t, nworld, world0, worlds, adj, adj_u)
+
+    return _kernel(lanes_probe)
+
+
+@functools.cache
+def make_memory_probe(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
+    """Returns the kernel of the form in memory, a world a thread."""
+    assert functions.memory is not None
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step, step_vjp, loss, loss_vjp = functions.memory
+    has_loss, has_loss_vjp = loss is not None, loss_vjp is not None
+
+    def memory_probe(
+        # In:
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        p: Params,
+        t: int,
+        adj_cost: wp.array(dtype=dtype),  # (nworld,)
+        # In, out:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld); row t is read, row t + 1 written
+        adj: wp.array2d(dtype=State),  # (nworld, fields)
+        adj_x_cost: wp.array2d(dtype=State),  # (nworld, fields); added to
+        # Out:
+        cost: wp.array(dtype=dtype),  # (nworld,)
+        adj_u: wp.array2d(dtype=Control),  # (nworld, fields)
+    ):
+        world = wp.tid()
+        step(states, controls, p, t, world)
+        step_vjp(states, controls, p, t, world, adj[world], adj_u[world])
+        if wp.static(has_loss):
+            cost[world] = loss(states, p, t, world)
+        if wp.static(has_loss_vjp):
+            loss_vjp(states, p, t, world, adj_cost[world], adj_x_cost[world])
+
+    return _kernel(memory_probe)

@@ -1,0 +1,404 @@
+"""The forward sweep for GPUs: a block of threads holds a policy's weights in registers for all time steps.
+
+A thread owns one unit of every hidden layer, or one of `split` interleaved parts of it, and keeps the weights
+that it multiplies with. Activations of the block's worlds lie in shared memory; each is read as part of a
+16-byte broadcast that serves a whole warp, and nothing of the network is read from memory again. With s the
+part of a thread and V the elements of 16 bytes, at each position of a layer (see layout.py):
+
+    share_s = sum_i sum_{q < V} w[i V + q] x[(i split + s) V + q]      registers times broadcasts
+    a_j     = tanh(b_j + sum_s share_s)                                neighbouring lanes exchange their sums
+    u_c     = b_c + sum_k W_o[c, k] a_L[k]                             a warp per world and control
+
+A barrier stands behind every layer. The first threads of a block, one a world, take the step of the physics;
+the state stays in their registers. The rows go to memory in one piece, 16 bytes a thread.
+
+The sizes of the network must be known when the kernel is compiled, so there is a kernel per network, and only
+where its weights fit the registers (`make_plan`). Everything else takes the sweep of fused_rollout.py.
+
+The text of the block's work has macros for what differs between machines: a test runs the same text lane by
+lane on a CPU, in any order of the lanes.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import warp as wp
+
+from ..policy.layout import BLOCK, Column, Layout, layout
+from ..system import DeviceFunctions
+from ..systems.elements import REGISTER_BYTES, is_large, make_elements
+from .blocks import block_worlds
+from .rollout import make_cost
+
+BANK = 16
+"""Bytes of one load from shared memory."""
+REGISTERS = {128: 128, 256: 128, 512: 48}
+"""Sizes of a block, and the 32-bit registers that each of its threads may give to weights. A multiprocessor
+has 65536 for all threads, a thread at most 255, and the step of the physics needs its share."""
+SHARED_BYTES = 46 << 10
+"""Shared memory of a block: the 48 KiB that need no opt-in, less what Warp takes."""
+MOST_SPLIT = 4
+"""Parts of a unit: what so many threads read together lies within a padded section."""
+LATENCY_WORLDS = 256
+"""Up to so many worlds a block has one of them, and a multiprocessor (nearly) to itself. Beyond, BLOCK worlds
+go through a block together, and the sums of one hide the latency of the others."""
+
+
+class HiddenLayer(NamedTuple):
+    """How the threads of a block share a hidden layer."""
+
+    split: int
+    """Threads of a unit, a power of two."""
+    count: int
+    """Weights of a thread, whole loads of 16 bytes."""
+    first: int
+    """Where they stand among the thread's weights; the bias of the unit stands behind them."""
+
+
+class Plan(NamedTuple):
+    """A network's place in the registers and the shared memory of a block."""
+
+    network: str
+    itemsize: int
+    worlds: int
+    """Worlds of a block, a divisor of BLOCK."""
+    threads: int
+    hidden: tuple[HiddenLayer, ...]
+    weights: int
+    """Elements that a thread keeps, weights and biases."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where parameters and activations lie in memory."""
+        return layout(self.network, self.itemsize)
+
+    def blocks(self, nworld: int) -> int:
+        """Blocks of threads for `nworld` worlds of one policy: whole BLOCKs, as rows are stored in these."""
+        return (nworld + BLOCK - 1) // BLOCK * (BLOCK // self.worlds)
+
+
+def choose_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
+    """Returns the plan to take, None for fused_rollout.py: also for a large state in double precision,
+    whose step needs the registers itself (with the weights in them it spilled 30 to 90 bytes).
+    """
+    large = layout(network, itemsize).state_size * itemsize > REGISTER_BYTES
+    return None if large and itemsize == 8 else make_plan(network, itemsize, nworld)
+
+
+@functools.cache
+def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
+    """Returns how blocks of threads take a network through a rollout of `nworld` worlds.
+
+    None where they cannot: a policy without hidden layer, weights beyond the registers of the largest block,
+    or activations beyond its shared memory.
+    """
+    lay = layout(network, itemsize)
+    lanes = BANK // itemsize
+    if lay.layers == 1 or any(lay.column(i, Column.HOP) % lanes for i in range(lay.layers)):
+        return None
+    output = lay.control_size * (lay.column(lay.layers - 1, Column.PITCH_WINDOW) + 1)
+    worlds = 1 if nworld <= LATENCY_WORLDS else BLOCK
+    while worlds * (lay.row + lay.control_size) + output > SHARED_BYTES // itemsize:
+        if worlds == 1:
+            return None
+        worlds //= 2
+    for threads, registers in REGISTERS.items():
+        hidden, weights = _share(lay, threads, lanes)
+        if hidden and weights * itemsize <= registers * 4:
+            return Plan(network, itemsize, worlds, threads, tuple(hidden), weights)
+    return None
+
+
+def _share(lay: Layout, threads: int, lanes: int) -> tuple[list[HiddenLayer], int]:
+    """Splits the hidden layers over threads; none where a layer has more units than there are threads."""
+    hidden, first = [], 0
+    for i in range(lay.layers - 1):
+        window, units = lay.column(i, Column.WINDOW), lay.column(i, Column.UNITS)
+        if units > threads:
+            return [], 0
+        split = MOST_SPLIT
+        while split * units > threads:
+            split //= 2
+        count = -(-window // (lanes * split)) * lanes
+        hidden.append(HiddenLayer(split, count, first))
+        first += count + 1
+    return hidden, first
+
+
+CUDA = """
+  #define WS_SHARED __shared__
+  #define WS_SYNC() __syncthreads()
+  // what each thread does until the next barrier or exchange, and what it keeps for the part behind it
+  #define WS_EACH_LANE {
+  #define WS_END }
+  #define WS_KEPT(type, name, size) type name[size]
+  #define WS_MINE(name) name
+  #define WS_WEIGHT(i) w.c[i]
+  // every lane gets the sum over those that differ from it in the bits below `most`
+  #define WS_EXCHANGE(name, size, most) \\
+    _Pragma("unroll") for (int bit = 1; bit < (most); bit *= 2) \\
+      _Pragma("unroll") for (int r = 0; r < (size); ++r) \\
+        name[r] += __shfl_xor_sync(0xffffffffu, name[r], bit);
+"""
+"""The macros of the texts below for CUDA, but for `WS_STATE`."""
+
+_UNROLL = '_Pragma("unroll")'
+
+
+def _constants(plan: Plan) -> str:
+    lay = plan.layout
+    last = lay.layers - 1
+    values = {
+        "THREADS": plan.threads,
+        "WORLDS": plan.worlds,
+        "LANES": BANK // plan.itemsize,
+        "ROW": lay.row,
+        "STATE": lay.state_size,
+        "CONTROLS": lay.control_size,
+        "OUT_INPUT": lay.column(last, Column.INPUT),
+        "OUT_WINDOW": lay.column(last, Column.WINDOW),
+        "OUT_PITCH": lay.column(last, Column.PITCH_WINDOW),
+        "OUT_MATRIX": lay.column(last, Column.BACKWARD),
+        "OUT_BIAS": lay.column(last, Column.BIAS),
+    }
+    listed = ", ".join(f"{name} = {value}" for name, value in values.items())
+    real = "float" if plan.itemsize == 4 else "double"
+    return f"""
+  typedef {real} real;
+  enum {{ {listed} }};
+  struct alignas({BANK}) Bank {{ real of[LANES]; }};
+"""
+
+
+def _layer_constants(plan: Plan, i: int) -> str:
+    lay, share = plan.layout, plan.hidden[i]
+    values = {"SPLIT": share.split, "COUNT": share.count, "FIRST": share.first}
+    for name in ("WINDOW", "UNITS", "PITCH_UNITS", "FORWARD", "BIAS", "INPUT", "POSITIONS", "HOP", "SECTION"):
+        values[name] = lay.column(i, getattr(Column, name))
+    return "enum { " + ", ".join(f"{name} = {value}" for name, value in values.items()) + " };"
+
+
+def load_text(plan: Plan) -> str:
+    """The text that fills a thread's weights from `params`."""
+    layers = "".join(
+        f"""
+  {{
+    {_layer_constants(plan, i)}
+    const int unit = lane / SPLIT;
+    {_UNROLL} for (int k = 0; k < COUNT; ++k) {{
+      const int from = k / LANES * (LANES * SPLIT) + lane % SPLIT * LANES + k % LANES;
+      WS_WEIGHT(FIRST + k) = unit < UNITS && from < WINDOW ? P[FORWARD + from * PITCH_UNITS + unit] : real(0);
+    }}
+    WS_WEIGHT(FIRST + COUNT) = unit < UNITS ? P[BIAS + unit] : real(0);
+  }}"""
+        for i in range(len(plan.hidden))
+    )
+    return f"{_constants(plan)}\n  const real* P = params.data;\n  WS_EACH_LANE{layers}\n  WS_END\n"
+
+
+def policy_text(plan: Plan) -> str:
+    """The text of one evaluation of the policy: from the states of a block's worlds to `us`, their controls.
+
+    It keeps the rows [x | a_1 | ... ] in `rows` and writes them to `hidden`. Between two barriers no lane
+    reads what another has written.
+    """
+    begin = f"""{_constants(plan)}
+  alignas({BANK}) WS_SHARED real rows[WORLDS * ROW];
+  WS_SHARED real matrix[CONTROLS * (OUT_PITCH + 1)];
+  WS_SHARED real us[WORLDS * CONTROLS];
+  if (fresh) {{
+    WS_EACH_LANE
+      // paddings stay zero from here on
+      for (int i = lane; i < WORLDS * ROW; i += THREADS) rows[i] = real(0);
+      for (int i = lane; i < CONTROLS * OUT_PITCH; i += THREADS) matrix[i] = params.data[OUT_MATRIX + i];
+      for (int i = lane; i < CONTROLS; i += THREADS)
+        matrix[CONTROLS * OUT_PITCH + i] = params.data[OUT_BIAS + i];
+    WS_END
+    WS_SYNC();
+  }}
+  WS_EACH_LANE
+    if (owner)
+      for (int i = 0; i < STATE; ++i) rows[lane * ROW + i] = WS_STATE(i);
+  WS_END
+  WS_SYNC();
+"""
+    layers = "".join(
+        f"""
+  {{
+    {_layer_constants(plan, i)}
+    _Pragma("unroll 1") for (int position = 0; position < POSITIONS; ++position) {{
+      WS_KEPT(real, share, WORLDS);
+      WS_EACH_LANE
+        const real* read = rows + INPUT + position * HOP + lane % SPLIT * LANES;
+        real sums[WORLDS][LANES];
+        {_UNROLL} for (int r = 0; r < WORLDS; ++r)
+          {_UNROLL} for (int q = 0; q < LANES; ++q) sums[r][q] = real(0);
+        {_UNROLL} for (int k = 0; k < COUNT; k += LANES)
+          {_UNROLL} for (int r = 0; r < WORLDS; ++r) {{
+            const Bank bank = *reinterpret_cast<const Bank*>(read + r * ROW + k * SPLIT);
+            {_UNROLL} for (int q = 0; q < LANES; ++q) sums[r][q] += bank.of[q] * WS_WEIGHT(FIRST + k + q);
+          }}
+        {_UNROLL} for (int r = 0; r < WORLDS; ++r) {{
+          WS_MINE(share)[r] = sums[r][0];
+          {_UNROLL} for (int q = 1; q < LANES; ++q) WS_MINE(share)[r] += sums[r][q];
+        }}
+      WS_END
+      WS_EXCHANGE(share, WORLDS, SPLIT)
+      WS_EACH_LANE
+        const int unit = lane / SPLIT;
+        real* written = rows + INPUT + SECTION + position * PITCH_UNITS + unit;
+        // the threads of a unit take the worlds in turn
+        {_UNROLL} for (int r = 0; r < WORLDS; ++r)
+          if (unit < UNITS && r % SPLIT == lane % SPLIT)
+            written[r * ROW] = tanh(WS_MINE(share)[r] + WS_WEIGHT(FIRST + COUNT));
+      WS_END
+    }}
+  }}
+  WS_SYNC();
+"""
+        for i in range(len(plan.hidden))
+    )
+    end = """
+  WS_EACH_LANE
+    Bank* stored = reinterpret_cast<Bank*>(hidden.data + row0);
+    const Bank* banks = reinterpret_cast<const Bank*>(rows);
+    for (int i = lane; i < WORLDS * ROW / LANES; i += THREADS) stored[i] = banks[i];
+  WS_END
+  for (int first = 0; first < WORLDS * CONTROLS; first += THREADS / 32) {
+    WS_KEPT(real, sum, 1);
+    WS_EACH_LANE
+      const int at = first + lane / 32;
+      WS_MINE(sum)[0] = real(0);
+      const real* a = rows + at / CONTROLS * ROW + OUT_INPUT;
+      const real* weights = matrix + at % CONTROLS * OUT_PITCH;
+      if (at < WORLDS * CONTROLS)
+        for (int k = lane % 32; k < OUT_WINDOW; k += 32) WS_MINE(sum)[0] += a[k] * weights[k];
+    WS_END
+    WS_EXCHANGE(sum, 1, 32)
+    WS_EACH_LANE
+      const int at = first + lane / 32;
+      if (at < WORLDS * CONTROLS && lane % 32 == 0)
+        us[at] = WS_MINE(sum)[0] + matrix[CONTROLS * OUT_PITCH + at % CONTROLS];
+    WS_END
+  }
+  WS_SYNC();
+"""
+    return begin + layers + end
+
+
+@functools.cache
+def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) -> wp.Kernel:
+    """Returns the forward sweep of a system under a planned network, for CUDA.
+
+    Launch with dim=(members * plan.blocks(member_worlds), plan.threads) and block_dim=plan.threads: every
+    block must be whole.
+    """
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    step = functions.step
+    size, _, put, begin = make_elements(State)
+    # a small state stays in registers, a large one is read back from where it has been written
+    kept = not is_large(State)
+    in_memory = not kept and functions.memory is not None
+    step_in_memory = functions.memory.step if functions.memory else None
+    cost = make_cost(functions, dtype, in_memory)
+    has_cost = cost is not None
+    read_state = "x.c[i]" if kept else "wp::address(states, t, world)->c[i]"
+    Weights = wp.types.vector(length=plan.weights, dtype=dtype)
+    worlds_of_block = plan.worlds
+    parts = BLOCK // plan.worlds
+    row = plan.layout.row
+
+    @wp.func_native(
+        f"{CUDA}\n  wp::vec_t<{plan.weights}, {'float' if plan.itemsize == 4 else 'double'}> w;"
+        f"{load_text(plan)}\n  return w;"
+    )
+    def load_weights(params: wp.array(dtype=dtype), lane: int) -> Weights: ...
+
+    @wp.func_native(
+        f"{CUDA}  #define WS_STATE(i) {read_state}\n{policy_text(plan)}"
+        f"  wp::vec_t<CONTROLS, real> u;\n"
+        f"  for (int c = 0; c < CONTROLS; ++c) u.c[c] = us[(lane < WORLDS ? lane : 0) * CONTROLS + c];\n"
+        f"  return u;\n"
+    )
+    def policy(
+        x: State,
+        states: wp.array2d(dtype=State),
+        t: int,
+        world: int,
+        owner: wp.bool,  # whether the thread has a world
+        fresh: wp.bool,  # at the block's first evaluation
+        w: Weights,
+        params: wp.array(dtype=dtype),
+        hidden: wp.array2d(dtype=dtype),
+        row0: wp.int64,  # first element of the block's rows
+        lane: int,
+    ) -> Control: ...
+
+    def resident_rollout(
+        # In:
+        x0: wp.array(dtype=State),  # (nworld,)
+        p: Params,
+        params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
+        horizon: int,
+        nworld: int,
+        member_worlds: int,  # worlds of one policy, see blocks.py
+        w_final: dtype,
+        w_running: dtype,
+        w_control: dtype,
+        # Out:
+        states: wp.array2d(dtype=State),  # (horizon + 1, nworld)
+        controls: wp.array2d(dtype=Control),  # (horizon, nworld)
+        hidden: wp.array2d(dtype=dtype),  # (blocks * horizon * BLOCK, row), blocks of BLOCK worlds
+        world_loss: wp.array(dtype=dtype),  # (nworld,)
+    ):
+        group, lane = wp.tid()
+        block = group / wp.static(parts)
+        first_row = (group % wp.static(parts)) * wp.static(worlds_of_block)
+        member, world0, worlds = block_worlds(block, member_worlds)
+        own_params = params[member]
+        # The first threads have a world each. Rows of a block that have none stay zero, also in memory.
+        r = first_row + lane
+        owner = lane < wp.static(worlds_of_block) and r < worlds
+        world = world0 + wp.min(r, worlds - 1)
+
+        w = load_weights(own_params, lane)
+        x = State()
+        if owner:
+            begin(states, x0, world)
+            if wp.static(kept):
+                x = x0[world]
+        total = dtype(0.0)
+        effort = dtype(0.0)
+        for t in range(horizon):
+            row0 = wp.int64((block * horizon + t) * wp.static(BLOCK) + first_row) * wp.int64(wp.static(row))
+            u = policy(x, states, t, world, owner, t == 0, w, own_params, hidden, row0, lane)
+            if owner:
+                controls[t, world] = u
+                if wp.static(kept):
+                    x = step(x, u, p)
+                    states[t + 1, world] = x
+                elif wp.static(in_memory):
+                    step_in_memory(states, controls, p, t, world)
+                else:
+                    x_next = step(states[t, world], u, p)
+                    for i in range(size()):
+                        put(states, t + 1, world, i, x_next[i])
+                effort += wp.dot(u, u)
+                if wp.static(has_cost):
+                    if w_running != dtype(0.0):
+                        total += w_running * cost(states, p, t + 1, world)
+        if owner:
+            if wp.static(has_cost):
+                if w_final != dtype(0.0):
+                    total += w_final * cost(states, p, horizon, world)
+            if w_control != dtype(0.0):
+                total += w_control * effort
+            world_loss[world] = total
+
+    return wp.kernel(
+        resident_rollout,
+        module="unique",
+        enable_backward=False,
+        module_options={"max_unroll": 4},
+        launch_bounds=(plan.threads, 1),
+    )
