@@ -50,7 +50,7 @@ class MemoryFunctions(NamedTuple):
     """
 
     step: Any
-    step_vjp: Any
+    step_vjp: Any = None
     loss: Any = None
     loss_vjp: Any = None
 
@@ -70,17 +70,20 @@ class DeviceFunctions(NamedTuple):
         loss_vjp(x: State, p: Params, adj_loss: dtype) -> State
             cotangent of x
 
-    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. `block` and
-    `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide` is a block
-    form for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at once:
-    sweeps without a policy run it, where vectors of more lanes are worth a second form.
+    All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. Without a
+    `step_vjp` Warp generates the adjoints, of the loss too; they are held against finite differences in
+    float64 before their first use and refused where they are wrong, see sweeps/generated_vjp.py.
+
+    `block` and `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide`
+    is a block form for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at
+    once: sweeps without a policy run it, where vectors of more lanes are worth a second form.
     """
 
     Params: Any
     State: Any
     Control: Any
     step: Any
-    step_vjp: Any
+    step_vjp: Any = None
     loss: Any = None
     loss_vjp: Any = None
     block: BlockFunctions | None = None

@@ -32,7 +32,10 @@ from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
 from .flows import Flow
+from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
+from .gaussian import GaussianPolicy
 from .gradients import GradientPair, gradient_pair
+from .linearization import linearize
 from .policies import MLP, WaveCNN
 from .profiling.run import profile
 from .recording import record_rollout
@@ -63,15 +66,20 @@ __all__ = [
     "DeviceFunctions",
     "Ensemble",
     "Flow",
+    "ForeignSystem",
+    "GaussianPolicy",
     "GradientPair",
     "GuidanceByRepulsion",
     "Hopper",
+    "JaxSystem",
     "LinkedPendulum",
     "MemoryFunctions",
     "QuantumControl",
     "Robot",
     "Rollout",
     "System",
+    "TapeSystem",
+    "TorchSystem",
     "TrainConfig",
     "TrainResult",
     "WaveCNN",
@@ -79,6 +87,7 @@ __all__ = [
     "animate",
     "check",
     "gradient_pair",
+    "linearize",
     "load_run",
     "profile",
     "record_rollout",

@@ -192,12 +192,14 @@ def gradient_pair(
     window: int | None = None,
     decay: float = 1.0,
     checkpoint_every: int | None = None,
+    inputs: Tensor | None = None,
 ) -> GradientPair:
     """Two gradients of one rollout, not yet compared: one forward sweep, one adjoint sweep that carries both.
 
     Args:
         base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
-        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every: As in `rollout`. A
+        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every, inputs: As in
+            `rollout`. A
             callable loss should be a mean over worlds, or pairs do not add up to the pair of all worlds.
 
     Returns:
@@ -226,6 +228,7 @@ def gradient_pair(
         loss,
         control_cost,
         checkpoint_every,
+        inputs=inputs,
     )
     named = dict(policy.named_parameters())
     trainable = [named[name].requires_grad for name in plan.names]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .bridge.autograd import operators
 from .bridge.autograd.fused_path import FusedPath
 from .bridge.autograd.torch_path import TorchPath, call_with, places
-from .bridge.passes.segments import torch_segment
+from .bridge.passes.foreign import Simulator
+from .bridge.passes.segments import CACHED_ROWS, torch_segment
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.arrays import capturing
 from .bridge.runtime.threads import settle
@@ -75,6 +76,7 @@ def make_plan(
     control_cost: float,
     checkpoint_every: int | None,
     keep: bool = True,
+    inputs: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
@@ -93,18 +95,28 @@ def make_plan(
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
     spec = Spec(system.number, base, check, decay, *weights)
+    foreign = isinstance(system, Simulator)
+    if foreign and ensemble is not None:
+        raise ValueError(
+            f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
+            "its members run inside the sweeps; roll out its members() one by one"
+        )
     fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
-    network = None if fused is None else fused.description
-    # parameters that cannot have a gradient stay with the module
-    named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
-    names, parameters = list(named), list(named.values())
-    autocast = torch.is_autocast_enabled(x0.device.type)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
             f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
             f"{system.state_size} (state_size) to "
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
+    inputs = _check_inputs(call, inputs, x0, horizon, ensemble is not None)
+    perceptron = foreign and inputs is None and fused is not None and fused.description.startswith("mlp:")
+    if foreign or inputs is not None:
+        fused = None
+    network = None if fused is None else fused.description
+    # parameters that cannot have a gradient stay with the module
+    named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
+    names, parameters = list(named), list(named.values())
+    autocast = torch.is_autocast_enabled(x0.device.type)
     device, dtype = x0.device, x0.dtype
     for i, (name, parameter) in enumerate(named.items()):
         if type(parameter) is nn.Parameter and parameter.dtype == dtype and parameter.device == device:
@@ -132,8 +144,10 @@ def make_plan(
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
-        path = TorchPath(policy, tuple(where[name] for name in names), half)
-        _probe(call, system, path, parameters, x0)
+        whole = isinstance(system, Simulator) and not system.rowwise
+        path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron, inputs)
+        if not perceptron:
+            _probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
@@ -142,9 +156,33 @@ def make_plan(
         segment = BY_SIZE if keep else NONE_KEPT
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
+        if perceptron and x0.device.type == "cpu":
+            segment = min(segment, max(1, CACHED_ROWS // max(x0.shape[-2], 1)))
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
     return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
+
+
+def _check_inputs(call: str, inputs: Any, x0: Tensor, horizon: int, ensemble: bool) -> Tensor | None:
+    """What the policy is given beside the states, checked."""
+    if inputs is None:
+        return None
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"{call}: inputs is of type {type(inputs).__name__}, expected a tensor or None")
+    if ensemble:
+        raise ValueError(f"{call}: inputs for an Ensemble, expected None; roll out its members() one by one")
+    if inputs.ndim != 3 or tuple(inputs.shape[:2]) != (horizon, x0.shape[0]):
+        raise ValueError(
+            f"{call}: inputs has shape {tuple(inputs.shape)}, expected (horizon, nworld, k) = ({horizon}, "
+            f"{x0.shape[0]}, any), time first"
+        )
+    check_like(inputs, x0, call, "inputs")
+    if inputs.requires_grad:
+        raise ValueError(
+            f"{call}: inputs requires a gradient, expected a tensor that does not: none is computed for it; "
+            "pass inputs.detach(), and make what is to be learned a parameter of the policy"
+        )
+    return inputs
 
 
 def _differentiable(parameter: Tensor) -> bool:
@@ -362,6 +400,7 @@ def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Te
     if capturing(x0.device):
         return
     rows = x0[:_PROBE_ROWS].detach()
+    given = None if policy.inputs is None else policy.inputs[0, :_PROBE_ROWS]
     fixed = policy.substitutes([parameter.detach() for parameter in parameters])
     held = places(policy.module, buffers=True)
     written: list[str] = []
@@ -375,16 +414,17 @@ def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Te
 
         def evaluate(x: Tensor) -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
-            given = x.clone()
+            copy = x.clone()
+            beside = None if given is None else given.repeat(x.shape[0] // given.shape[0], 1)
             substitutes = fixed | {place: buffers[name] for name in held for place in held[name]}
             try:
-                u = call_with(policy.module, substitutes, given)
+                u = call_with(policy.module, substitutes, copy, beside)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(
                     f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
                     f"(n, {system.control_size}): {error}"
                 ) from error
-            if not bool(((given == x) | (x != x)).all()):
+            if not bool(((copy == x) | (x != x)).all()):
                 raise ValueError(
                     f"{call}: policy changes its input in place, expected the states as they are: they are "
                     "simulated from and read again in the backward pass; work on x.clone()"

@@ -44,6 +44,7 @@ def rollout(
     decay: float = 1.0,
     checkpoint_every: int | None = None,
     locate_divergence: bool = False,
+    inputs: Tensor | None = None,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -76,6 +77,9 @@ def rollout(
         locate_divergence: Raise FloatingPointError where the rollout is not finite, with the first world and
             step that are not and the system's time step. It reads the last state and the loss on the host,
             and the whole trajectory only where those are not finite.
+        inputs: (horizon, nworld, k), dtype and device of x0: what the policy is given beside the states, as
+            policy(x, inputs[t]): references, time, noise. Torch evaluates the policy; no gradient is
+            computed for it.
 
     Returns:
         `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
@@ -110,6 +114,7 @@ def rollout(
         control_cost,
         checkpoint_every,
         keep=_differentiated(),
+        inputs=inputs,
     )
     states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:

@@ -164,8 +164,12 @@ def _plain(value: Any) -> Any:
 
 
 def _fields(system: systems.System) -> dict[str, Any] | None:
+    names = [f.name for f in dataclasses.fields(system) if f.init]
+    needed = inspect.signature(type(system)).parameters.values()
+    if any(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in names for p in needed):
+        return None  # made of functions
     try:
-        return {f.name: _plain(getattr(system, f.name)) for f in dataclasses.fields(system) if f.init}
+        return {name: _plain(getattr(system, name)) for name in names}
     except TypeError:
         return None
 

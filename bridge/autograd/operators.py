@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
-from ..passes import fused, sweeps
+from ..passes import foreign, foreign_check, fused, sweeps
+from ..passes import generated_check as generated_check  # which checks what registry prepares
 from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
 from ..passes.spec import Cotangents, parse
@@ -35,6 +36,17 @@ own.
 """
 
 
+def watched(*args: Any) -> bool:
+    """Whether a call with these arguments has to go through the dispatcher."""
+    return (
+        any(type(a) not in _PLAIN for a in args)
+        or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
+        or torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 class _Operator:
     """A torch operator that is called past the dispatcher where nobody watches: it costs more than a
     launch there.
@@ -46,14 +58,7 @@ class _Operator:
         self.register_fake = self._operator.register_fake
 
     def __call__(self, *args: Any) -> Any:
-        watched = (
-            any(type(a) not in _PLAIN for a in args)
-            or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
-            or torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
-            or torch._C._are_functorch_transforms_active()
-        )
-        return self._operator(*args) if watched else self._body(*args)
+        return self._operator(*args) if watched(*args) else self._body(*args)
 
 
 def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:
@@ -90,6 +95,11 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
     """States (horizon + 1, nworld, state_size) under given controls."""
     if check:
         _check_finite(x0)
+    simulator = foreign.foreign(system)
+    if simulator is not None:
+        if check:
+            foreign_check.verify(simulator, x0, controls[0])
+        return foreign.simulate(simulator, x0, controls)
     return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
 
 
@@ -102,6 +112,9 @@ def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
 def loss(spec: str, states: Tensor, controls: Tensor) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
     own = parse(spec)
+    simulator = foreign.foreign(own.system)
+    if simulator is not None:
+        return foreign.loss(simulator, own, states, controls)
     p = prepare(own.system, states.dtype, states.device)
     return sweeps.loss(p, _dense(states), _dense(controls), own.weights)
 
@@ -205,8 +218,11 @@ def adjoint(
     """
     if recomputed is not None:
         _check_recomputed(recomputed, controls, tolerance, t0)
-    own = parse(spec)
-    p, g = prepare(own.system, states.dtype, states.device), Cotangents(adj_loss, adj_states, adj_controls)
+    own, g = parse(spec), Cotangents(adj_loss, adj_states, adj_controls)
+    simulator = foreign.foreign(own.system)
+    if simulator is not None:
+        return foreign.adjoint(simulator, own, states, controls, jac, g, t0, carried, loss_worlds)
+    p = prepare(own.system, states.dtype, states.device)
     jac = None if jac is None else jac.contiguous()
     return sweeps.adjoint(p, own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds)
 

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functional_call, vjp
+from torch.nn.functional import linear
 
+from ..passes.foreign import foreign, stepped
+from ..passes.foreign_torch import ordinary, recording
 from ..passes.segments import pieces
 from ..passes.spec import Cotangents, Saved, Spec
 from ..runtime.tracing import span
@@ -38,9 +41,24 @@ def places(module: torch.nn.Module, buffers: bool = False) -> dict[str, tuple[st
     return {names[0]: tuple(names) for names in found.values()}
 
 
-def call_with(module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Any:
-    """Calls a module with tensors in the places of its parameters and buffers, and leaves it as it was."""
-    return functional_call(module, tensors, (x,), tie_weights=False)
+def call_with(
+    module: torch.nn.Module, tensors: dict[str, Tensor], x: Tensor, given: Tensor | None = None
+) -> Any:
+    """Calls a module, on states and what it is given beside them, with tensors in the places of its
+    parameters and buffers, and leaves it as it was.
+    """
+    arguments = (x,) if given is None else (x, given)
+    return functional_call(module, tensors, arguments, tie_weights=False)
+
+
+def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The controls of an `MLP`, without putting its parameters into a module at every step."""
+    last = len(parameters) - 2
+    for i in range(0, last + 1, 2):
+        x = linear(x, parameters[i], parameters[i + 1])
+        if i < last:
+            x = x.tanh()
+    return x
 
 
 class TorchPath(NamedTuple):
@@ -50,14 +68,43 @@ class TorchPath(NamedTuple):
     places: tuple[tuple[str, ...], ...]
     """Names of the places of each parameter, see `places`."""
     autocast: torch.dtype | None
+    whole: bool = False
+    """Whether the worlds of the simulator cannot go through one part after the other."""
+    perceptron: bool = False
+    """Whether the module is an unchanged `MLP`, whose parameters are weight, bias, weight, bias, ..."""
 
-    def policy(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    inputs: Tensor | None = None
+    """(horizon, nworld, k) that the policy is given beside the states."""
+
+    def policy(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None) -> Tensor:
         """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
+        if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
+            return self._evaluate(parameters, x, given).to(x.dtype)
         with torch.autocast(
             x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         ):
-            u = call_with(self.module, self.substitutes(parameters), x)
+            u = self._evaluate(parameters, x, given)
         return u.to(x.dtype)
+
+    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None) -> Tensor:
+        if self.perceptron:
+            return _perceptron(parameters, x)
+        return call_with(self.module, self.substitutes(parameters), x, given)
+
+    def _recorded(self, parameters: Sequence[Tensor], points: Tensor) -> tuple[Tensor, Any, Any]:
+        """Controls, and the pullbacks to parameters and points, of one recording."""
+        with torch.inference_mode(False), torch.enable_grad():
+            q = tuple(ordinary(p).requires_grad_() for p in parameters)
+            x = ordinary(points).requires_grad_()
+            u = self.policy(q, x)
+
+        def pull(adj: Tensor) -> tuple[tuple[Tensor, ...]]:
+            return (torch.autograd.grad(u, q, adj, retain_graph=True),)
+
+        def pull_x(adj: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(u, x, adj, retain_graph=True)
+
+        return u.detach(), pull, pull_x
 
     def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Tensors in the order of the parameters, by the names of all places they take."""
@@ -73,10 +120,14 @@ class TorchPath(NamedTuple):
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; the policy is evaluated step by step."""
         x, states, controls = x0, [x0], []
+        simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
                 u = self._control(parameters, x0.clone() if t == 0 else x, t)
-            x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+            if simulator is None or t == 0 or not x0.shape[0]:
+                x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+            else:
+                x = stepped(simulator, x, u).clone()  # it may write there again
             controls.append(u)
             states.append(x)
         saved = Saved(torch.stack(states), torch.stack(controls))
@@ -84,10 +135,11 @@ class TorchPath(NamedTuple):
 
     def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
+        given = None if self.inputs is None else self.inputs[t]
         if torch.compiler.is_compiling() or x.is_inference():
-            return self.policy(parameters, x)
+            return self.policy(parameters, x, given)
         version = x._version
-        u = self.policy(parameters, x)
+        u = self.policy(parameters, x, given)
         if x._version != version:
             raise ValueError(
                 f"policy: it changed its input in place at step {t}, expected the states as they are: they "
@@ -104,13 +156,14 @@ class TorchPath(NamedTuple):
         horizon, nworld, m = saved.controls.shape
         per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
         block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
-        if block >= nworld:
+        if block >= nworld or self.whole:
             return self._block(spec, saved.states, saved.controls, parameters, g, nworld)
         grads, adj_x0 = [], []
         for first in range(0, nworld, block):
             part = slice(first, min(first + block, nworld))
             states, controls = saved.states[:, part], saved.controls[:, part]
-            own, adj = self._block(spec, states, controls, parameters, g.worlds(part), nworld)
+            path = self if self.inputs is None else self._replace(inputs=self.inputs[:, part])
+            own, adj = path._block(spec, states, controls, parameters, g.worlds(part), nworld)
             grads.append(own)
             adj_x0.append(adj)
         return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1)
@@ -159,12 +212,19 @@ class TorchPath(NamedTuple):
         """
         steps, nworld, m = controls.shape
         points = states[:-1].reshape(steps * nworld, states.shape[2])
+        given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
+        once = self.perceptron and not operators.watched(points, list(parameters)) and recording()
+        pull_x: Any = None
         with span("policy_again"):
-            recomputed, pull, *_ = vjp(lambda q: self.policy(q, points), tuple(parameters))
+            if once:
+                recomputed, pull, pull_x = self._recorded(parameters, points)
+            else:
+                recomputed, pull, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
         jac = None
         if spec.network_open:
             with span("policy_jacobians"):
-                _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x), points)
+                if not once:
+                    _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x, given), points)
                 # one unit cotangent a control component: rows do not mix, so all points share a product
                 columns = []
                 for c in range(m):

@@ -28,7 +28,8 @@ CHUNKS_PER_THREAD = 8
 """The same for the comparison of two gradients."""
 
 
-def _edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
+def edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
+    """Edge masks (fields, horizon) of schedules."""
     schedules, closed_physics = key
     masks = np.array([[Flow(letter).edges for letter in schedule] for schedule in schedules], dtype=np.int32)
     # a decay of 0 selects like a closed gate: 0 inf would be NaN
@@ -180,7 +181,7 @@ class AdjointArguments:
         steps, nworld, n, m, size = shape.steps, shape.nworld, p.state_size, p.control_size, p.itemsize
         fields, horizon = len(spec.schedules), spec.horizon
         self.kernel = p.kernels.adjoint[fields - 1]
-        self.edges = constant((spec.schedules, spec.decay == 0.0), _edge_masks, p.torch_device)
+        self.edges = constant((spec.schedules, spec.decay == 0.0), edge_masks, p.torch_device)
         edges = array(4, fields, horizon)
         edges.data = self.edges.data_ptr()
         self.states = array(size, steps + 1, nworld, n, components=1)

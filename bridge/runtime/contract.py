@@ -12,6 +12,7 @@ from typing import Any
 
 import warp as wp
 
+from ...kernels.sweeps.generated_vjp import complete
 from ...kernels.system import DeviceFunctions
 from .launches import PREPARING
 
@@ -39,7 +40,25 @@ def functions_of(system: Any, dtype: Any) -> DeviceFunctions:
             f"{name}: device_functions returned {type(functions).__name__}, expected a "
             "warp_sims.DeviceFunctions(Params, State, Control, step, step_vjp, ...)"
         )
-    return functions
+    return _with_adjoints(functions)
+
+
+def is_generated(system: Any, dtype: Any) -> bool:
+    """Whether the adjoint of a system's step is left to Warp."""
+    return system.device_functions(dtype).step_vjp is None
+
+
+def _with_adjoints(functions: DeviceFunctions) -> DeviceFunctions:
+    """The functions, with adjoints that Warp generates where there are none; as they are where they do not
+    fit together, which `check_contract` says.
+    """
+    vectors = all(hasattr(v, "_wp_scalar_type_") for v in (functions.State, functions.Control))
+    if functions.step_vjp is not None or not isinstance(functions.step, wp.Function) or not vectors:
+        return functions
+    if len(functions.step.input_types) != 3:
+        return functions
+    with PREPARING:
+        return complete(functions)
 
 
 def _annotations_are_text(frames: TracebackType | None) -> bool:
@@ -58,7 +77,7 @@ def check_contract(system: Any, functions: DeviceFunctions, params: Any, dtype: 
     name = type(system).__name__
     _check_vector(name, "state_size", system.state_size, "State", functions.State, dtype)
     _check_vector(name, "control_size", system.control_size, "Control", functions.Control, dtype)
-    if system.device_functions(dtype) is not functions:
+    if functions_of(system, dtype) is not functions:
         raise TypeError(
             f"{name}: device_functions({dtype.__name__}) makes new functions at every call, expected the "
             "same object: kernels are compiled for each; cache the factory: decorate a function of the "

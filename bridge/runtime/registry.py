@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from ...kernels.sweeps.rollout import SystemKernels, make_system_kernels, make_w
 from ...kernels.sweeps.streamed import make_cuda_system_kernels
 from ...kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
-from .contract import check_contract, functions_of
+from .contract import check_contract, functions_of, is_generated
 from .launches import PREPARING
 
 
@@ -100,8 +101,29 @@ def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     if found is None:
         with PREPARING:
             found = _prepared.get(key) or _prepare(number, dtype, device)
+            _verify(number, found)
             _prepared[key] = found
     return found
+
+
+VERIFIERS: list[Callable[[Any, int, Prepared], None]] = []
+"""What holds adjoints that Warp generated against finite differences, see passes/generated_check.py."""
+
+_verified: set[tuple[int, int]] = set()
+"""Systems whose generated adjoints have been checked, by device."""
+
+
+def _verify(number: int, found: Prepared) -> None:
+    """Raises ValueError unless adjoints that Warp generated are right."""
+    system, key = find(number), (number, id(found.device))
+    if key in _verified or not is_generated(system, found.dtype):
+        return
+    double = found
+    if found.torch_dtype != torch.float64:
+        double = _prepare(number, torch.float64, found.torch_device)
+    (verify,) = VERIFIERS
+    verify(system, number, double)
+    _verified.add(key)
 
 
 _prepared: dict[tuple[int, torch.dtype, torch.device, int], Prepared] = {}
@@ -114,8 +136,9 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     functions, params = functions_of(system, scalar), system.parameters(scalar)
     check_contract(system, functions, params, scalar)
     make = make_cuda_system_kernels
-    if on.is_cpu:
-        make = functools.partial(make_system_kernels, block=True)
+    # kernels for large states call adjoints from functions, behind which Warp emits generated ones
+    if on.is_cpu or is_generated(system, scalar):
+        make = functools.partial(make_system_kernels, block=on.is_cpu)
     return Prepared(
         dtype,
         device,

@@ -22,6 +22,7 @@ from ..flow import NETWORK, PHYSICS
 from ..policy.layout import BLOCK
 from ..system import BlockFunctions, DeviceFunctions
 from .blocks import make_block_worlds
+from .generated_vjp import is_generated
 
 # Loops over poles, agents and grid points stay loops: unrolled, large adjoints take minutes to compile for a
 # GPU.
@@ -204,8 +205,8 @@ def make_edges(functions: DeviceFunctions, dtype: Any) -> tuple[Any, Any, Any]:
     directly, and what leaves x_t.
     """
     Params, State, Control = functions.Params, functions.State, functions.Control
-    cost_vjp = functions.loss_vjp
-    has_cost = cost_vjp is not None
+    cost, cost_vjp = functions.loss, functions.loss_vjp
+    has_cost, generated = cost_vjp is not None, is_generated(cost_vjp)
     control_size = Control._length_
 
     @wp.func
@@ -243,7 +244,12 @@ def make_edges(functions: DeviceFunctions, dtype: Any) -> tuple[Any, Any, Any]:
             direct = adj_states[t, world]
         if wp.static(has_cost):
             if weight != dtype(0.0):
-                direct += cost_vjp(states[t, world], p, weight)
+                if wp.static(generated):
+                    # Warp emits a function that calls wp.grad behind those that call it
+                    adj_x, adj_p = wp.grad(cost)(states[t, world], p)
+                    direct += weight * adj_x
+                else:
+                    direct += cost_vjp(states[t, world], p, weight)
         return direct
 
     @wp.func

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bridge.runtime.arrays import WARP_DTYPE
+from ..bridge.runtime.contract import functions_of
 from ..systems import System
 from .compare import Tolerance, compare, exactly, names, settled
 from .differences import Derivative, differentiate
@@ -152,7 +153,7 @@ class _Checker:
 
     def __init__(self, system: System, device: torch.device, count: int, seed: int) -> None:
         scalar = WARP_DTYPE[torch.float64]
-        self.forms = forms_of(system, system.device_functions(scalar), torch.float64, device)
+        self.forms = forms_of(system, functions_of(system, scalar), torch.float64, device)
         self.system, self.device = system, device
         self.points = draw_points(system, self.forms[0], count, seed)
         self.states, self.controls = self.forms[0].sizes
@@ -187,7 +188,7 @@ class _Checker:
             yield from self._exact(form)
         if not single:
             return
-        functions = self.system.device_functions(WARP_DTYPE[torch.float32])
+        functions = functions_of(self.system, WARP_DTYPE[torch.float32])
         for form, double in zip(
             forms_of(self.system, functions, torch.float32, self.device), self.forms, strict=True
         ):

@@ -8,6 +8,7 @@ import torch
 import warp as wp
 
 from ..bridge.runtime.arrays import WARP_DTYPE
+from ..bridge.runtime.contract import functions_of
 from ..systems import System
 from .compare import exactly
 from .forms import Form, forms_of
@@ -95,14 +96,14 @@ def check(
 
 
 def _by_value(system: System, device: torch.device) -> Form:
-    return forms_of(system, system.device_functions(WARP_DTYPE[torch.float64]), torch.float64, device)[0]
+    return forms_of(system, functions_of(system, WARP_DTYPE[torch.float64]), torch.float64, device)[0]
 
 
 def _compile(system: System, device: torch.device) -> list[Comparison]:
     """Runs every form once; what does not compile is a disagreement with Warp's own words."""
     failed = []
     for dtype in (torch.float64, torch.float32):
-        for form in forms_of(system, system.device_functions(WARP_DTYPE[dtype]), dtype, device):
+        for form in forms_of(system, functions_of(system, WARP_DTYPE[dtype]), dtype, device):
             states, controls = form.sizes
             x = torch.zeros(1, states)
             try:

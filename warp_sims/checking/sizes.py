@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import warp as wp
 
+from ..bridge.runtime.contract import functions_of
 from ..systems import System
 from .compare import exactly
 from .report import Comparison
@@ -23,7 +24,7 @@ def check_sizes(system: System) -> list[Comparison]:
 def _check(system: System, dtype: Any) -> Comparison:
     failed: list[str] = []
     name = dtype.__name__
-    functions = system.device_functions(dtype)
+    functions = functions_of(system, dtype)
     for what, said, vector in (
         ("state_size", system.state_size, functions.State),
         ("control_size", system.control_size, functions.Control),
@@ -34,7 +35,7 @@ def _check(system: System, dtype: Any) -> Comparison:
             failed.append(f"{what} is {said!r}, but the vector {kind} has {length} components")
         if scalar is not dtype:
             failed.append(f"{kind} is a vector of {scalar.__name__}, expected {name}, the dtype asked for")
-    if system.device_functions(dtype) is not functions:
+    if functions_of(system, dtype) is not functions:
         failed.append(
             "device_functions returns another object each time: cache it, kernels are compiled per object"
         )

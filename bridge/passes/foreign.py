@@ -1,0 +1,370 @@
+"""Simulators that are no Warp kernels: their open loop, their loss and the adjoint sweep through them.
+
+A foreign simulator steps all worlds at once and can be linearised: one recording, pulled once for each
+gradient field. Where its rows do not mix, the Jacobians of many points come from one recording instead, and
+what is left of the adjoint sweep is one small product a step:
+
+    [dS/dx dS/du]_t              at all points at once
+    lam_{t+1} [dS/dx dS/du]_t    in the sweep, kernels/sweeps/linear_sweep.py
+
+Shapes and arguments are those of sweeps.py, which does the same for systems with kernels.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import warp as wp
+from torch import Tensor
+
+from ...kernels.flow import NETWORK, PHYSICS, Flow
+from ...kernels.sweeps.linear_sweep import make_linear_sweep
+from ..runtime.arrays import WARP_DTYPE, capturing, constant, stream, warp_device
+from ..runtime.registry import find
+from ..runtime.tracing import span
+from .segments import pieces
+from .spec import Cotangents, Spec
+from .sweeps import edge_masks
+
+Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Takes the cotangent of the next states (nworld, state_size) to those of states and controls."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Difference of recomputed and stored next states, relative to the largest, that rounding may cause."""
+JACOBIAN_ELEMENTS = 1 << 22
+"""Elements of the Jacobians that are held at once; steps go through in segments where there are more."""
+JACOBIAN_WORK = 1 << 14
+"""Elements of one step's Jacobians above which steps are recorded one by one: the overhead of a recording is
+then small beside its work, of which Jacobians take state_size times as much.
+"""
+
+
+class Simulator(abc.ABC):
+    """What the bridge needs of a foreign simulator; `warp_sims.ForeignSystem` is one."""
+
+    verified: set[Any]
+    """Kinds of states whose gradients have been checked."""
+    checks_gradient: bool
+    """Whether its gradients are checked before the first use."""
+
+    @property
+    @abc.abstractmethod
+    def state_size(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def control_size(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def rowwise(self) -> bool:
+        """Whether any number of rows can go through at once and none changes with another."""
+
+    @property
+    def worlds_apart(self) -> bool:
+        """Whether none changes with another, however many have to go through at once."""
+        return self.rowwise
+
+    @property
+    @abc.abstractmethod
+    def has_loss(self) -> bool: ...
+
+    @abc.abstractmethod
+    def advance(self, x: Tensor, u: Tensor) -> Tensor:
+        """Next states (n, state_size) of states and controls (n, control_size)."""
+
+    @abc.abstractmethod
+    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
+        """The same, with the pullback, which may be called several times until the next call of this."""
+
+    @abc.abstractmethod
+    def cost(self, x: Tensor) -> Tensor:
+        """Cost of states (n, state_size), one a row (n,)."""
+
+    @abc.abstractmethod
+    def cost_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of each row's cost by that row, (n, state_size)."""
+
+    def first_use(self, x: Tensor, u: Tensor) -> None:  # noqa: B027
+        """Raises TypeError or ValueError where something is wrong that only this kind of simulator can have
+        wrong; called before its first use.
+        """
+
+    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size), where rows do not
+        mix.
+        """
+        x_next, pull = self.linearize(x, u)
+        rows = []
+        for i in range(self.state_size):
+            unit = torch.zeros_like(x)
+            unit[:, i] = 1.0
+            rows.append(torch.cat(pull(unit), dim=1))
+        return x_next, torch.stack(rows, dim=1)
+
+
+def foreign(number: int) -> Simulator | None:
+    """The foreign simulator that has this number; None where it is a system with kernels."""
+    system = find(number)
+    return system if isinstance(system, Simulator) else None
+
+
+def name_of(simulator: Any) -> str:
+    """What errors call a simulator."""
+    return type(simulator).__name__
+
+
+def stepped(simulator: Simulator, x: Tensor, u: Tensor) -> Tensor:
+    """One step forwards, its output and its inputs checked."""
+    before = None if x.is_inference() or u.is_inference() else (x._version, u._version)
+    x_next = simulator.advance(x, u)
+    check_output(simulator, x_next, x)
+    if before is not None and (x._version, u._version) != before:
+        raise ValueError(
+            f"{name_of(simulator)}: step changed its inputs in place, expected states and controls as they "
+            "are: they are read again in the backward pass; work on x.clone()"
+        )
+    return x_next
+
+
+def check_output(simulator: Any, x_next: Any, x: Tensor) -> None:
+    """Raises TypeError or ValueError unless next states are like the states."""
+    name = name_of(simulator)
+    if not isinstance(x_next, Tensor):
+        raise TypeError(
+            f"{name}: step returned {type(x_next).__name__}, expected a tensor of shape {tuple(x.shape)}"
+        )
+    if x_next.shape != x.shape:
+        raise ValueError(
+            f"{name}: step returned shape {tuple(x_next.shape)} for states of shape {tuple(x.shape)}, "
+            f"expected the same: (nworld, state_size)"
+        )
+    if x_next.dtype != x.dtype:
+        raise TypeError(
+            f"{name}: step returned {x_next.dtype} for states of {x.dtype}, expected the same; make its "
+            "constants with dtype=x.dtype"
+        )
+    if x_next.device != x.device:
+        raise ValueError(
+            f"{name}: step returned states on {x_next.device}, expected {x.device}, where it was given them; "
+            "make its constants with device=x.device"
+        )
+
+
+def simulate(simulator: Simulator, x0: Tensor, controls: Tensor) -> Tensor:
+    """States under given controls."""
+    if not x0.shape[0]:
+        return x0.new_empty((controls.shape[0] + 1, *x0.shape))
+    states = [x0]
+    with torch.no_grad():
+        for u in controls.unbind():
+            # a copy: what a step returns may be memory that it will write to again
+            states.append(stepped(simulator, states[-1], u).clone())
+    return torch.stack(states)
+
+
+def loss(simulator: Simulator, spec: Spec, states: Tensor, controls: Tensor) -> Tensor:
+    """The simulator's own loss, a scalar; 0 without worlds."""
+    check_has_loss(simulator, spec)
+    (horizon, nworld, m), value = controls.shape, states.new_zeros(())
+    if nworld == 0:
+        return value
+    final, running, control = spec.weights.per_world(nworld, horizon, m)
+    with torch.no_grad():
+        if running:
+            value = value + running * simulator.cost(states[1:].flatten(0, 1)).sum()
+        if final:
+            value = value + final * simulator.cost(states[-1]).sum()
+        if control:
+            value = value + control * controls.square().sum()
+    return value
+
+
+def check_has_loss(simulator: Simulator, spec: Spec) -> None:
+    if (spec.final or spec.running) and not simulator.has_loss:
+        raise ValueError(
+            "loss: this system has no loss of its own; pass a callable of (states, controls) or None"
+        )
+
+
+def adjoint(
+    simulator: Simulator,
+    spec: Spec,
+    states: Tensor,
+    controls: Tensor,
+    jac: Tensor | None,
+    g: Cotangents,
+    t0: int,
+    carried: Tensor | None,
+    loss_worlds: int,
+) -> tuple[Tensor, Tensor]:
+    """Cotangents of the controls (fields, steps, nworld, control_size) and of the first state (fields,
+    nworld, state_size); see `sweeps.adjoint`.
+    """
+    steps, nworld, m = controls.shape
+    fields, n = len(spec.schedules), states.shape[2]
+    if nworld == 0:
+        return states.new_zeros((fields, *controls.shape)), states.new_zeros((fields, 0, n))
+    direct_x, direct_u = _direct(simulator, spec, states, controls, g, t0, carried is None, loss_worlds)
+    if carried is not None:
+        lam = carried.clone()
+    elif direct_x is not None:
+        lam = direct_x[steps].expand(fields, -1, -1).clone()
+    else:
+        lam = states.new_zeros((fields, nworld, n))
+    mu = states.new_empty((fields, *controls.shape))
+    elements = nworld * n * (n + m)
+    if not simulator.rowwise or elements > JACOBIAN_WORK:
+        for t in range(steps - 1, -1, -1):
+            x_next, pull = simulator.linearize(states[t], controls[t])
+            _check_recomputed(simulator, x_next.unsqueeze(0), states[t + 1 : t + 2], t0 + t)
+            # a pull may write into its cotangent
+            pulled = [pull(adj.clone()) for adj in lam.unbind()]
+            through_x, through_u = (torch.stack(parts) for parts in zip(*pulled))
+            mu[:, t] = through_u if direct_u is None else through_u + direct_u[t]
+            for f, letters in enumerate(spec.schedules):
+                edges = Flow(letters[t0 + t]).edges
+                if spec.decay == 0.0:
+                    edges &= ~PHYSICS
+                own = states.new_zeros((nworld, n)) if direct_x is None else direct_x[t]
+                lam[f] = _leave(edges, spec.decay, own, through_x[f], mu[f, t], jac, t)
+        return mu, lam
+    for first, end in pieces(steps, max(1, min(steps, JACOBIAN_ELEMENTS // elements))):
+        points, given = states[first:end].flatten(0, 1), controls[first:end].flatten(0, 1)
+        x_next, both = simulator.jacobians(points, given)
+        again = x_next.view(end - first, nworld, n)
+        _check_recomputed(simulator, again, states[first + 1 : end + 1], t0 + first)
+        sweep_jacobians(
+            spec,
+            both.reshape(end - first, nworld, n, n + m),
+            None if jac is None else jac[first:end],
+            None if direct_x is None else direct_x[first:end],
+            None if direct_u is None else direct_u[first:end],
+            t0 + first,
+            lam,
+            mu[:, first:end],
+        )
+    return mu, lam
+
+
+def sweep_jacobians(
+    spec: Spec,
+    jac_step: Tensor,
+    jac_policy: Tensor | None,
+    direct_x: Tensor | None,
+    direct_u: Tensor | None,
+    t0: int,
+    lam: Tensor,
+    mu: Tensor,
+) -> None:
+    """Takes `lam` (fields, nworld, n) back over the steps whose Jacobians are given, and fills `mu`; see
+    kernels/sweeps/linear_sweep.py.
+    """
+    (fields, nworld, _), like = lam.shape, lam
+    device = warp_device(like.device)  # starts Warp, if nobody has
+    edges = constant((spec.schedules, spec.decay == 0.0), edge_masks, like.device)
+
+    def given(tensor: Tensor | None, axes: int) -> wp.array:
+        tensor = like.new_empty((0,) * axes) if tensor is None else tensor.detach().contiguous()
+        return wp.from_torch(tensor, requires_grad=False)
+
+    written = [wp.from_torch(tensor, requires_grad=False) for tensor in (lam, mu, torch.empty_like(lam))]
+    with stream(like.device), span("linear_sweep"):
+        wp.launch(
+            make_linear_sweep(WARP_DTYPE[like.dtype]),
+            dim=(nworld, fields),
+            inputs=[
+                given(jac_step, 4),
+                given(jac_policy, 4),
+                given(direct_x, 3),
+                given(direct_u, 3),
+                wp.from_torch(edges),
+                spec.decay,
+                t0,
+            ],
+            outputs=written,
+            device=device,
+            record_tape=False,
+        )
+
+
+def _leave(
+    edges: int, decay: float, direct: Tensor, through: Tensor, mu: Tensor, jac: Tensor | None, t: int
+) -> Tensor:
+    """Cotangent of x_t: a closed gate selects, it never multiplies (0 inf is NaN)."""
+    lam = direct
+    if edges & PHYSICS:
+        lam = lam + decay * through
+    if edges & NETWORK:
+        assert jac is not None
+        lam = torch.baddbmm(lam.unsqueeze(1), mu.unsqueeze(1), jac[t]).squeeze(1)
+    return lam
+
+
+def _direct(
+    simulator: Simulator,
+    spec: Spec,
+    states: Tensor,
+    controls: Tensor,
+    g: Cotangents,
+    t0: int,
+    last: bool,
+    loss_worlds: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What reaches the states and the controls from outside the recursion; the last state's only where the
+    sweep begins there.
+    """
+    direct_x, direct_u = g.states, g.controls
+    check_has_loss(simulator, spec)
+    if g.loss is None or not any(spec.weights):
+        return direct_x, direct_u
+    steps, nworld, m = controls.shape
+    final, running, control = spec.weights.per_world(loss_worlds or nworld, spec.horizon, m)
+    # a weight of zero selects: the gradient it would be multiplied by may be infinite
+    on = g.loss != 0
+
+    def weighted(weight: float, value: Tensor) -> Tensor:
+        assert g.loss is not None
+        return torch.where(on, g.loss * weight * value, 0.0)
+
+    if control:
+        own = weighted(2.0 * control, controls)
+        direct_u = own if direct_u is None else direct_u + own
+    if running:
+        first, end = int(t0 == 0), steps + int(last)
+        own = states.new_zeros(states.shape) if direct_x is None else direct_x.clone()
+        if first < end:
+            part = states[first:end]
+            gradient = simulator.cost_gradient(part.flatten(0, 1)).view(part.shape)
+            own[first:end] += weighted(running, gradient)
+        direct_x = own
+    if final and last:
+        own = states.new_zeros(states.shape) if direct_x is None else direct_x.clone()
+        own[-1] += weighted(final, simulator.cost_gradient(states[-1]))
+        direct_x = own
+    return direct_x, direct_u
+
+
+def _check_recomputed(simulator: Simulator, again: Tensor, stored: Tensor, t0: int) -> None:
+    """Raises ValueError unless the step gives next states (steps, nworld, state_size) a second time."""
+    if capturing(stored.device) or torch.equal(again, stored):
+        return
+    finite = stored[torch.isfinite(stored)]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    tolerance = TOLERANCE[stored.dtype] * (1.0 + largest)
+    if torch.allclose(again, stored, rtol=0.0, atol=tolerance, equal_nan=True):
+        return
+    off = (again - stored).abs()
+    # inf - inf is NaN, and no difference
+    off = torch.where((again == stored) | (again.isnan() & stored.isnan()), 0.0, off)
+    off = torch.where(off.isnan(), torch.inf, off)
+    t, world, i = (int(k) for k in torch.unravel_index(off.argmax(), off.shape))
+    raise ValueError(
+        f"{name_of(simulator)}: at step {t0 + t}, world {world}, step gave component {i} of the next state "
+        f"as {float(stored[t, world, i])!r} in the forward pass and {float(again[t, world, i])!r} when "
+        "recomputed for the backward pass, expected the same: a step without random numbers, without state "
+        "of its own, and row by row unless rowwise=False says otherwise"
+    )

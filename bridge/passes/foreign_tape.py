@@ -1,0 +1,200 @@
+"""Derivatives of a step that is launches of Warp's, recorded on a tape."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import warp as wp
+from torch import Tensor
+
+from ..runtime.arrays import grad_of, stream, tensor_of
+from .foreign import Pull
+
+
+@contextlib.contextmanager
+def off_tape() -> Iterator[None]:
+    """Nothing is recorded on a tape of the user's in here, and a tape of our own may be opened.
+
+    Warp keeps the open tape in its runtime, which has no public name (1.19); it refuses a second one.
+    """
+    runtime: Any = importlib.import_module("warp._src.context").runtime
+    before, runtime.tape = runtime.tape, None
+    try:
+        yield
+    finally:
+        runtime.tape = before
+
+
+class TapeStep:
+    """Arrays that a step reads and writes, and the launches in between.
+
+    Raises:
+        TypeError, ValueError: the arrays do not hold the states and controls of a number of worlds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state_size: int,
+        control_size: int,
+        load: Callable[[Tensor, Tensor], None] | None,
+        launch: Callable[[], None],
+        inputs: Sequence[wp.array],
+        controls: Sequence[wp.array],
+        outputs: Sequence[wp.array],
+    ) -> None:
+        self.name, self.load, self.launch = name, load, launch
+        self.inputs, self.controls, self.outputs = tuple(inputs), tuple(controls), tuple(outputs)
+        self.dtype = _check_arrays(name, self.inputs + self.controls + self.outputs)
+        self.nworld = _worlds(name, "inputs", self.inputs, state_size)
+        for what, arrays, size in (
+            ("controls", self.controls, control_size),
+            ("outputs", self.outputs, state_size),
+        ):
+            worlds = _worlds(name, what, arrays, size)
+            if worlds != self.nworld:
+                raise ValueError(
+                    f"{name}: {what} hold {worlds} worlds of {size} numbers, inputs {self.nworld} of "
+                    f"{state_size}, expected the same number of worlds"
+                )
+        self._recording = 0
+
+    def advance(self, x: Tensor, u: Tensor) -> Tensor:
+        """Next states."""
+        with stream(x.device), off_tape():
+            self._put(x, u)
+            self.launch()
+            return self._read()
+
+    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
+        """Next states and the pullback; only of the last recording, whose arrays the next overwrites."""
+        with stream(x.device), off_tape():
+            self._put(x, u)
+            with wp.Tape() as tape:
+                self.launch()
+            self._check_inputs(x, u)
+            x_next, number = self._read(), self._recording
+
+        def pull(adj: Tensor) -> tuple[Tensor, Tensor]:
+            if number != self._recording:
+                raise ValueError(
+                    f"{self.name}: a pullback was called after another step had overwritten the arrays it "
+                    "reads, expected it before the next step or linearize; pull first, or give each its own "
+                    "arrays"
+                )
+            with stream(x.device), off_tape():
+                # what launches on other tapes, or the pull before this one, have left
+                _clear(tape, (*self.inputs, *self.controls, *self.outputs))
+                _split(adj, [grad_of(a) for a in self.outputs], self.nworld)
+                tape.backward()
+                found = tuple(
+                    _joined([grad_of(a) for a in arrays], self.nworld)
+                    for arrays in (self.inputs, self.controls)
+                )
+                _clear(tape, (*self.inputs, *self.controls, *self.outputs))
+            return found[0], found[1]
+
+        return x_next, pull
+
+    def _put(self, x: Tensor, u: Tensor) -> None:
+        self._check_given(x)
+        self._recording += 1
+        x, u = x.detach(), u.detach()
+        _split(x, [tensor_of(a) for a in self.inputs], self.nworld)
+        _split(u, [tensor_of(a) for a in self.controls], self.nworld)
+        if self.load is not None:
+            self.load(x, u)
+
+    def _read(self) -> Tensor:
+        return _joined([tensor_of(a) for a in self.outputs], self.nworld)
+
+    def _check_given(self, x: Tensor) -> None:
+        if x.shape[0] != self.nworld:
+            raise ValueError(
+                f"{self.name}: given {x.shape[0]} worlds, expected {self.nworld}, for which its arrays were "
+                "made; make a system for each number of worlds"
+            )
+        if x.dtype != self.dtype:
+            raise TypeError(
+                f"{self.name}: the states are {x.dtype}, expected {self.dtype}, which its arrays hold; "
+                "convert the states, or make arrays of that type"
+            )
+        device = wp.device_to_torch(self.inputs[0].device)
+        if x.device != torch.device(device):
+            raise ValueError(
+                f"{self.name}: the states are on {x.device}, expected {device}, where its arrays are"
+            )
+
+    def _check_inputs(self, x: Tensor, u: Tensor) -> None:
+        for what, given, arrays in (("inputs", x, self.inputs), ("controls", u, self.controls)):
+            held = _joined([tensor_of(a) for a in arrays], self.nworld)
+            # another's NaN is no change
+            if not bool(((held == given) | (held != held)).all()):
+                raise ValueError(
+                    f"{self.name}: launch changed its {what}, expected them as they were loaded: the tape "
+                    "reads them again; write to other arrays (of Newton: two states), and let load write "
+                    "nothing into inputs and controls"
+                )
+
+
+def _check_arrays(name: str, arrays: Sequence[Any]) -> torch.dtype:
+    dtypes = set()
+    for array in arrays:
+        if not isinstance(array, wp.array):
+            raise TypeError(
+                f"{name}: {array!r} of type {type(array).__name__} among inputs, controls and outputs, "
+                "expected Warp arrays"
+            )
+        if not array.is_contiguous:
+            raise ValueError(f"{name}: an array of shape {array.shape} is not contiguous, expected one")
+        if not array.requires_grad:
+            raise ValueError(
+                f"{name}: an array of shape {array.shape} has no gradient, expected requires_grad=True of "
+                "inputs, controls, outputs and of all that is written in between"
+            )
+        dtypes.add(tensor_of(array).dtype)
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise TypeError(
+            f"{name}: its arrays hold {sorted(map(str, dtypes))}, expected all float32 or all float64"
+        )
+    return dtypes.pop()
+
+
+def _worlds(name: str, what: str, arrays: Sequence[wp.array], size: int) -> int:
+    numbers = [tensor_of(a).numel() for a in arrays]
+    worlds = sum(numbers) // size
+    if worlds == 0 or worlds * size != sum(numbers) or any(k % worlds for k in numbers):
+        raise ValueError(
+            f"{name}: {what} hold {' + '.join(map(str, numbers)) or 'no'} numbers, expected {size} for each "
+            "of some worlds, every array the same share of each world, world after world"
+        )
+    return worlds
+
+
+def _split(values: Tensor, targets: Sequence[Tensor], nworld: int) -> None:
+    """Writes columns of (nworld, size) into the arrays, in their order."""
+    first = 0
+    for target in targets:
+        width = target.numel() // nworld
+        target.view(nworld, width).copy_(values[:, first : first + width])
+        first += width
+
+
+def _joined(arrays: Sequence[Tensor], nworld: int) -> Tensor:
+    """Copies of the arrays as columns, (nworld, size)."""
+    return torch.cat([a.reshape(nworld, -1) for a in arrays], dim=1)
+
+
+def _clear(tape: wp.Tape, arrays: Sequence[wp.array]) -> None:
+    """Zeroes the gradients of all arrays that the launches of a tape name."""
+    tape.zero()
+    for launch in tape.launches:
+        if not callable(launch):
+            arrays = (*arrays, *(a for group in launch[3:5] for a in group if isinstance(a, wp.array)))
+    for grad in {a.ptr: a.grad for a in arrays if a.requires_grad and a.size}.values():
+        if grad is not None:
+            grad.zero_()

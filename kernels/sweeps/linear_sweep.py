@@ -1,0 +1,70 @@
+"""The adjoint sweep through a simulator that is known by its Jacobians: the recursion of flow.py for sizes
+that are known at launch, so that it is compiled once and serves every simulator.
+
+    [through_x through_u] = lam_{t+1} [dS/dx dS/du]_t
+    mu_t  = through_u + dL/du_t
+    lam_t = dL/dx_t + decay * [physics edge open] through_x + [network edge open] mu_t dN/dx
+"""
+
+import functools
+from typing import Any
+
+import warp as wp
+
+from ..flow import NETWORK, PHYSICS
+
+
+@functools.cache
+def make_linear_sweep(dtype: Any) -> wp.Kernel:
+    """Returns the kernel for a scalar type, launched over (nworld, fields)."""
+
+    @wp.kernel(module="unique", enable_backward=False, module_options={"max_unroll": 4})
+    def linear_sweep(
+        # In:
+        jac_step: wp.array4d(dtype=dtype),  # (steps, nworld, n, n + m) dS/dx and dS/du
+        jac_policy: wp.array4d(dtype=dtype),  # (steps, nworld, m, n) dN/dx; empty where no edge is open
+        adj_states: wp.array3d(dtype=dtype),  # (steps + 1, nworld, n) dL/dx, or empty
+        adj_controls: wp.array3d(dtype=dtype),  # (steps, nworld, m) dL/du, or empty
+        edges: wp.array2d(dtype=wp.int32),  # (fields, horizon); a decay of 0 comes as a closed edge
+        decay: dtype,
+        t0: int,  # step of the rollout with which the other arrays begin
+        # In, out:
+        lam: wp.array3d(dtype=dtype),  # (fields, nworld, n): of the state behind the steps; of the first one
+        # Out:
+        mu: wp.array4d(dtype=dtype),  # (fields, steps, nworld, m)
+        # Scratch:
+        through: wp.array3d(dtype=dtype),  # (fields, nworld, n)
+    ):
+        world, field = wp.tid()
+        steps = jac_step.shape[0]
+        n = jac_step.shape[2]
+        m = jac_step.shape[3] - n
+        for s in range(steps):
+            t = steps - 1 - s
+            for j in range(n):
+                through[field, world, j] = dtype(0.0)
+            for c in range(m):
+                direct = dtype(0.0)
+                if adj_controls.shape[0] > 0:
+                    direct = adj_controls[t, world, c]
+                mu[field, t, world, c] = direct
+            for i in range(n):
+                lam_i = lam[field, world, i]
+                for j in range(n):
+                    through[field, world, j] = through[field, world, j] + lam_i * jac_step[t, world, i, j]
+                for c in range(m):
+                    mu[field, t, world, c] = mu[field, t, world, c] + lam_i * jac_step[t, world, i, n + c]
+            edge = edges[field, t0 + t]
+            for j in range(n):
+                lam_j = dtype(0.0)
+                if adj_states.shape[0] > 0:
+                    lam_j = adj_states[t, world, j]
+                # a closed gate selects, it never multiplies: 0 inf is NaN
+                if edge & wp.static(PHYSICS):
+                    lam_j += decay * through[field, world, j]
+                if edge & wp.static(NETWORK):
+                    for c in range(m):
+                        lam_j += mu[field, t, world, c] * jac_policy[t, world, c, j]
+                lam[field, world, j] = lam_j
+
+    return linear_sweep

@@ -1,0 +1,390 @@
+"""Simulators that are no Warp kernels as systems: a torch function, a JAX function, launches on a Warp tape,
+or anything else that can be linearised.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import warp as wp
+from torch import Tensor
+
+from .bridge.passes import foreign_jax, foreign_torch
+from .bridge.passes.foreign import Pull, Simulator
+from .bridge.passes.foreign_tape import TapeStep
+from .kernels.system import DeviceFunctions
+from .system import System, check_draw
+
+__all__ = ["ForeignSystem", "JaxSystem", "TapeSystem", "TorchSystem"]
+
+Draw = Callable[..., Tensor]
+
+
+def foreign_system(cls: type) -> Any:
+    """A frozen class with a constructor of its own, compared by identity: functions are what it consists
+    of.
+    """
+    return dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)(cls)
+
+
+@foreign_system
+class ForeignSystem(System, Simulator):
+    """Base of the systems below, and of your own for another simulator: a subclass supplies `advance` and
+    `linearize`.
+
+        advance(x, u) -> x_next
+            next states (nworld, state_size) of states and controls (nworld, control_size), all worlds at once
+        linearize(x, u) -> x_next, pull
+            the same and the pullback: pull(adj_x_next) -> adj_x, adj_u; called once for each gradient field,
+            before the next call of advance or linearize
+
+    Args:
+        state_size, control_size: Numbers of components.
+        loss: Cost of states in torch, (n, state_size) to (n,), for loss="final" and loss="running" (its mean
+            over the steps).
+        rowwise: Whether any number of rows may go through a call and none changes with another.
+        check: Whether gradients are held against finite differences at the first states of each dtype; False
+            where they are meant to differ from the step's.
+        initial_states: (n, seed, split) to (n, state_size), for `train`.
+
+    A system is compared by identity and stays known to the process: make it once.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+
+    _sizes: tuple[int, int] = dataclasses.field(init=False)
+    _loss: Callable[[Any], Any] | None = dataclasses.field(init=False)
+    _rowwise: bool = dataclasses.field(init=False)
+    _draw: Draw | None = dataclasses.field(init=False)
+
+    def __init__(
+        self,
+        *,
+        state_size: int,
+        control_size: int,
+        loss: Callable[[Any], Any] | None = None,
+        rowwise: bool = True,
+        check: bool = True,
+        initial_states: Draw | None = None,
+    ) -> None:
+        name = type(self).__name__
+        for field, value in (("state_size", state_size), ("control_size", control_size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(
+                    f"{name}: {field} is {value!r} of type {type(value).__name__}, expected an int"
+                )
+            if value < 1:
+                raise ValueError(f"{name}: {field} is {value}, expected at least 1")
+        for field, value in (("rowwise", rowwise), ("check", check)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: {field} is {value!r}, expected True or False")
+        for field, value in (("loss", loss), ("initial_states", initial_states)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name}: {field} is {value!r}, expected a function or None")
+        self._set(
+            _sizes=(state_size, control_size),
+            _loss=loss,
+            _rowwise=rowwise,
+            _draw=initial_states,
+            checks_gradient=check,
+            verified=set(),
+        )
+        self.number  # noqa: B018  # known to the operators from now on
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(state_size={self.state_size}, control_size={self.control_size})"
+
+    @property
+    def state_size(self) -> int:
+        return self._sizes[0]
+
+    @property
+    def control_size(self) -> int:
+        return self._sizes[1]
+
+    @property
+    def rowwise(self) -> bool:
+        return self._rowwise
+
+    @property
+    def has_loss(self) -> bool:
+        return self._loss is not None
+
+    def cost(self, x: Tensor) -> Tensor:
+        """Cost of states (n, state_size), one a row (n,)."""
+        assert self._loss is not None
+        with foreign_torch.exact(x):
+            return self._loss(x)
+
+    def cost_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of each row's cost by that row, (n, state_size)."""
+        assert self._loss is not None
+        return foreign_torch.gradient(self._loss, x)
+
+    def device_functions(self, dtype: Any) -> DeviceFunctions:
+        """Raises TypeError: there are none."""
+        raise TypeError(
+            f"{type(self).__name__}: it has no device functions, expected a system with kernels here; "
+            "rollout, simulate, step, gradient_pair, linearize and train take it, what looks at kernels "
+            "(check, profile, bench) does not"
+        )
+
+    def initial_states(
+        self,
+        n: int,
+        seed: int = 42,
+        split: Literal["train", "test"] = "train",
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Returns `n` initial states (n, state_size) of the function that the system was given."""
+        name = type(self).__name__
+        if self._draw is None:
+            raise NotImplementedError(
+                f"{name} has no initial states of its own; give it initial_states=(n, seed, split) -> states"
+            )
+        check_draw(f"{name}.initial_states", n, seed, split)
+        states = self._draw(n, seed, split)
+        if not isinstance(states, Tensor) or tuple(states.shape) != (n, self.state_size):
+            given = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ValueError(
+                f"{name}: initial_states returned {given}, expected a tensor ({n}, {self.state_size})"
+            )
+        return states.detach().to(dtype)
+
+
+@foreign_system
+class TorchSystem(ForeignSystem):
+    """A simulator written in torch.
+
+        system = ws.TorchSystem(step, state_size=4, control_size=1, loss=cost)
+
+    Args:
+        step: (x, u) to the next states: tensors (n, state_size) and (n, control_size) to (n, state_size), of
+            the same dtype and device; any function that torch differentiates, of its arguments alone (no
+            random numbers, no state of its own, inputs left as they are).
+        rowwise: Rows do not mix, and Jacobians are taken at all points of a trajectory at once. False lets
+            worlds act on each other: each step is recorded by itself, which takes longer.
+        state_size, control_size, loss, check, initial_states: As of `ForeignSystem`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected. The first use
+            tries the step and its gradient in the same way.
+    """
+
+    _step: Callable[..., Any] = dataclasses.field(init=False)
+
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor], Tensor],
+        *,
+        state_size: int,
+        control_size: int,
+        loss: Callable[[Tensor], Tensor] | None = None,
+        rowwise: bool = True,
+        check: bool = True,
+        initial_states: Draw | None = None,
+    ) -> None:
+        _check_step(self, step)
+        self._set(_step=step)
+        super().__init__(
+            state_size=state_size,
+            control_size=control_size,
+            loss=loss,
+            rowwise=rowwise,
+            check=check,
+            initial_states=initial_states,
+        )
+
+    def advance(self, x: Tensor, u: Tensor) -> Tensor:
+        """Next states (n, state_size)."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._step(x, u)
+        with foreign_torch.exact(x):
+            return self._step(x, u)
+
+    def first_use(self, x: Tensor, u: Tensor) -> None:
+        """Raises TypeError where step or loss want a gradient for something else."""
+        foreign_torch.check_fixed(self, "step", self._step, x, u)
+        if self._loss is not None:
+            foreign_torch.check_fixed(self, "loss", self._loss, x)
+
+    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
+        """Next states and the pullback."""
+        return foreign_torch.linearize(self, self._step, x, u)
+
+    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size)."""
+        return foreign_torch.jacobians(self, self._step, x, u)
+
+
+@foreign_system
+class JaxSystem(ForeignSystem):
+    """A simulator written in JAX, on the memory of the tensors.
+
+        system = ws.JaxSystem(step, state_size=4, control_size=1, loss=cost)
+
+    Args:
+        step: (x, u) to the next states: JAX arrays (n, state_size) and (n, control_size) to (n, state_size),
+            of the same dtype; any function that `jax.vjp` differentiates, of its arguments alone.
+        loss: Cost of states in JAX, (n, state_size) to (n,).
+        jit: Whether the step is compiled; False for a step that `jax.jit` does not take.
+        state_size, control_size, rowwise, check, initial_states: As of `ForeignSystem`.
+
+    float64 needs `jax.config.update("jax_enable_x64", True)`, without which JAX rounds it to float32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected. The first use
+            tries the step and its gradient in the same way.
+    """
+
+    _step: Callable[..., Any] = dataclasses.field(init=False)
+    _jit: bool = dataclasses.field(init=False)
+
+    def __init__(
+        self,
+        step: Callable[[Any, Any], Any],
+        *,
+        state_size: int,
+        control_size: int,
+        loss: Callable[[Any], Any] | None = None,
+        rowwise: bool = True,
+        jit: bool = True,
+        check: bool = True,
+        initial_states: Draw | None = None,
+    ) -> None:
+        _check_step(self, step)
+        if not isinstance(jit, bool):
+            raise TypeError(f"{type(self).__name__}: jit is {jit!r}, expected True or False")
+        self._set(_step=step, _jit=jit)
+        super().__init__(
+            state_size=state_size,
+            control_size=control_size,
+            loss=loss,
+            rowwise=rowwise,
+            check=check,
+            initial_states=initial_states,
+        )
+
+    def advance(self, x: Tensor, u: Tensor) -> Tensor:
+        """Next states (n, state_size)."""
+        return foreign_jax.advance(self, self._step, self._jit, x, u)
+
+    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
+        """Next states and the pullback."""
+        return foreign_jax.linearize(self, self._step, self._jit, x, u)
+
+    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size)."""
+        return foreign_jax.jacobians(self, self._step, self._jit, x, u)
+
+    def cost(self, x: Tensor) -> Tensor:
+        """Cost of states (n, state_size), one a row (n,)."""
+        assert self._loss is not None
+        return foreign_jax.cost(self, self._loss, self._jit, x)
+
+    def cost_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of each row's cost by that row, (n, state_size)."""
+        assert self._loss is not None
+        return foreign_jax.cost_gradient(self, self._loss, self._jit, x)
+
+
+@foreign_system
+class TapeSystem(ForeignSystem):
+    """A simulator that launches Warp kernels with adjoints of Warp's, on arrays of its own.
+
+        system = ws.TapeSystem(
+            launch, inputs=[q, qd], controls=[f], outputs=[q_next, qd_next], state_size=4, control_size=1
+        )
+
+    Each step writes states and controls into the arrays, launches and reads the outputs; in the backward pass
+    it is recorded on a tape of its own and pulled once for each gradient field. The engine clears gradients
+    between pulls.
+
+    Args:
+        launch: Launches the kernels of one step, from `inputs` and `controls` to `outputs`. It leaves the
+            first two as they are, and what it remembers from step to step belongs into the state. All arrays
+            in between need `requires_grad=True`.
+        inputs: Arrays that make up the state, in the order of its components: an array of nworld * k numbers,
+            world after world, holds k components of each. Of one scalar type, as all of these.
+        controls: Arrays that make up the control likewise.
+        outputs: Arrays of the next state, as `inputs`.
+        load: (x, u), called behind the copies and before `launch`, outside the tape: for what else has to be
+            set or reset.
+        state_size, control_size, loss, check, initial_states: As of `ForeignSystem`; the loss in torch.
+
+    The arrays fix the number of worlds, the dtype and the device. Worlds may act on each other. One thread at
+    a time may use a system: all of them would write to the same arrays.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected. The first use
+            tries the launches and their gradient in the same way.
+    """
+
+    _tape: TapeStep = dataclasses.field(init=False)
+
+    def __init__(
+        self,
+        launch: Callable[[], None],
+        *,
+        inputs: Sequence[wp.array],
+        controls: Sequence[wp.array],
+        outputs: Sequence[wp.array],
+        state_size: int,
+        control_size: int,
+        load: Callable[[Tensor, Tensor], None] | None = None,
+        loss: Callable[[Tensor], Tensor] | None = None,
+        check: bool = True,
+        initial_states: Draw | None = None,
+    ) -> None:
+        name = type(self).__name__
+        for role, value in (("launch", launch), ("load", load)):
+            if not callable(value) and not (role == "load" and value is None):
+                raise TypeError(f"{name}: {role} is {value!r}, expected a function")
+        super().__init__(
+            state_size=state_size,
+            control_size=control_size,
+            loss=loss,
+            rowwise=False,
+            check=check,
+            initial_states=initial_states,
+        )
+        self._set(_tape=TapeStep(name, state_size, control_size, load, launch, inputs, controls, outputs))
+
+    @property
+    def nworld(self) -> int:
+        """Worlds that the arrays hold."""
+        return self._tape.nworld
+
+    @property
+    def worlds_apart(self) -> bool:
+        """Taken as given, for `linearize`: kernels that let worlds act on each other are rare."""
+        return True
+
+    def advance(self, x: Tensor, u: Tensor) -> Tensor:
+        """Next states (nworld, state_size)."""
+        return self._tape.advance(x, u)
+
+    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
+        """Next states and the pullback, which holds until the next step."""
+        return self._tape.linearize(x, u)
+
+
+def _check_step(system: Any, step: Any) -> None:
+    if not callable(step):
+        raise TypeError(
+            f"{type(system).__name__}: step is {step!r}, expected a function of (x, u) that returns the next "
+            "states"
+        )
