@@ -16,6 +16,7 @@ call takes more than a second). The first calls, with all that is compiled, are 
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,7 +77,8 @@ def mjx_contestant(
     import mujoco
     from mujoco import mjx
 
-    # dispatched from a thread of its own, MJX with contact waits for itself for ever on two cores (jax 0.10)
+    # With as many threads as two cores, MJX's gradient through contact waits for itself for ever (jax 0.10).
+    os.environ.setdefault("NPROC", "4")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     m = mujoco.MjModel.from_xml_string(text)
     if contact:
