@@ -1,4 +1,4 @@
-"""A policy trained through a model of Newton's: a double pendulum, driven at its first joint, learns to brake.
+"""A policy trained through a model of Newton's: a double pendulum, driven at its first joint, comes to rest.
 
     pip install newton                    # 1.8 or later; float32, on a CPU too
     python examples/newton_pendulum.py
