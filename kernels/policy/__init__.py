@@ -1,1 +1,1 @@
-"""Policies inside the sweeps: the layout of their parameters, forward pass, input Jacobians, weight products."""
+"""Policies inside the sweeps: layout of their parameters, forward pass, input Jacobian, weight products."""

@@ -1,1 +1,1 @@
-"""Systems: equations, step, loss, hand-written adjoints, and their further forms for vector lanes and memory."""
+"""Systems: equations, step, loss and adjoints by hand, and their forms in vector lanes and in memory."""
