@@ -56,13 +56,14 @@ def test_gradients(system, flow, options):
     assert_close(by_rollout(system, policy, x0, inputs, flow, **options), expected, TOLERANCE)
 
 
-def test_blocks_of_worlds(monkeypatch):
-    """Each world's own inputs, where worlds go through in blocks."""
+@pytest.mark.parametrize("system", [CART, torch_cart(CART)], ids=["warp", "torch"])
+def test_blocks_of_worlds(system, monkeypatch):
+    """Each world's own inputs and share of the loss, where worlds go through in blocks."""
     from warp_sims.bridge.autograd import torch_path
 
     policy, x0, inputs = Tracker(), make_states(CART, WORLDS), references()
     monkeypatch.setattr(torch_path, "JACOBIAN_ELEMENTS", 2 * HORIZON * 4)
-    assert_close(by_rollout(CART, policy, x0, inputs, "R"), by_loop(policy, x0, inputs, "R"), TOLERANCE)
+    assert_close(by_rollout(system, policy, x0, inputs, "R"), by_loop(policy, x0, inputs, "R"), TOLERANCE)
 
 
 def test_gradient_pair():
