@@ -237,3 +237,26 @@ def test_half_precision_states_under_autocast(policy):
         out = run(policy, x0)
     out.loss.backward()
     assert out.states.dtype == torch.float32 and x0.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("road", ["fused", "torch"])
+def test_one_graph_for_several_systems_and_numbers(road):
+    """A compiler takes numbers that change for symbols: none of them may be asked for its value."""
+    policy = on_road(road, make_net(ws.CartPole(poles=1)))
+    x0 = make_states(ws.CartPole(poles=1), 5)
+
+    def loss(system, horizon, decay, control_cost):
+        return ws.rollout(
+            system, policy, x0, horizon=horizon, flow="R", decay=decay, control_cost=control_cost
+        ).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for arguments in (
+        (ws.CartPole(poles=1), 4, 1.0, 0.0),
+        (ws.CartPole(poles=1, dt=0.02), 4, 1.0, 0.0),
+        (ws.CartPole(poles=1, dt=0.03), 4, 0.9, 0.1),
+        (ws.CartPole(poles=1, dt=0.03), 5, 0.8, 0.2),
+        (ws.CartPole(poles=1), 6, 0.7, 0.3),
+    ):
+        assert torch.equal(compiled(*arguments), loss(*arguments))

@@ -1,6 +1,5 @@
 """Flows as users give them, turned into one letter a step."""
 
-import math
 import operator
 from collections.abc import Sequence
 
@@ -89,7 +88,7 @@ def check_decay(decay: float, call: str = "rollout") -> float:
         raise TypeError(
             f"{call}: decay is {decay!r} of type {type(decay).__name__}, expected a number in [0, 1]"
         )
-    if math.isnan(decay) or not 0.0 <= decay <= 1.0:
+    if not 0.0 <= decay <= 1.0:  # NaN neither
         raise ValueError(
             f"{call}: decay is {decay!r}, expected a number in [0, 1]: the factor on what crosses a physics "
             f"edge, 1 for none"

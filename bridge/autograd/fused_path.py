@@ -21,7 +21,7 @@ class FusedPath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
-        out = operators.fused_rollout(spec.text(), self.network, list(parameters), x0)
+        out = operators.fused_rollout(*spec.arguments(), self.network, list(parameters), x0)
         states, controls, loss, hidden, packed = out
         return Saved(states, controls, (hidden, packed)), loss
 
@@ -33,5 +33,5 @@ class FusedPath(NamedTuple):
         """
         hidden, packed = saved.kept
         return operators.fused_backward(
-            spec.text(), self.network, packed, hidden, saved.states, saved.controls, *g
+            *spec.arguments(), self.network, packed, hidden, saved.states, saved.controls, *g
         )

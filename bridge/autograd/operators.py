@@ -20,7 +20,7 @@ from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
 from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
-from ..passes.spec import Cotangents, parse
+from ..passes.spec import Cotangents, described
 from ..runtime.arrays import capturing
 from ..runtime.registry import prepare
 from ..runtime.tracing import span
@@ -29,6 +29,9 @@ CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of
 another size takes another summation order, and a policy amplifies it."""
 
+
+_SPEC = 7
+"""Arguments that describe the rollout, in front of all others: `Spec.arguments`."""
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, list, tuple, int, float, str, bool, type(None)})
 """Types of arguments that may go past the dispatcher: subclasses of Tensor can be without memory of their
@@ -109,9 +112,19 @@ def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
 
 
 @_operator("loss")
-def loss(spec: str, states: Tensor, controls: Tensor) -> Tensor:
+def loss(
+    system: int,
+    flows: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    segment: int,
+    states: Tensor,
+    controls: Tensor,
+) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
-    own = parse(spec)
+    own = described(system, flows, decay, final, running, control, segment)
     simulator = foreign.foreign(own.system)
     if simulator is not None:
         return foreign.loss(simulator, own, states, controls)
@@ -120,13 +133,23 @@ def loss(spec: str, states: Tensor, controls: Tensor) -> Tensor:
 
 
 @loss.register_fake
-def _(spec: str, states: Tensor, controls: Tensor) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    states, _ = arguments[_SPEC:]
     return states.new_empty(())
 
 
 @_operator("fused_rollout")
 def fused_rollout(
-    spec: str, network: str, parameters: list[Tensor], x0: Tensor
+    system: int,
+    flows: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    segment: int,
+    network: str,
+    parameters: list[Tensor],
+    x0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
 
@@ -134,7 +157,7 @@ def fused_rollout(
     the description has a segment, the activations are not kept: they have no rows.
     """
     _check_finite(x0)
-    own = with_segment(parse(spec), network, x0)
+    own = with_segment(described(system, flows, decay, final, running, control, segment), network, x0)
     p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):
         packed = fused.pack(network, parameters, x0.shape[:-2])
@@ -142,10 +165,10 @@ def fused_rollout(
 
 
 @fused_rollout.register_fake
-def _(
-    spec: str, network: str, parameters: list[Tensor], x0: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    own, lay = with_segment(parse(spec), network, x0), layout(network, x0.element_size())
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    network, _, x0 = arguments[_SPEC:]
+    own = with_segment(described(*arguments[:_SPEC]), network, x0)
+    lay = layout(network, x0.element_size())
     return (
         x0.new_empty((own.horizon + 1, *x0.shape)),
         x0.new_empty((own.horizon, *x0.shape[:-1], lay.control_size)),
@@ -157,7 +180,13 @@ def _(
 
 @_operator("fused_backward")
 def fused_backward(
-    spec: str,
+    system: int,
+    flows: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    segment: int,
     network: str,
     packed: Tensor,
     hidden: Tensor,
@@ -170,25 +199,16 @@ def fused_backward(
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
     state_size), with a member axis behind the fields for an ensemble.
     """
-    own = with_segment(parse(spec), network, states[0])
+    own = with_segment(described(system, flows, decay, final, running, control, segment), network, states[0])
     p = prepare(own.system, states.dtype, states.device)
     g = Cotangents(adj_loss, adj_states, adj_controls)
     return backward(p, own, network, packed, hidden, states, controls, g)
 
 
 @fused_backward.register_fake
-def _(
-    spec: str,
-    network: str,
-    packed: Tensor,
-    hidden: Tensor,
-    states: Tensor,
-    controls: Tensor,
-    adj_loss: Tensor | None,
-    adj_states: Tensor | None,
-    adj_controls: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    fields = len(parse(spec).schedules)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    network, _, _, states = arguments[_SPEC : _SPEC + 4]
+    fields = len(described(*arguments[:_SPEC]).schedules)
     parameters = layout(network, states.element_size()).unpack.size
     grads = states.new_empty((fields, *states.shape[1:-2], parameters))
     return grads, states.new_empty((fields, *states.shape[1:]))
@@ -196,7 +216,13 @@ def _(
 
 @_operator("adjoint")
 def adjoint(
-    spec: str,
+    system: int,
+    flows: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    segment: int,
     states: Tensor,
     controls: Tensor,
     recomputed: Tensor | None,
@@ -218,7 +244,8 @@ def adjoint(
     """
     if recomputed is not None:
         _check_recomputed(recomputed, controls, tolerance, t0)
-    own, g = parse(spec), Cotangents(adj_loss, adj_states, adj_controls)
+    own = described(system, flows, decay, final, running, control, segment)
+    g = Cotangents(adj_loss, adj_states, adj_controls)
     simulator = foreign.foreign(own.system)
     if simulator is not None:
         return foreign.adjoint(simulator, own, states, controls, jac, g, t0, carried, loss_worlds)
@@ -228,21 +255,9 @@ def adjoint(
 
 
 @adjoint.register_fake
-def _(
-    spec: str,
-    states: Tensor,
-    controls: Tensor,
-    recomputed: Tensor | None,
-    tolerance: float,
-    jac: Tensor | None,
-    adj_loss: Tensor | None,
-    adj_states: Tensor | None,
-    adj_controls: Tensor | None,
-    t0: int = 0,
-    carried: Tensor | None = None,
-    loss_worlds: int = 0,
-) -> tuple[Tensor, Tensor]:
-    fields = len(parse(spec).schedules)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    states, controls = arguments[_SPEC : _SPEC + 2]
+    fields = len(described(*arguments[:_SPEC]).schedules)
     return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
 
 

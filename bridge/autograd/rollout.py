@@ -173,7 +173,9 @@ class SimulateBackward(BackwardPass):
     @staticmethod
     def forward(system: int, states: Tensor, controls: Tensor, adj_states: Tensor) -> tuple[Tensor, Tensor]:
         spec = Spec(system, Flow.MODIFIED.value * controls.shape[0])
-        mu, adj_x0 = operators.adjoint(spec.text(), states, controls, None, 0.0, None, None, adj_states, None)
+        mu, adj_x0 = operators.adjoint(
+            *spec.arguments(), states, controls, None, 0.0, None, None, adj_states, None
+        )
         return mu[0], adj_x0[0]
 
 

@@ -131,7 +131,7 @@ class TorchPath(NamedTuple):
             controls.append(u)
             states.append(x)
         saved = Saved(torch.stack(states), torch.stack(controls))
-        return saved, operators.loss(spec.text(), *saved[:2])
+        return saved, operators.loss(*spec.arguments(), *saved[:2])
 
     def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
@@ -235,7 +235,7 @@ class TorchPath(NamedTuple):
         tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
         recomputed = recomputed.view(steps, nworld, m)
         mu, adj_x0 = operators.adjoint(
-            spec.text(), states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+            *spec.arguments(), states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
         )
         fields = []
         for f in range(mu.shape[0]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -68,18 +67,21 @@ class Spec(NamedTuple):
         """Whether any field crosses a network edge at any step."""
         return network_open(self.base + self.check)
 
-    def text(self) -> str:
-        """The same as a torch operator takes it, which knows no objects; `parse` gives it back exactly."""
-        numbers = f"{self.decay!r} {self.final!r} {self.running!r} {self.control!r}"
-        return f"{self.system} {self.base} {self.check} {numbers} {self.segment}"
+    def arguments(self) -> tuple[int, str, float, float, float, float, int]:
+        """The same as a torch operator takes it, which knows no objects; `described` gives it back.
+
+        Numbers stay numbers: in a graph that is compiled for several of them they are symbols.
+        """
+        flows = f"{self.base} {self.check}"
+        return self.system, flows, self.decay, self.final, self.running, self.control, self.segment
 
 
-@functools.lru_cache(maxsize=256)
-def parse(text: str) -> Spec:
-    """The description that a `Spec.text` stands for."""
-    system, base, check, *numbers, segment = text.split(" ")
-    decay, final, running, control = map(float, numbers)
-    return Spec(int(system), base, check, decay, final, running, control, int(segment))
+def described(
+    system: int, flows: str, decay: float, final: float, running: float, control: float, segment: int
+) -> Spec:
+    """The description that a `Spec.arguments` stands for."""
+    base, check = flows.split(" ")
+    return Spec(system, base, check, decay, final, running, control, segment)
 
 
 class Saved(NamedTuple):
