@@ -5,23 +5,22 @@ kernel runs, and what the bridge is handed.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bridge.autograd import operators
 from .bridge.autograd.fused_path import FusedPath
-from .bridge.autograd.torch_path import TorchPath, call_with, places
+from .bridge.autograd.torch_path import TorchPath, places
 from .bridge.passes.foreign import Simulator
 from .bridge.passes.segments import CACHED_ROWS, torch_segment
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
-from .bridge.runtime.arrays import capturing
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
 from .flows import MOST_STEPS, as_int, check_decay
 from .policies import fused_network
+from .probing import probe
 from .systems import System
 
 __all__ = [
@@ -147,7 +146,7 @@ def make_plan(
         whole = isinstance(system, Simulator) and not system.rowwise
         path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron, inputs)
         if not perceptron:
-            _probe(call, system, path, parameters, x0)
+            probe(call, system, path, parameters, x0)
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
@@ -382,98 +381,3 @@ def _loss_weights(
             f"None"
         )
     return final, running, float(control_cost)
-
-
-_PROBE_ROWS = 4
-
-
-def _probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Tensor], x0: Tensor) -> None:
-    """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
-    randomness.
-
-    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
-    in the backward pass, where all controls are recomputed. Tracing or capturing a graph, nothing can be
-    read, so nothing is tried.
-    """
-    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
-        return
-    if capturing(x0.device):
-        return
-    rows = x0[:_PROBE_ROWS].detach()
-    given = None if policy.inputs is None else policy.inputs[0, :_PROBE_ROWS]
-    fixed = policy.substitutes([parameter.detach() for parameter in parameters])
-    held = places(policy.module, buffers=True)
-    written: list[str] = []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []),
-        torch.autocast(
-            x0.device.type, dtype=policy.autocast or torch.bfloat16, enabled=policy.autocast is not None
-        ),
-    ):
-
-        def evaluate(x: Tensor) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
-            copy = x.clone()
-            beside = None if given is None else given.repeat(x.shape[0] // given.shape[0], 1)
-            substitutes = fixed | {place: buffers[name] for name in held for place in held[name]}
-            try:
-                u = call_with(policy.module, substitutes, copy, beside)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
-                    f"(n, {system.control_size}): {error}"
-                ) from error
-            if not bool(((copy == x) | (x != x)).all()):
-                raise ValueError(
-                    f"{call}: policy changes its input in place, expected the states as they are: they are "
-                    "simulated from and read again in the backward pass; work on x.clone()"
-                )
-            for name, before in policy.module.named_buffers():
-                if buffers[name].shape != before.shape or not bool(
-                    ((buffers[name] == before) | (buffers[name] != buffers[name])).all()
-                ):
-                    written.append(name)
-            return u
-
-        u = evaluate(rows)
-        expected = (rows.shape[0], system.control_size)
-        if not isinstance(u, Tensor):
-            raise TypeError(
-                f"{call}: policy returned {type(u).__name__}, expected a tensor of shape (n, "
-                f"{system.control_size})"
-            )
-        if tuple(u.shape) != expected:
-            raise ValueError(
-                f"{call}: policy returned shape {tuple(u.shape)} for {rows.shape[0]} states, expected "
-                f"{expected}"
-            )
-        if not u.is_floating_point():
-            raise TypeError(f"{call}: policy returned {u.dtype}, expected {x0.dtype}")
-        tolerance = (policy.tolerance or operators.CONTROL_TOLERANCE[x0.dtype]) * (1.0 + u.abs().max())
-        again = evaluate(rows)
-        mixed = evaluate(torch.cat([rows, 1.5 * rows.flip(0) + 0.25]))[: rows.shape[0]]
-        for other, what, remedy in (
-            (
-                again,
-                "deterministic: the same states gave other controls",
-                "remove dropout or noise, or call policy.eval()",
-            ),
-            (
-                mixed,
-                "row by row: a row's control changed with the other rows of the batch",
-                "remove batch normalisation in training mode, or call policy.eval()",
-            ),
-        ):
-            off = (other - u).abs()
-            if bool((off > tolerance).any()):
-                raise ValueError(
-                    f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}"
-                )
-        if written:
-            raise ValueError(
-                f"{call}: policy writes its buffer {written[0]!r} when it is called, expected no state of "
-                f"its own: "
-                "all steps are recomputed at once in the backward pass; call policy.eval() or keep that "
-                "state outside"
-            )

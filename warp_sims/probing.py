@@ -1,0 +1,105 @@
+"""A policy that torch evaluates, tried on a few rows before a rollout relies on it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .bridge.autograd import operators
+from .bridge.autograd.torch_path import TorchPath, call_with, places
+from .bridge.runtime.arrays import capturing
+from .systems import System
+
+_PROBE_ROWS = 4
+
+
+def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Tensor], x0: Tensor) -> None:
+    """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
+    randomness.
+
+    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
+    in the backward pass, where all controls are recomputed. Tracing or capturing a graph, nothing can be
+    read, so nothing is tried.
+    """
+    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
+        return
+    if capturing(x0.device):
+        return
+    rows = x0[:_PROBE_ROWS].detach()
+    given = None if policy.inputs is None else policy.inputs[0, :_PROBE_ROWS]
+    fixed = policy.substitutes([parameter.detach() for parameter in parameters])
+    held = places(policy.module, buffers=True)
+    written: list[str] = []
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([x0.device] if x0.device.type == "cuda" else []),
+        torch.autocast(
+            x0.device.type, dtype=policy.autocast or torch.bfloat16, enabled=policy.autocast is not None
+        ),
+    ):
+
+        def evaluate(x: Tensor) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in policy.module.named_buffers()}
+            copy = x.clone()
+            beside = None if given is None else given.repeat(x.shape[0] // given.shape[0], 1)
+            substitutes = fixed | {place: buffers[name] for name in held for place in held[name]}
+            try:
+                u = call_with(policy.module, substitutes, copy, beside)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(
+                    f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
+                    f"(n, {system.control_size}): {error}"
+                ) from error
+            if not bool(((copy == x) | (x != x)).all()):
+                raise ValueError(
+                    f"{call}: policy changes its input in place, expected the states as they are: they are "
+                    "simulated from and read again in the backward pass; work on x.clone()"
+                )
+            for name, before in policy.module.named_buffers():
+                if buffers[name].shape != before.shape or not bool(
+                    ((buffers[name] == before) | (buffers[name] != buffers[name])).all()
+                ):
+                    written.append(name)
+            return u
+
+        u = evaluate(rows)
+        expected = (rows.shape[0], system.control_size)
+        if not isinstance(u, Tensor):
+            raise TypeError(
+                f"{call}: policy returned {type(u).__name__}, expected a tensor of shape (n, "
+                f"{system.control_size})"
+            )
+        if tuple(u.shape) != expected:
+            raise ValueError(
+                f"{call}: policy returned shape {tuple(u.shape)} for {rows.shape[0]} states, expected "
+                f"{expected}"
+            )
+        if not u.is_floating_point():
+            raise TypeError(f"{call}: policy returned {u.dtype}, expected {x0.dtype}")
+        tolerance = (policy.tolerance or operators.CONTROL_TOLERANCE[x0.dtype]) * (1.0 + u.abs().max())
+        again = evaluate(rows)
+        mixed = evaluate(torch.cat([rows, 1.5 * rows.flip(0) + 0.25]))[: rows.shape[0]]
+        for other, what, remedy in (
+            (
+                again,
+                "deterministic: the same states gave other controls",
+                "remove dropout or noise, or call policy.eval()",
+            ),
+            (
+                mixed,
+                "row by row: a row's control changed with the other rows of the batch",
+                "remove batch normalisation in training mode, or call policy.eval()",
+            ),
+        ):
+            off = (other - u).abs()
+            if bool((off > tolerance).any()):
+                raise ValueError(
+                    f"{call}: policy is not {what} (by {float(off.max()):.3g}), expected the same; {remedy}"
+                )
+        if written:
+            raise ValueError(
+                f"{call}: policy writes its buffer {written[0]!r} when it is called, expected no state of "
+                f"its own: "
+                "all steps are recomputed at once in the backward pass; call policy.eval() or keep that "
+                "state outside"
+            )
