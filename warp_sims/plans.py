@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .bridge.autograd.fused_path import FusedPath
 from .bridge.autograd.torch_path import TorchPath, places
 from .bridge.passes.foreign import Simulator
-from .bridge.passes.segments import CACHED_ROWS, torch_segment
+from .bridge.passes.segments import CACHED_ROWS, fused_segment, torch_segment
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
@@ -79,9 +79,10 @@ def make_plan(
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
+    The system and the horizon come from `check_horizon`.
+
     Without `keep` there will be no backward pass, for which activations might be kept.
     """
-    check_system(system, call)
     if not isinstance(policy, nn.Module):
         raise TypeError(
             f"{call}: policy is of type {type(policy).__name__}, expected a torch.nn.Module from (n, "
@@ -152,7 +153,10 @@ def make_plan(
     if segment is not None:
         segment = min(segment, horizon)
     elif network is not None:
-        segment = BY_SIZE if keep else NONE_KEPT
+        # tracing a compiled graph, sizes can be symbols: the operator decides
+        traced = torch.compiler.is_compiling()
+        by_size = BY_SIZE if keep else NONE_KEPT
+        segment = by_size if traced else fused_segment(network, x0, horizon, keep)
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
         if perceptron and x0.device.type == "cpu":
@@ -244,7 +248,13 @@ def check_horizon(horizon: Any, call: str, system: Any, x0: Any) -> int:
     return steps
 
 
+_SMALL = 1 << 22
+"""Numbers that fit everywhere: most rollouts need no further look."""
+
+
 def _check_size(call: str, system: System, x0: Tensor, horizon: int) -> None:
+    if horizon * (x0.numel() + 1) * system.control_size < _SMALL:
+        return
     worlds = x0.shape[:-1].numel()
     if horizon * max(worlds * system.control_size, 1) > MOST_STEPS:
         raise ValueError(

@@ -199,7 +199,9 @@ def fused_backward(
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
     state_size), with a member axis behind the fields for an ensemble.
     """
-    own = with_segment(described(system, flows, decay, final, running, control, segment), network, states[0])
+    own = described(system, flows, decay, final, running, control, segment)
+    if segment < 0:
+        own = with_segment(own, network, states[0])
     p = prepare(own.system, states.dtype, states.device)
     g = Cotangents(adj_loss, adj_states, adj_controls)
     return backward(p, own, network, packed, hidden, states, controls, g)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ...kernels.policy.layout import BLOCK, layout
-from .spec import BY_SIZE, NONE_KEPT, Spec
+from .spec import BY_SIZE, Spec
 
 STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
 """Activations up to which a rollout keeps them, by device."""
@@ -64,7 +64,7 @@ def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = Tru
 
 def with_segment(spec: Spec, network: str, x0: torch.Tensor) -> Spec:
     """The description of a fused rollout with the segment that its size asks for, where none is given."""
-    if spec.segment not in (BY_SIZE, NONE_KEPT):
+    if spec.segment >= 0:
         return spec
     return spec._replace(segment=fused_segment(network, x0, spec.horizon, spec.segment == BY_SIZE))
 

@@ -52,8 +52,10 @@ def _with_adjoints(functions: DeviceFunctions) -> DeviceFunctions:
     """The functions, with adjoints that Warp generates where there are none; as they are where they do not
     fit together, which `check_contract` says.
     """
+    if functions.step_vjp is not None:
+        return functions
     vectors = all(hasattr(v, "_wp_scalar_type_") for v in (functions.State, functions.Control))
-    if functions.step_vjp is not None or not isinstance(functions.step, wp.Function) or not vectors:
+    if not isinstance(functions.step, wp.Function) or not vectors:
         return functions
     if len(functions.step.input_types) != 3:
         return functions
