@@ -165,7 +165,7 @@ def fused_network(policy: nn.Module) -> FusedNetwork | None:
     """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it.
 
     Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or
-    shared parameters take the torch road.
+    shared parameters take the torch path.
     """
     # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
     # rest of the checks

@@ -21,7 +21,7 @@ from ..runtime.tracing import span
 from . import operators
 
 JACOBIAN_ELEMENTS = 1 << 26
-"""Elements of the policy's Jacobians held at once on the torch road; worlds go through in blocks where those
+"""Elements of the policy's Jacobians held at once on the torch path; worlds go through in blocks where those
 of a segment are more.
 """
 

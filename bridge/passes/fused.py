@@ -171,7 +171,7 @@ def _cut(p: Prepared, horizon: int, segment: int) -> tuple[list[tuple[int, int]]
 
 def activations(p: Prepared, network: str, packed: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Hidden activations of a segment of a rollout, from its states (steps + 1, nworld, state_size): by the
-    sweep itself, so that they are what it found. The road of GPUs; see fused_backward.py for that of CPUs.
+    sweep itself, so that they are what it found. The way of GPUs; see fused_backward.py for that of CPUs.
     """
     steps = states.shape[0] - 1
     return rollout(p, network, packed, states[0], steps, LossWeights(0.0, 0.0, 0.0))[3]

@@ -103,7 +103,7 @@ def wide_backward(
     controls: torch.Tensor,
     g: Cotangents,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same through torch's products, in segments that bound what these hold: the road of GPUs."""
+    """The same through torch's products, in segments that bound what these hold: the way of GPUs."""
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)

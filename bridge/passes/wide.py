@@ -1,4 +1,4 @@
-"""The wide products of a fused policy through torch: the road of GPUs, and the check of the CPU kernels.
+"""The wide products of a fused policy through torch: the way of GPUs, and the check of the CPU kernels.
 
 Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/policy/dense.py for the
 equations and the layout. For an ensemble every tensor has the members in front of them, and the products are

@@ -43,7 +43,7 @@ def functions_of(system: Any, dtype: Any) -> DeviceFunctions:
     return _with_adjoints(functions)
 
 
-def is_generated(system: Any, dtype: Any) -> bool:
+def has_generated_adjoint(system: Any, dtype: Any) -> bool:
     """Whether the adjoint of a system's step is left to Warp."""
     return system.device_functions(dtype).step_vjp is None
 

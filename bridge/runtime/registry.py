@@ -19,7 +19,7 @@ from ...kernels.sweeps.rollout import SystemKernels, make_system_kernels, make_w
 from ...kernels.sweeps.streamed import make_cuda_system_kernels
 from ...kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
-from .contract import check_contract, functions_of, is_generated
+from .contract import check_contract, functions_of, has_generated_adjoint
 from .launches import PREPARING
 
 
@@ -116,7 +116,7 @@ _verified: set[tuple[int, int]] = set()
 def _verify(number: int, found: Prepared) -> None:
     """Raises ValueError unless adjoints that Warp generated are right."""
     system, key = find(number), (number, id(found.device))
-    if key in _verified or not is_generated(system, found.dtype):
+    if key in _verified or not has_generated_adjoint(system, found.dtype):
         return
     double = found
     if found.torch_dtype != torch.float64:
@@ -137,7 +137,7 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     check_contract(system, functions, params, scalar)
     make = make_cuda_system_kernels
     # kernels for large states call adjoints from functions, behind which Warp emits generated ones
-    if on.is_cpu or is_generated(system, scalar):
+    if on.is_cpu or has_generated_adjoint(system, scalar):
         make = functools.partial(make_system_kernels, block=on.is_cpu)
     return Prepared(
         dtype,

@@ -216,7 +216,7 @@ def check_rollouts(system: System, form: Form, points: Points, seed: int) -> lis
 def _comparisons(case: _Case, form: Form, points: Points) -> Iterator[Comparison]:
     directions = _directions(case, points.length[: case.system.state_size])
     device = form.device
-    roads: dict[str, Callable[[_Case], nn.Module]] = {
+    paths: dict[str, Callable[[_Case], nn.Module]] = {
         "fused": lambda c: c.policy,
         "by torch": lambda c: _Evaluated(c.policy),
     }
@@ -229,12 +229,12 @@ def _comparisons(case: _Case, form: Form, points: Points) -> Iterator[Comparison
     for flow in (Flow.REGULAR, Flow.MODIFIED, Flow.NETWORK, Flow.STOPPED):
         exact = _differences(case, form, flow, directions, nominal)
         usable = settled(exact, None, DOUBLE)
-        for road, make in roads.items():
+        for path, make in paths.items():
             gradients = {o: _gradients(case, make(case), flow, o, device) for o in case.objectives}
-            found[road, flow.value] = gradients
+            found[path, flow.value] = gradients
             along = [directions.along(g, g["x0"]) for g in gradients.values()]
             yield compare(
-                f"rollout {flow.value}, policy {road}",
+                f"rollout {flow.value}, policy {path}",
                 "float64",
                 "finite differences",
                 torch.stack(along)[None],
@@ -244,17 +244,17 @@ def _comparisons(case: _Case, form: Form, points: Points) -> Iterator[Comparison
                 tolerance=DOUBLE,
                 usable=usable,
             )
-    for road, make in roads.items():
+    for path, make in paths.items():
         gradients = {o: _gradients(case, make(case), Flow.COMBINED, o, device) for o in case.objectives}
         failed, count = [], 0
         for objective, combined in gradients.items():
             for name, value in combined.items():
-                regular, modified = (found[road, letter][objective][name] for letter in "RM")
+                regular, modified = (found[path, letter][objective][name] for letter in "RM")
                 count += value.numel()
                 if not _is_combined(value, modified, regular):
                     failed.append(f"{objective} by {name}")
-        yield exactly(f"rollout C, policy {road}", "float64", "M where R has its sign", failed, count)
-    yield from _single(case, found, roads["fused"], device)
+        yield exactly(f"rollout C, policy {path}", "float64", "M where R has its sign", failed, count)
+    yield from _single(case, found, paths["fused"], device)
 
 
 def _is_combined(value: Tensor, modified: Tensor, regular: Tensor) -> bool:

@@ -37,9 +37,9 @@ def lines_of(profile: Profile) -> Iterator[str]:
 
 def _about(profile: Profile) -> Iterator[str]:
     yield from textwrap.wrap(profile.system, _WIDTH, subsequent_indent="  ")
-    road = "inside the sweeps" if profile.fused else "evaluated by torch"
+    path = "inside the sweeps" if profile.fused else "evaluated by torch"
     yield (
-        f"policy {profile.policy} {road}, {profile.dtype}, batch {profile.batch}, horizon {profile.horizon}, "
+        f"policy {profile.policy} {path}, {profile.dtype}, batch {profile.batch}, horizon {profile.horizon}, "
         f"loss {profile.loss}"
     )
     versions = ", ".join(f"{name} {number}" for name, number in profile.versions.items())
