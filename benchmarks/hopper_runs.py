@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LAST = 10  # logged rows over which `mean_last` and `train` are means
-STOPPING = 12.0  # seconds that a run may take to stop behind its time
+STARTING = 8.0  # seconds that a run may take until its time begins to count
+STOPPING = 12.0  # seconds from the end of their time to that of all, for the last update and the report
+PATIENCE = 30.0  # seconds behind the end of its time after which a run is ended
 SUMMARY = (
     "flow",
     "decay",
@@ -104,7 +106,8 @@ def run_all(jobs: list[Job], options: argparse.Namespace) -> None:
     while waiting or running:
         while waiting and len(running) < options.parallel and time.monotonic() < ends:
             job = waiting.pop(0)
-            words = command(job, options.out / job.name, options, max(ends - time.monotonic(), 1.0))
+            seconds = max(ends - time.monotonic() - STARTING, 1.0)
+            words = command(job, options.out / job.name, options, seconds)
             with open(options.out / f"{job.name}.txt", "a") as said:
                 env = environment(options.threads)
                 running[job] = subprocess.Popen(words, env=env, stdout=said, stderr=said)
@@ -116,7 +119,7 @@ def run_all(jobs: list[Job], options: argparse.Namespace) -> None:
                 del running[job]
                 if process.returncode:
                     print(f"{job.name} failed: {options.out / job.name}.txt", flush=True)
-            elif now >= ends + STOPPING:
+            elif now >= ends + PATIENCE:
                 process.terminate()
         time.sleep(0.2)
 
