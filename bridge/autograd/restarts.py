@@ -118,7 +118,6 @@ def backward(
 def _sweep(
     spec: Spec,
     run: Restarted,
-    recomputed: Tensor,
     jac: Tensor | None,
     adj_states: Tensor,
     adj_arrivals: Tensor,
@@ -141,8 +140,8 @@ def _sweep(
             *one.arguments(),
             torch.stack([run.states[t], run.arrivals[t]]),
             run.controls[t : t + 1],
-            recomputed[t : t + 1],
-            operators.CONTROL_TOLERANCE[run.states.dtype],
+            None,
+            0.0,
             None if jac is None else jac[t : t + 1],
             None,
             torch.stack([adj_states[t], none]),
