@@ -102,9 +102,9 @@ def backward(
             # one unit cotangent a control component: rows do not mix, so all points share a product
             columns = [torch.autograd.grad(u[:, c].sum(), x, retain_graph=True)[0] for c in range(m)]
             jac = torch.stack(columns, dim=1).view(horizon, nworld, m, points.shape[1])
-    mu = _sweep(
-        spec, run, u.detach().view_as(run.controls), jac, adj_states, adj_arrivals, adj_controls, clip
-    )
+    recomputed = u.detach().view_as(run.controls)
+    operators.check_recomputed(recomputed, run.controls, operators.CONTROL_TOLERANCE[u.dtype], 0)
+    mu = _sweep(spec, run, jac, adj_states, adj_arrivals, adj_controls, clip)
     fields = []
     for f, field in enumerate(mu):
         with span("policy_weight_grad"):
