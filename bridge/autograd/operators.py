@@ -245,7 +245,7 @@ def adjoint(
     over `loss_worlds` worlds, those of the trajectory where that is 0.
     """
     if recomputed is not None:
-        _check_recomputed(recomputed, controls, tolerance, t0)
+        check_recomputed(recomputed, controls, tolerance, t0)
     own = described(system, flows, decay, final, running, control, segment)
     g = Cotangents(adj_loss, adj_states, adj_controls)
     simulator = foreign.foreign(own.system)
@@ -263,7 +263,10 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
 
 
-def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+    """Raises ValueError where controls (steps, nworld, control_size), of steps from `t0` on, are not those that
+    a rollout stored.
+    """
     if controls.numel() == 0 or capturing(controls.device):
         return
     if torch.allclose(
