@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,13 +178,20 @@ def foreign_carts():
     }
 
 
+@pytest.fixture
+def wide_jax(request):
+    """JAX in float64, for this test."""
+    if request.getfixturevalue("kind") != "jax":
+        yield
+        return
+    with pytest.importorskip("jax").enable_x64(True):
+        yield
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["torch", "torch, rows mixing", "jax", "tape"])
-def test_foreign_systems(kind, way):
+def test_foreign_systems(kind, way, wide_jax):
     """The same cart-pole as any kind of system has the same gradients."""
-    if kind == "jax":
-        jax = pytest.importorskip("jax")
-        jax.config.update("jax_enable_x64", True)
     system, names = foreign_carts()[kind], ("gravity", "pole_mass", "pole_length")
     for flow in FLOWS:
         for shapes in ("one", "each"):
@@ -451,3 +460,21 @@ def test_masks_of_worlds_by_numbers_do_not_mix():
     after = ws.rollout(CART, net, x0, horizon=HORIZON, parameters={"pole_mass": masses}).states
     changed = (before != after).any(0).any(-1)
     assert changed.tolist() == [world == 4 for world in range(WORLDS)]
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_example_identifies():
+    example = runpy.run_path(str(EXAMPLES / "identify_cartpole.py"))
+    for seed in (1, 2):
+        found = example["identify"](seed)
+        for name, value in example["TRUE"].items():
+            assert abs(found[name] / value - 1) < 0.02, (seed, name)
+
+
+def test_the_example_randomises():
+    example = runpy.run_path(str(EXAMPLES / "randomised_cartpole.py"))
+    found = example["main"](updates=60, seeds=(0,))
+    untrained = example["tried"](example["trained"](True, 0), 0.5, 2.0)
+    assert max(found["randomised"]) < 0.95 * untrained
