@@ -19,7 +19,7 @@ from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
 from .flows import MOST_STEPS, as_int, check_decay
-from .policies import fused_network
+from .policies import FusedNetwork, recognise
 from .probing import probe
 from .systems import System
 
@@ -47,6 +47,8 @@ class Plan:
     spec: Spec
     path: FusedPath | TorchPath
     """How its passes are computed, chosen once."""
+    reason: str
+    """Why torch evaluates the policy; empty where it runs fused."""
     names: tuple[str, ...]
     """Of the parameters."""
     parameters: tuple[Tensor, ...]
@@ -101,7 +103,8 @@ def make_plan(
             f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
             "its members run inside the sweeps; roll out its members() one by one"
         )
-    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    found = recognise(policy, system.state_size) if ensemble is None else fused_ensemble(call, ensemble)
+    fused, reason = (found, "") if isinstance(found, FusedNetwork) else (None, found)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
             f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
@@ -112,6 +115,7 @@ def make_plan(
     perceptron = foreign and inputs is None and fused is not None and fused.description.startswith("mlp:")
     if foreign or inputs is not None:
         fused = None
+        reason = "the simulator is not made of kernels" if foreign else "it is given inputs beside the states"
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
@@ -140,7 +144,7 @@ def make_plan(
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
     if network is not None:
-        path: FusedPath | TorchPath = FusedPath(network)
+        path: FusedPath | TorchPath = FusedPath(network, tuple(c.to(device, dtype) for c in fused.constants) if fused else ())
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
@@ -163,7 +167,7 @@ def make_plan(
             segment = min(segment, max(1, CACHED_ROWS // max(x0.shape[-2], 1)))
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
-    return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
+    return Plan(spec, path, reason, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
 
 
 def _check_inputs(call: str, inputs: Any, x0: Tensor, horizon: int, ensemble: bool) -> Tensor | None:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["MLP", "FusedNetwork", "WaveCNN", "fused_network"]
+from .recognition import composition_of, is_changed, tensors_of
+
+__all__ = ["MLP", "FusedNetwork", "WaveCNN", "fused_network", "recognise"]
 
 
 class MLP(nn.Sequential):
@@ -140,33 +142,58 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
         layers[-1].weight.zero_()
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 class FusedNetwork(NamedTuple):
     """A policy that the fused sweeps reproduce exactly."""
 
     description: str
-    """For kernels/policy/dense.py, which lays it out."""
+    """For kernels/policy/layout.py, which lays it out."""
     in_size: int
     out_size: int
     parameters: dict[str, torch.Tensor]
     """By name, in the order of the module's `parameters()`."""
+    constants: tuple[torch.Tensor, ...] = ()
+    """Vectors that a composed policy has besides, from buffers."""
 
 
-def fused_network(policy: nn.Module) -> FusedNetwork | None:
-    """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it.
+def fused_network(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | None:
+    """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it."""
+    found = recognise(policy, in_size)
+    return found if isinstance(found, FusedNetwork) else None
 
-    Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or
-    shared parameters take the torch path.
+
+def recognise(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | str:
+    """Describes a policy that runs inside the sweeps, or says why torch must evaluate it.
+
+    `MLP` and `WaveCNN` themselves, unchanged, have sweeps of their own; any other module is looked into, see
+    `recognition.composition_of`. Hooks, parametrizations and shared parameters take the torch path.
+
+    Args:
+        policy: The module.
+        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads.
     """
+    found = _specialised(policy)
+    if found is not None:
+        return found
+    if torch.compiler.is_compiling():
+        return "a graph is traced by torch.compile, which only MLP and WaveCNN run fused in"
+    if in_size is None:
+        linear = next((m for m in policy.modules() if isinstance(m, nn.Linear)), None)
+        if linear is None:
+            return "it has no linear layer"
+        in_size = linear.in_features
+    composition = composition_of(policy, in_size)
+    if isinstance(composition, str):
+        return composition
+    tensors = tensors_of(policy, composition.parameters)
+    if len({id(q) for q in tensors}) < len(tensors):
+        return "parameters are shared"
+    constants = tuple(constant() for constant in composition.constants)
+    named = dict(zip(composition.parameters, tensors))
+    return FusedNetwork(composition.description, composition.in_size, composition.out_size, named, constants)
+
+
+def _specialised(policy: nn.Module) -> FusedNetwork | None:
+    """A policy whose sweeps have a text of their own: an unchanged `MLP` or `WaveCNN`."""
     # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
     # rest of the checks
     kind = type(policy)

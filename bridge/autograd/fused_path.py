@@ -18,10 +18,12 @@ class FusedPath(NamedTuple):
 
     network: str
     """Description of the policy, see kernels/policy/layout.py."""
+    constants: tuple[Tensor, ...] = ()
+    """Vectors that the policy has besides its parameters."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
-        out = operators.fused_rollout(*spec.arguments(), self.network, list(parameters), x0)
+        out = operators.fused_rollout(*spec.arguments(), self.network, [*parameters, *self.constants], x0)
         states, controls, loss, hidden, packed = out
         return Saved(states, controls, (hidden, packed)), loss
 

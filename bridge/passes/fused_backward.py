@@ -57,9 +57,10 @@ def _unpack_index(key: tuple[str, int]) -> np.ndarray:
 
 
 def _parameter_index(key: tuple[str, int]) -> np.ndarray:
-    # pack counts from 1, 0 stands for padding; the gradients are laid out as its first part
+    # pack counts from the numbers in front; the gradients are laid out as its first part
     lay = layout(*key)
-    return (lay.pack[: lay.grads] - 1).astype(np.int32)
+    index = lay.pack[: lay.grads] - lay.numbers.size
+    return np.maximum(index, -1).astype(np.int32)
 
 
 def backward(
@@ -158,7 +159,7 @@ class _Group:
         n, m, size, steps = p.state_size, p.control_size, p.itemsize, shape.steps
         fields, several, nworld = len(spec.schedules), m > 1, shape.nworld
         lay = layout(network, size)
-        kernels = make_network_kernels(p.dtype)
+        kernels = make_network_kernels(p.dtype, lay.composed)
         like, group, self._member_worlds = whole.mu, whole.group, nworld // shape.members
         chunk = chunk_rows(lay, size, steps)
         recomputed = whole.recomputed
@@ -191,7 +192,7 @@ class _Group:
             states_of_block.data = pulled.data_ptr()
             args = [*a.before[:2], *a.before[3:], *policy, *rows_of, 0, a.mu, fixed(whole.mu.view(-1))]
             args += [a.adj_x0, fixed(d), states_of_block, fixed(pulled.view(-1))]
-            self._passes.append(_Pass(p, p.fused_adjoint(fields), args, True))
+            self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), args, True))
         else:
             args = [*policy, *rows_of, steps, nworld, self._member_worlds, n, m, int(shape.jac), 0, 0]
             args += [fixed(d), fixed(whole.jac.view(-1))]
@@ -302,7 +303,7 @@ class _Backward:
         self.groups = [_Group(self, p, spec, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
         self.grads = array(size, fields, shape.members, lay.unpack.size)
-        sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)
+        sum_partial, chunks = make_network_kernels(p.dtype, lay.composed).sum_partial, -(-lay.grads // SUM_CHUNK)
         partial = array(size, *self.partial.shape)
         partial.data = self.partial.data_ptr()
         self.waves: list[tuple[Team, Team]] = []
