@@ -5,6 +5,7 @@ module is then evaluated by torch. The operations and the line they are written 
 kernels/policy/composed_layout.py.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,20 +33,23 @@ class Composition(NamedTuple):
     """What computes each constant vector from the module's buffers."""
 
 
-class _Constant(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Constant:
     """What depends on no state: a number, or a function of buffers."""
 
     value: Callable[[], Any]
 
 
-class _Parameter(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
     """A parameter itself."""
 
     name: str
     tensor: Tensor
 
 
-class _Value(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Value:
     """A value of the composed policy."""
 
     number: int
@@ -273,7 +277,7 @@ def _name(target: Any) -> str:
 
 
 def _flat(argument: Any) -> list[Any]:
-    if isinstance(argument, (tuple, list)) and not isinstance(argument, (_Value, _Parameter, _Constant)):
+    if isinstance(argument, (tuple, list)):
         return [leaf for part in argument for leaf in _flat(part)]
     return [argument]
 

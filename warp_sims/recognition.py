@@ -52,8 +52,16 @@ def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
         return known[1]
     if not _is_plain(policy) and torch._C._are_functorch_transforms_active():
         return "it is called for the first time inside a transform of torch.func"
+    kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in policy.modules()]
     found = _composed(policy, in_size)
     if record != (in_size, *(_record(module) for module in policy.modules())):
+        # what it was traced with must not stay there
+        for module, own, parameters, buffers in kept:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            for tensors, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                tensors.clear()
+                tensors.update(before)
         return "its forward changes its attributes"
     _known[policy] = record, found
     return found
@@ -132,11 +140,15 @@ def _record(module: nn.Module) -> Any:
     return (
         type(module),
         type(module).forward,
-        tuple((k, None if q is None else (q.shape, q.dtype)) for k, q in module._parameters.items()),
-        tuple((k, None if q is None else (q.shape, q.dtype)) for k, q in module._buffers.items()),
+        tuple((k, _kind(q)) for k, q in module._parameters.items()),
+        tuple((k, _kind(q)) for k, q in module._buffers.items()),
         tuple(module._modules),
         tuple((k, _state(v, _DEPTH)) for k, v in own.items() if k not in _OWN),
     )
+
+
+def _kind(tensor: Any) -> Any:
+    return (tensor.shape, tensor.dtype) if isinstance(tensor, Tensor) else type(tensor)
 
 
 def _state(value: Any, depth: int) -> Any:

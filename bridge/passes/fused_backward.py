@@ -19,7 +19,7 @@ from ..runtime.launches import Launch, Pool, array
 from ..runtime.registry import Prepared
 from ..runtime.team import Program, Step, Task, Team, shares
 from ..runtime.tracing import span
-from . import wide
+from . import composed, wide
 from .fused import activations, blocks_per_thread, fixed, table
 from .segments import SEGMENT_BYTES, blocks_of, cpu_steps, pieces
 from .spec import Cotangents, Spec
@@ -108,6 +108,7 @@ def wide_backward(
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)
+    products: Any = composed if lay.composed else wide
     kept = wide.Rows(lay, packed, hidden, horizon, nworld)
     steps = spec.segment or wide.bounded_steps(kept, spec.network_open, SEGMENT_BYTES["cuda"])
     grads = adj_x0 = None
@@ -117,10 +118,10 @@ def wide_backward(
         if spec.segment:
             rows = wide.Rows(lay, packed, activations(p, network, packed, part), t1 - t0, nworld)
         with span("linearize"):
-            d, jac = wide.linearize(rows, spec.network_open)
+            d, jac = products.linearize(rows, spec.network_open)
         mu, adj_x0 = adjoint(p, spec, part, controls[t0:t1], jac, g.steps(t0, t1), t0, adj_x0)
         with span("weight_grad"):
-            own = wide.weight_grad(rows, d, mu, unpack)
+            own = products.weight_grad(rows, d, mu, unpack)
         grads = own if grads is None else grads.add_(own)
     assert grads is not None and adj_x0 is not None
     return grads, adj_x0

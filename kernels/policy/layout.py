@@ -118,17 +118,17 @@ def _wavecnn_layers(sizes: tuple[int, ...], itemsize: int) -> list[Layer]:
     points2 = ((state_size // 2 - 3) // 2 - 2) // 2 + 1
     # as many as the second convolution reads: where its stride leaves a remainder, there is one more
     points1 = 2 * points2 + 1
-    pitch = pitch(channels, itemsize)
-    conv2 = np.full((channels, 3, pitch), -1)
+    width = pitch(channels, itemsize)
+    conv2 = np.full((channels, 3, width), -1)
     conv2[:, :, :channels] = (
         np.arange(channels * channels * 3).reshape(channels, channels, 3).transpose(0, 2, 1)
     )
-    out = np.full((outputs, points2, pitch), -1)
+    out = np.full((outputs, points2, width), -1)
     out[:, :, :channels] = np.arange(outputs * points2 * channels).reshape(outputs, points2, channels)
     return [
         Layer(channels, points1, 6, 4, np.arange(channels * 6).reshape(channels, 6)),
-        Layer(channels, points2, 3 * pitch, 2 * pitch, conv2.reshape(channels, -1)),
-        Layer(outputs, 1, points2 * pitch, 0, out.reshape(outputs, -1)),
+        Layer(channels, points2, 3 * width, 2 * width, conv2.reshape(channels, -1)),
+        Layer(outputs, 1, points2 * width, 0, out.reshape(outputs, -1)),
     ]
 
 
