@@ -126,3 +126,24 @@ def networks(draw: st.DrawFn, state_size: int, control_size: int) -> nn.Module:
     if draw(st.booleans()):
         parts.append(Bounded(draw(st.booleans())))
     return filled(nn.Sequential(*parts), draw(st.integers(0, 99)))
+
+
+def with_norms(state_size: int, control_size: int, seed: int, width: int = 40) -> nn.Module:
+    """ELU and LayerNorm, as reinforcement learning uses them."""
+    first = nn.Linear(state_size, width), nn.LayerNorm(width), nn.ELU()
+    second = nn.Linear(width, 17), nn.LayerNorm(17), nn.ELU()
+    return filled(nn.Sequential(*first, *second, nn.Linear(17, control_size)), seed)
+
+
+def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
+    """Every element of the grammar once."""
+    parts: list[nn.Module] = [Standardized(state_size), Features(state_size)]
+    width = parts[-1].out_size
+    for activation in ACTIVATIONS.values():
+        parts += [nn.Linear(width, 9, bias=len(parts) % 4 > 0), activation()]
+        width = 9
+    for norm in NORMS.values():
+        parts += [nn.Linear(9, 9), norm(9)]
+    parts += [Gain(9), Residual(nn.Sequential(nn.Linear(9, 9), nn.SiLU()), minus=False)]
+    parts += [Residual(nn.Linear(9, 9), minus=True), nn.Linear(9, control_size), Bounded(smooth=True), Bounded(False)]
+    return filled(nn.Sequential(*parts), seed)

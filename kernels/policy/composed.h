@@ -173,7 +173,7 @@
         for (int j = lane % 32; j < units; j += 32) sum += (x[j] - center) * (x[j] - center);
         const real factor = real(1) / sqrt(mean(sum) + p);
         for (int j = lane % 32; j < pitch; j += 32) to[r * row + j] = j < units ? (x[j] - center) * factor : real(0);
-        if (lane % 32 == 0) rows[r * row + T[SECOND]] = factor;
+        for (int j = lane % 32; j < 64 / (int)sizeof(real); j += 32) rows[r * row + T[SECOND] + j] = j ? real(0) : factor;
       }
     } else if (T[KIND] == COPY) {
       for (int at = lane; at < BLOCK * (units + T[FILL]); at += lanes) {
@@ -244,7 +244,7 @@
           const real factor = real(1) / wp::sqrt(sum_of(s, sum_of) / real(units) + p[0]);
           for (int j = 0; j < whole; j += VL) WS_STORE(y + j, (WS_LOAD(x + j) - center) * factor);
           for (int j = whole; j < pitch; j += VL) WS_STORE(y + j, (WS_LOAD(x + j) - center) * factor * tail(j));
-          rows[at_row(r) + T[SECOND]] = factor;
+          for (int j = 0; j < LINE; ++j) rows[at_row(r) + T[SECOND] + j] = j ? real(0) : factor;
         }
         break;
       case AFFINE: WS_MAP(WS_FMA(x, WS_LOAD(P + T[BACKWARD] + j), WS_LOAD(P + T[BIAS] + j)))
