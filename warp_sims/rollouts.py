@@ -30,6 +30,8 @@ class Rollout(NamedTuple):
     """Scalar, (members,) of an `Ensemble`; None where loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
+    path: str = "fused"
+    """How the policy was evaluated: "fused", or "torch: ..." with the reason why it is not."""
 
 
 def rollout(
@@ -55,8 +57,8 @@ def rollout(
     Args:
         system: The simulated system.
         policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
-            `warp_sims.MLP` runs inside the sweep; any other module is evaluated by torch, step by step only
-            in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
+            What torch.fx resolves into linear layers, activations, norms and the like runs inside the sweep,
+            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
         x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
             on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.
@@ -88,7 +90,7 @@ def rollout(
             "combined" compared by component. The system's own loss reads the system's own numbers.
 
     Returns:
-        `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
+        `Rollout(states, controls, loss, fused, path)`. One `backward()` gives the gradient of every policy
         parameter and of x0. The cotangents that arrive in it are summed before anything is compared. For
         "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not C(a + b): for
         micro-batches and processes use `gradient_pair`. Of an ensemble, `out.loss.sum().backward()` gives
@@ -128,7 +130,8 @@ def rollout(
         value = custom_loss_value("rollout", plan, states, controls) + value
     if locate_divergence:
         check_rollout(system, states, controls, value if plan.has_loss else None)
-    return Rollout(states, controls, value if plan.has_loss else None, plan.fused)
+    path = "fused" if plan.fused else f"torch: {plan.reason}"
+    return Rollout(states, controls, value if plan.has_loss else None, plan.fused, path)
 
 
 def simulate(system: System, x0: Tensor, controls: Tensor, *, parameters: Parameters = None) -> Tensor:

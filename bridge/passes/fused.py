@@ -33,15 +33,16 @@ def pack(network: str, parameters: Sequence[torch.Tensor], members: tuple[int, .
     """The policy's parameters as the kernels read them, (packed,); (*members, packed) of stacked ones."""
     first = parameters[0]
     index = constant((network, first.element_size()), _pack_index, first.device)
-    zero = constant(first.dtype, _zero, first.device)
+    numbers = constant((network, first.dtype), _numbers, first.device)
     if members:
-        zero = zero.expand(*members, 1)
-    flat = torch.cat([zero, *(q.detach().reshape(*members, -1) for q in parameters)], dim=-1)
+        numbers = numbers.expand(*members, -1)
+    flat = torch.cat([numbers, *(q.detach().reshape(*members, -1) for q in parameters)], dim=-1)
     return flat.index_select(-1, index)
 
 
-def _zero(dtype: torch.dtype) -> np.ndarray:
-    return torch.zeros(1, dtype=dtype, device="cpu").numpy()
+def _numbers(key: tuple[str, torch.dtype]) -> np.ndarray:
+    network, dtype = key
+    return torch.tensor(layout(network, dtype.itemsize).numbers, dtype=dtype, device="cpu").numpy()
 
 
 def _pack_index(key: tuple[str, int]) -> np.ndarray:
@@ -129,8 +130,9 @@ class _Rollout:
         values |= {"table": fixed(self.table), "layers": lay.layers, "row": lay.row}
         values |= {"section": lay.column(0, Column.SECTION), "kept": kept, "together": together}
         values |= {"lanes": lanes, "flat_controls": self.flat_controls}
+        kernel = p.fused_rollout(lay.composed)
         launches = [
-            Launch(p.fused_rollout, (len(part), lanes), values | {"first": part.start}, p.device, lanes)
+            Launch(kernel, (len(part), lanes), values | {"first": part.start}, p.device, lanes)
             for part in parts
         ]
         self.run = Team(launches)

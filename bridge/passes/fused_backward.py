@@ -19,7 +19,7 @@ from ..runtime.launches import Launch, Pool, array
 from ..runtime.registry import Prepared
 from ..runtime.team import Program, Step, Task, Team, shares
 from ..runtime.tracing import span
-from . import wide
+from . import composed, wide
 from .fused import activations, blocks_per_thread, fixed, table
 from .segments import SEGMENT_BYTES, blocks_of, cpu_steps, pieces
 from .spec import Cotangents, Spec
@@ -57,9 +57,10 @@ def _unpack_index(key: tuple[str, int]) -> np.ndarray:
 
 
 def _parameter_index(key: tuple[str, int]) -> np.ndarray:
-    # pack counts from 1, 0 stands for padding; the gradients are laid out as its first part
+    # pack counts from the numbers in front; the gradients are laid out as its first part
     lay = layout(*key)
-    return (lay.pack[: lay.grads] - 1).astype(np.int32)
+    index = lay.pack[: lay.grads] - lay.numbers.size
+    return np.maximum(index, -1).astype(np.int32)
 
 
 def backward(
@@ -107,6 +108,7 @@ def wide_backward(
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)
+    products: Any = composed if lay.composed else wide
     kept = wide.Rows(lay, packed, hidden, horizon, nworld)
     steps = spec.segment or wide.bounded_steps(kept, spec.network_open, SEGMENT_BYTES["cuda"])
     grads = adj_x0 = None
@@ -116,10 +118,10 @@ def wide_backward(
         if spec.segment:
             rows = wide.Rows(lay, packed, activations(p, network, packed, part), t1 - t0, nworld)
         with span("linearize"):
-            d, jac = wide.linearize(rows, spec.network_open)
+            d, jac = products.linearize(rows, spec.network_open)
         mu, adj_x0 = adjoint(p, spec, part, controls[t0:t1], jac, g.steps(t0, t1), t0, adj_x0)
         with span("weight_grad"):
-            own = wide.weight_grad(rows, d, mu, unpack)
+            own = products.weight_grad(rows, d, mu, unpack)
         grads = own if grads is None else grads.add_(own)
     assert grads is not None and adj_x0 is not None
     return grads, adj_x0
@@ -157,7 +159,7 @@ class _Group:
         n, m, size, steps = p.state_size, p.control_size, p.itemsize, shape.steps
         fields, several, nworld = len(spec.schedules), m > 1, shape.nworld
         lay = layout(network, size)
-        kernels = make_network_kernels(p.dtype)
+        kernels = make_network_kernels(p.dtype, lay.composed)
         like, group, self._member_worlds = whole.mu, whole.group, nworld // shape.members
         chunk = chunk_rows(lay, size, steps)
         recomputed = whole.recomputed
@@ -202,7 +204,7 @@ class _Group:
             states_of_block.data = pulled.data_ptr()
             values = policy | a.values | {"flat_mu": fixed(whole.mu.view(-1))}
             values |= {"pulled": states_of_block, "flat_pulled": fixed(pulled.view(-1))}
-            self._passes.append(_Pass(p, p.fused_adjoint(fields), values, True))
+            self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), values, True))
         else:
             values = {"nworld": nworld, "want_jac": int(shape.jac), "d_first": 0}
             values |= policy | {"jac": fixed(whole.jac.view(-1))}
@@ -314,7 +316,7 @@ class _Backward:
         self.groups = [_Group(self, p, spec, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
         self.grads = array(size, fields, shape.members, lay.unpack.size)
-        sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)
+        sum_partial, chunks = make_network_kernels(p.dtype, lay.composed).sum_partial, -(-lay.grads // SUM_CHUNK)
         partial = array(size, *self.partial.shape)
         partial.data = self.partial.data_ptr()
         self.waves: list[tuple[Team, Team]] = []
