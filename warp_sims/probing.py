@@ -8,6 +8,7 @@ from torch import Tensor
 from .bridge.autograd import operators
 from .bridge.autograd.torch_path import TorchPath, call_with, places
 from .bridge.runtime.arrays import capturing
+from .bridge.runtime.compat import transforming
 from .systems import System
 
 _PROBE_ROWS = 4
@@ -21,7 +22,7 @@ def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Ten
     in the backward pass, where all controls are recomputed. Tracing or capturing a graph, nothing can be
     read, so nothing is tried.
     """
-    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or x0.shape[0] == 0 or transforming():
         return
     if capturing(x0.device):
         return

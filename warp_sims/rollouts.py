@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .bridge.autograd import rollout as _bridge
 from .bridge.runtime import arrays
+from .bridge.runtime.compat import transforming
 from .divergence import check_rollout
 from .flows import Flow, schedule
 from .parameters import Parameters, check_parameters
@@ -213,5 +214,5 @@ def empty_cache() -> None:
 
 def _differentiated() -> bool:
     """Whether a backward pass can follow; tracing or transforming, that is not known."""
-    known = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    known = not (torch.compiler.is_compiling() or transforming())
     return torch.is_grad_enabled() if known else True

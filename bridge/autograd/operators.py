@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
@@ -23,6 +22,7 @@ from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
 from ..passes.spec import Cotangents, Spec, described
 from ..runtime.arrays import capturing
+from ..runtime.compat import dispatch_mode, transforming
 from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 from ..runtime.tracing import span
@@ -47,8 +47,8 @@ def watched(*args: Any) -> bool:
         any(type(a) not in _PLAIN for a in args)
         or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
         or torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
+        or dispatch_mode() is not None
+        or transforming()
     )
 
 
