@@ -39,7 +39,7 @@ from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
 from .gradients import GradientPair, gradient_pair
 from .linearization import linearize
-from .policies import MLP, WaveCNN
+from .policies import MLP, WaveCNN, explain
 from .profiling.run import profile
 from .recording import record_rollout
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
@@ -52,6 +52,7 @@ from .systems import (
     Hopper,
     LinkedPendulum,
     MemoryFunctions,
+    ParameterFunctions,
     QuantumControl,
     Robot,
     System,
@@ -79,6 +80,7 @@ __all__ = [
     "JaxSystem",
     "LinkedPendulum",
     "MemoryFunctions",
+    "ParameterFunctions",
     "QuantumControl",
     "Robot",
     "Rollout",
@@ -91,6 +93,7 @@ __all__ = [
     "empty_cache",
     "animate",
     "check",
+    "explain",
     "gradient_pair",
     "linearize",
     "load_actor",

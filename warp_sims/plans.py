@@ -19,7 +19,8 @@ from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
 from .flows import MOST_STEPS, as_int, check_decay
-from .policies import fused_network
+from .parameters import check_parameters
+from .policies import FusedNetwork, recognise
 from .probing import probe
 from .systems import System
 
@@ -47,14 +48,18 @@ class Plan:
     spec: Spec
     path: FusedPath | TorchPath
     """How its passes are computed, chosen once."""
+    reason: str
+    """Why torch evaluates the policy; empty where it runs fused."""
     names: tuple[str, ...]
-    """Of the parameters."""
+    """Of the policy's parameters."""
     parameters: tuple[Tensor, ...]
-    """Stacked for an ensemble."""
+    """Stacked for an ensemble; the policy's, and behind them numbers of the physics."""
     x0: Tensor
     """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None
     has_loss: bool
+    physical: tuple[str, ...] = ()
+    """Names of the numbers of the physics."""
 
     @property
     def fused(self) -> bool:
@@ -76,10 +81,13 @@ def make_plan(
     checkpoint_every: int | None,
     keep: bool = True,
     inputs: Any = None,
+    physics: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
     The system and the horizon come from `check_horizon`.
+
+    `physics` are numbers of the physics by name, which users know as `parameters`.
 
     Without `keep` there will be no backward pass, for which activations might be kept.
     """
@@ -101,7 +109,8 @@ def make_plan(
             f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
             "its members run inside the sweeps; roll out its members() one by one"
         )
-    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    found = recognise(policy, system.state_size) if ensemble is None else fused_ensemble(call, ensemble)
+    fused, reason = (found, "") if isinstance(found, FusedNetwork) else (None, found)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
             f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
@@ -112,6 +121,7 @@ def make_plan(
     perceptron = foreign and inputs is None and fused is not None and fused.description.startswith("mlp:")
     if foreign or inputs is not None:
         fused = None
+        reason = "the simulator is not made of kernels" if foreign else "it is given inputs beside the states"
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
@@ -139,15 +149,20 @@ def make_plan(
                 )
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
+    members = 0 if ensemble is None else len(ensemble)
+    physical, given = check_parameters(call, system, physics, x0, members, isinstance(loss, str))
     if network is not None:
-        path: FusedPath | TorchPath = FusedPath(network)
+        constants = tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
+        path: FusedPath | TorchPath = FusedPath(network, constants, physical)
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
         whole = isinstance(system, Simulator) and not system.rowwise
-        path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron, inputs)
+        path = TorchPath(
+            policy, tuple(where[name] for name in names), half, whole, perceptron, inputs, physical
+        )
         if not perceptron:
-            probe(call, system, path, parameters, x0)
+            probe(call, system, path, parameters, x0)  # which are the policy's alone
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
@@ -163,7 +178,9 @@ def make_plan(
             segment = min(segment, max(1, CACHED_ROWS // max(x0.shape[-2], 1)))
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
-    return Plan(spec, path, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
+    numbers = () if physical is None else physical.names
+    named, passed = tuple(names), (*parameters, *given)
+    return Plan(spec, path, reason, named, passed, x0, own_loss, loss is not None, numbers)
 
 
 def _check_inputs(call: str, inputs: Any, x0: Tensor, horizon: int, ensemble: bool) -> Tensor | None:

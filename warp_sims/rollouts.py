@@ -10,6 +10,7 @@ from .bridge.autograd import rollout as _bridge
 from .bridge.runtime import arrays
 from .divergence import check_rollout
 from .flows import Flow, schedule
+from .parameters import Parameters, check_parameters
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System
 
@@ -29,6 +30,8 @@ class Rollout(NamedTuple):
     """Scalar, (members,) of an `Ensemble`; None where loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
+    path: str = "fused"
+    """How the policy was evaluated: "fused", or "torch: ..." with the reason why it is not."""
 
 
 def rollout(
@@ -45,6 +48,7 @@ def rollout(
     checkpoint_every: int | None = None,
     locate_divergence: bool = False,
     inputs: Tensor | None = None,
+    parameters: Parameters = None,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -53,8 +57,8 @@ def rollout(
     Args:
         system: The simulated system.
         policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
-            `warp_sims.MLP` runs inside the sweep; any other module is evaluated by torch, step by step only
-            in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
+            What torch.fx resolves into linear layers, activations, norms and the like runs inside the sweep,
+            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
         x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
             on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.
@@ -80,9 +84,13 @@ def rollout(
         inputs: (horizon, nworld, k), dtype and device of x0: what the policy is given beside the states, as
             policy(x, inputs[t]): references, time, noise. Torch evaluates the policy; no gradient is
             computed for it.
+        parameters: Numbers of the physics by name, `{"pole_mass": mass}`: one for all worlds, () or a float,
+            or one a world, (nworld,); dtype and device of x0. What is not named is the system's own. They
+            have gradients as the policy has: through the physics, by the cotangents of the flow, for
+            "combined" compared by component. The system's own loss reads the system's own numbers.
 
     Returns:
-        `Rollout(states, controls, loss, fused)`. One `backward()` gives the gradient of every policy
+        `Rollout(states, controls, loss, fused, path)`. One `backward()` gives the gradient of every policy
         parameter and of x0. The cotangents that arrive in it are summed before anything is compared. For
         "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not C(a + b): for
         micro-batches and processes use `gradient_pair`. Of an ensemble, `out.loss.sum().backward()` gives
@@ -115,22 +123,25 @@ def rollout(
         checkpoint_every,
         keep=_differentiated(),
         inputs=inputs,
+        physics=parameters,
     )
     states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:
         value = custom_loss_value("rollout", plan, states, controls) + value
     if locate_divergence:
         check_rollout(system, states, controls, value if plan.has_loss else None)
-    return Rollout(states, controls, value if plan.has_loss else None, plan.fused)
+    path = "fused" if plan.fused else f"torch: {plan.reason}"
+    return Rollout(states, controls, value if plan.has_loss else None, plan.fused, path)
 
 
-def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
-    """Simulates under given controls (open loop), differentiable in both.
+def simulate(system: System, x0: Tensor, controls: Tensor, *, parameters: Parameters = None) -> Tensor:
+    """Simulates under given controls (open loop), differentiable in both, and in numbers of the physics.
 
     Args:
         system: The simulated system.
         x0: Initial states (nworld, state_size), float32 or float64.
         controls: (horizon, nworld, control_size), dtype and device of x0.
+        parameters: As of `rollout`.
 
     Returns:
         States (horizon + 1, nworld, state_size), the first of them x0.
@@ -153,16 +164,24 @@ def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
             f"(at least 1, {x0.shape[0]}, {system.control_size}), time first"
         )
     check_like(controls, x0, "simulate", "controls")
-    return _bridge.simulate(x0, controls, system.number)
+    return _simulated("simulate", system, x0, controls, parameters)
 
 
-def step(system: System, x: Tensor, u: Tensor) -> Tensor:
-    """One time step, differentiable in state and control.
+def _simulated(call: str, system: System, x0: Tensor, controls: Tensor, parameters: Parameters) -> Tensor:
+    if parameters is None:
+        return _bridge.simulate(x0, controls, system.number)
+    physical, given = check_parameters(call, system, parameters, x0)
+    return _bridge.simulate(x0, controls, system.number, physical, *given)
+
+
+def step(system: System, x: Tensor, u: Tensor, *, parameters: Parameters = None) -> Tensor:
+    """One time step, differentiable in state, control and numbers of the physics.
 
     Args:
         system: The simulated system.
         x: States (nworld, state_size), float32 or float64.
         u: Controls (nworld, control_size), dtype and device of x.
+        parameters: As of `rollout`.
 
     Returns:
         Next states (nworld, state_size).
@@ -180,7 +199,7 @@ def step(system: System, x: Tensor, u: Tensor) -> Tensor:
             f"{system.control_size})"
         )
     check_like(u, x, "step", "u")
-    return _bridge.simulate(x, u.unsqueeze(0), system.number)[1]
+    return _simulated("step", system, x, u.unsqueeze(0), parameters)[1]
 
 
 def empty_cache() -> None:

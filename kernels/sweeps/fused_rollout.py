@@ -11,14 +11,17 @@ import warp as wp
 from ..policy.dense import make_load_rows, make_network_functions
 from ..policy.layout import BLOCK
 from ..system import DeviceFunctions
-from ..systems.elements import is_large, make_elements
+from ..systems.elements import make_elements, takes_memory
 from .blocks import group_worlds
 from .rollout import make_world_loss, sweep_kernel
 
 
 @functools.cache
-def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = False) -> wp.Kernel:
-    """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
+def make_fused_rollout(
+    functions: DeviceFunctions, dtype: Any, block: bool = False, composed: bool = False
+) -> wp.Kernel:
+    """Returns the forward sweep with a policy fused in, of dense layers or composed; launch with
+    dim=(blocks, lanes).
 
     `block`: physics by the system's block form, if it has one; for CPUs only, where lanes is 1.
 
@@ -29,11 +32,11 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
     step = functions.step
     blocked = block and functions.block is not None
     step_block = functions.block.step if functions.block else None
-    in_memory = not block and functions.memory is not None and is_large(State)
+    in_memory = not block and takes_memory(functions)
     step_in_memory = functions.memory.step if functions.memory else None
     control_size = Control._length_
     begin, load_rows = make_elements(State).begin, make_load_rows(State)
-    forward = make_network_functions(dtype).forward
+    forward = make_network_functions(dtype, composed).forward
     world_loss_of = make_world_loss(functions, dtype, in_memory)
 
     @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
@@ -44,7 +47,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         x0: wp.array(dtype=State),  # (nworld,)
         p: Params,
         params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
-        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        table: wp.array(dtype=wp.int32),  # the layout's, flat
         layers: int,
         row: int,
         section: int,  # elements of the x section of a row

@@ -23,7 +23,7 @@ import warp as wp
 
 from ..policy.layout import BLOCK, Column, Layout, layout
 from ..system import DeviceFunctions
-from ..systems.elements import REGISTER_BYTES, is_large, make_elements
+from ..systems.elements import REGISTER_BYTES, is_large, make_elements, takes_memory
 from .blocks import block_worlds
 from .rollout import make_cost
 
@@ -91,7 +91,7 @@ def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
     """
     lay = layout(network, itemsize)
     lanes = BANK // itemsize
-    if lay.layers == 1 or any(lay.column(i, Column.HOP) % lanes for i in range(lay.layers)):
+    if lay.composed or lay.layers == 1 or any(lay.column(i, Column.HOP) % lanes for i in range(lay.layers)):
         return None
     output = lay.control_size * (lay.column(lay.layers - 1, Column.PITCH_WINDOW) + 1)
     worlds = 1 if nworld <= LATENCY_WORLDS else BLOCK
@@ -268,8 +268,8 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
     step = functions.step
     size, _, put, begin = make_elements(State)
     # a small state stays in registers, a large one is read back from where it has been written
-    kept = not is_large(State)
-    in_memory = not kept and functions.memory is not None
+    in_memory = takes_memory(functions)
+    kept = not in_memory and not is_large(State)
     step_in_memory = functions.memory.step if functions.memory else None
     cost = make_cost(functions, dtype, in_memory)
     has_cost = cost is not None
