@@ -5,16 +5,26 @@ runs fused, and what does not, with the reason.
 import pytest
 import torch
 from cases import assert_close, cost_of, error_of, make_cotangents, make_states, step_of
-from composed_nets import ACTIVATIONS, NORMS, Bounded, Features, Gain, Residual, Standardized, filled, networks
+from composed_nets import (
+    ACTIVATIONS,
+    NORMS,
+    Bounded,
+    Features,
+    Gain,
+    Residual,
+    Standardized,
+    filled,
+    networks,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from own_systems import Unicycle
 from reference import rollout as oracle
 from torch import nn
 from warp_sims.bridge.passes.composed import evaluate
-from warp_sims.policies import recognise
 
 import warp_sims as ws
+from warp_sims.policies import recognise
 
 # Relative to the norm of all gradients together: a bias before a normalisation has a gradient that is zero but
 # for rounding. Both sides round at every step, and the feedback amplifies it.
