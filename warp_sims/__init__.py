@@ -45,10 +45,12 @@ from .recording import record_rollout
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
 from .runs import load_run
 from .systems import (
+    Ant,
     BlockFunctions,
     CartPole,
     DeviceFunctions,
     GuidanceByRepulsion,
+    HalfCheetah,
     Hopper,
     LinkedPendulum,
     MemoryFunctions,
@@ -66,6 +68,7 @@ __all__ = [
     "MLP",
     "ActorCriticConfig",
     "ActorCriticResult",
+    "Ant",
     "BlockFunctions",
     "CartPole",
     "CheckReport",
@@ -76,6 +79,7 @@ __all__ = [
     "GaussianPolicy",
     "GradientPair",
     "GuidanceByRepulsion",
+    "HalfCheetah",
     "Hopper",
     "JaxSystem",
     "LinkedPendulum",
