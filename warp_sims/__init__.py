@@ -31,6 +31,7 @@ from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
+from .episodes import Resets
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
@@ -77,6 +78,7 @@ __all__ = [
     "MemoryFunctions",
     "ParameterFunctions",
     "QuantumControl",
+    "Resets",
     "Robot",
     "Rollout",
     "System",

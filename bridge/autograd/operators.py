@@ -283,7 +283,7 @@ def adjoint(
     over `loss_worlds` worlds, those of the trajectory where that is 0.
     """
     if recomputed is not None:
-        _check_recomputed(recomputed, controls, tolerance, t0)
+        check_recomputed(recomputed, controls, tolerance, t0)
     own = described(system, flows, decay, final, running, control, segment)
     g = Cotangents(adj_loss, adj_states, adj_controls)
     simulator = foreign.foreign(own.system)
@@ -313,7 +313,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return mu, adj_x0, _no_adjoint(own, states, values, wanted)
 
 
-def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+    """Raises ValueError unless controls are those of the forward pass."""
     if controls.numel() == 0 or capturing(controls.device):
         return
     if torch.allclose(
