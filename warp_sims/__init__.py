@@ -27,6 +27,9 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
 from . import systems
+from .actor_critic.config import ActorCriticConfig
+from .actor_critic.folder import load_actor
+from .actor_critic.run import ActorCriticResult, train_actor_critic
 from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
@@ -37,7 +40,7 @@ from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
 from .gradients import GradientPair, gradient_pair
 from .linearization import linearize
-from .policies import MLP, WaveCNN
+from .policies import MLP, WaveCNN, explain
 from .profiling.run import profile
 from .recording import record_rollout
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
@@ -62,6 +65,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "ActorCriticConfig",
+    "ActorCriticResult",
     "BlockFunctions",
     "CartPole",
     "CheckReport",
@@ -90,8 +95,10 @@ __all__ = [
     "empty_cache",
     "animate",
     "check",
+    "explain",
     "gradient_pair",
     "linearize",
+    "load_actor",
     "load_run",
     "profile",
     "record_rollout",
@@ -100,5 +107,6 @@ __all__ = [
     "step",
     "systems",
     "train",
+    "train_actor_critic",
     "train_together",
 ]

@@ -20,7 +20,7 @@ from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
 from .flows import MOST_STEPS, as_int, check_decay
 from .parameters import check_parameters
-from .policies import fused_network
+from .policies import FusedNetwork, recognise
 from .probing import probe
 from .systems import System
 
@@ -48,6 +48,8 @@ class Plan:
     spec: Spec
     path: FusedPath | TorchPath
     """How its passes are computed, chosen once."""
+    reason: str
+    """Why torch evaluates the policy; empty where it runs fused."""
     names: tuple[str, ...]
     """Of the policy's parameters."""
     parameters: tuple[Tensor, ...]
@@ -112,7 +114,8 @@ def make_plan(
             f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
             "its members run inside the sweeps; roll out its members() one by one"
         )
-    fused = fused_network(policy) if ensemble is None else fused_ensemble(call, ensemble)
+    found = recognise(policy, system.state_size) if ensemble is None else fused_ensemble(call, ensemble)
+    fused, reason = (found, "") if isinstance(found, FusedNetwork) else (None, found)
     if fused is not None and (fused.in_size, fused.out_size) != (system.state_size, system.control_size):
         raise ValueError(
             f"{call}: policy maps {fused.in_size} inputs to {fused.out_size} outputs, expected "
@@ -124,6 +127,9 @@ def make_plan(
     perceptron = outside and inputs is None and fused is not None and fused.description.startswith("mlp:")
     if outside or inputs is not None:
         fused = None
+        reason = "the simulator is not made of kernels" if foreign else "it is given inputs beside the states"
+        if stepwise:
+            reason = "worlds end and begin again"
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
@@ -154,7 +160,8 @@ def make_plan(
     members = 0 if ensemble is None else len(ensemble)
     physical, given = check_parameters(call, system, physics, x0, members, isinstance(loss, str))
     if network is not None:
-        path: FusedPath | TorchPath = FusedPath(network, physical)
+        constants = tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
+        path: FusedPath | TorchPath = FusedPath(network, constants, physical)
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
@@ -180,7 +187,8 @@ def make_plan(
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
     numbers = () if physical is None else physical.names
-    return Plan(spec, path, tuple(names), (*parameters, *given), x0, own_loss, loss is not None, numbers)
+    named, passed = tuple(names), (*parameters, *given)
+    return Plan(spec, path, reason, named, passed, x0, own_loss, loss is not None, numbers)
 
 
 def _check_inputs(call: str, inputs: Any, x0: Tensor, horizon: int, ensemble: bool) -> Tensor | None:

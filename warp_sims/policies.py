@@ -1,5 +1,5 @@
-"""Policies that the engine fuses into its sweeps. Any other torch module works too and is evaluated by
-torch.
+"""Policies that the engine brings along, and which modules it fuses into its sweeps. Any other torch module
+works too and is evaluated by torch.
 """
 
 import math
@@ -10,23 +10,69 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["MLP", "FusedNetwork", "WaveCNN", "fused_network"]
+from .recognition import composition_of, is_changed, tensors_of
+
+__all__ = ["MLP", "Bound", "FusedNetwork", "WaveCNN", "explain", "fused_network", "recognise"]
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+}
+"""Activations of `MLP` by name, with torch's defaults."""
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+"""Normalisations of `MLP` by name, with torch's defaults."""
+
+
+class Bound(nn.Module):
+    """low + (high - low) sigmoid(x): controls between two numbers.
+
+    Args:
+        low, high: Bounds of every control, low < high.
+
+    Raises:
+        ValueError: the bounds are no finite numbers in this order.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"Bound: low is {low!r} and high {high!r}, expected finite numbers, low < high")
+        self.low, self.high = float(low), float(high)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Controls between the bounds, shape of x."""
+        return self.low + (self.high - self.low) * torch.sigmoid(x)
+
+    def extra_repr(self) -> str:
+        return f"low={self.low}, high={self.high}"
 
 
 class MLP(nn.Sequential):
-    """Multilayer perceptron, tanh between the layers and a linear output: Linear, Tanh, ..., Linear.
+    """Multilayer perceptron with a linear output: Linear, (norm,) activation, ..., Linear(, Bound).
 
     Args:
         in_size: Size of the input, the system's `state_size`.
         hidden: Widths of the hidden layers; () makes a linear policy.
         out_size: Size of the output, the system's `control_size`.
+        activation: Of the hidden layers: "tanh", "relu", "leaky_relu", "elu", "silu", "gelu", "sigmoid",
+            "softplus".
+        norm: "layer" or "rms" puts a LayerNorm or an RMSNorm before each activation.
+        bound: (low, high) keeps every control between two numbers, see `Bound`.
         dtype, device: Of the parameters, as everywhere in torch.
 
-    Maps (n, in_size) to (n, out_size). `state_dict` keys are 0.weight (hidden[0], in_size), 0.bias
-    (hidden[0],), 2.weight, ... Parameters start as `reset_parameters()` leaves them.
+    Maps (n, in_size) to (n, out_size). `state_dict` keys are those of the `nn.Sequential` that it is: without
+    norm 0.weight (hidden[0], in_size), 0.bias (hidden[0],), 2.weight, ... Parameters start as
+    `reset_parameters()` leaves them.
 
     Raises:
-        TypeError, ValueError: a size is no int or below 1.
+        TypeError, ValueError: a size is no int or below 1, or there is no such activation, norm or bound.
     """
 
     def __init__(
@@ -35,6 +81,9 @@ class MLP(nn.Sequential):
         hidden: Sequence[int] = (100, 100),
         out_size: int = 1,
         *,
+        activation: str = "tanh",
+        norm: str | None = None,
+        bound: tuple[float, float] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -49,12 +98,23 @@ class MLP(nn.Sequential):
                 raise TypeError(f"MLP: size {size!r} is of type {type(size).__name__}, expected an int")
             if size < 1:
                 raise ValueError(f"MLP: size {size} in {sizes}, expected sizes of at least 1")
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"MLP: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if norm is not None and norm not in NORMS:
+            raise ValueError(f"MLP: norm is {norm!r}, expected None or one of {', '.join(NORMS)}")
+        if bound is not None and (not isinstance(bound, Sequence) or len(bound) != 2):
+            raise TypeError(f"MLP: bound is {bound!r}, expected None or two numbers (low, high)")
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        layers: list[nn.Module] = []
         for i in range(len(sizes) - 1):
+            if i and norm is not None:
+                layers.append(NORMS[norm](sizes[i], **place))
             if i:
-                layers[str(2 * i - 1)] = nn.Tanh()
-            layers[str(2 * i)] = nn.Linear(sizes[i], sizes[i + 1], dtype=dtype, device=device)
-        super().__init__(layers)
+                layers.append(ACTIVATIONS[activation]())
+            layers.append(nn.Linear(sizes[i], sizes[i + 1], **place))
+        if bound is not None:
+            layers.append(Bound(*bound))
+        super().__init__(*layers)
         self.reset_parameters()
 
     def __getitem__(self, index: Any) -> Any:
@@ -64,7 +124,7 @@ class MLP(nn.Sequential):
         return super().__getitem__(index)
 
     def reset_parameters(self, seed: int | None = None, zero_last: bool = False) -> None:
-        """Draws Glorot-uniform weights and sets the biases to zero.
+        """Draws Glorot-uniform weights and sets the biases to zero; norms scale by 1 and shift by 0.
 
         Args:
             seed: Makes the draw reproducible, the same on every device; None draws from torch's global
@@ -72,6 +132,9 @@ class MLP(nn.Sequential):
             zero_last: Zeroes the output layer's weight, as the published cart-pole and guidance runs do: the
                 controller starts at zero.
         """
+        for module in self:
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
         _glorot([m for m in self if isinstance(m, nn.Linear)], seed, zero_last)
 
 
@@ -140,33 +203,93 @@ def _glorot(layers: Sequence[Any], seed: int | None, zero_last: bool) -> None:
         layers[-1].weight.zero_()
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 class FusedNetwork(NamedTuple):
     """A policy that the fused sweeps reproduce exactly."""
 
     description: str
-    """For kernels/policy/dense.py, which lays it out."""
+    """For kernels/policy/layout.py, which lays it out."""
     in_size: int
     out_size: int
     parameters: dict[str, torch.Tensor]
     """By name, in the order of the module's `parameters()`."""
+    constants: tuple[torch.Tensor, ...] = ()
+    """Vectors that a composed policy has besides, from buffers."""
 
 
-def fused_network(policy: nn.Module) -> FusedNetwork | None:
-    """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it.
+def fused_network(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | None:
+    """Describes a policy that runs inside the sweeps, or returns None where torch must evaluate it."""
+    found = recognise(policy, in_size)
+    return found if isinstance(found, FusedNetwork) else None
 
-    Only `MLP` and `WaveCNN` themselves, unchanged: a subclass, a hook, a parametrization, a replaced layer or
-    shared parameters take the torch path.
+
+def recognise(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | str:
+    """Describes a policy that runs inside the sweeps, or says why torch must evaluate it.
+
+    `MLP` and `WaveCNN` themselves, unchanged, have sweeps of their own; any other module is looked into, see
+    `recognition.composition_of`. Hooks, parametrizations and shared parameters take the torch path.
+
+    Args:
+        policy: The module.
+        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads.
     """
+    found = _specialised(policy)
+    if found is not None:
+        return found
+    if torch.compiler.is_compiling():
+        return "a graph is traced by torch.compile, which only MLP and WaveCNN run fused in"
+    if in_size is None:
+        linear = next((m for m in policy.modules() if isinstance(m, nn.Linear)), None)
+        if linear is None:
+            return "it has no linear layer"
+        in_size = linear.in_features
+    composition = composition_of(policy, in_size)
+    if isinstance(composition, str):
+        return composition
+    tensors = tensors_of(policy, composition.parameters)
+    if len({id(q) for q in tensors}) < len(tensors):
+        return "parameters are shared"
+    constants = tuple(constant() for constant in composition.constants)
+    named = dict(zip(composition.parameters, tensors))
+    return FusedNetwork(composition.description, composition.in_size, composition.out_size, named, constants)
+
+
+def explain(policy: nn.Module, in_size: int | None = None) -> str:
+    """How rollouts evaluate a policy: the operations that run inside the sweep, or why torch evaluates it.
+
+    Args:
+        policy: Any module.
+        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads.
+
+    Returns:
+        A text of several lines to print.
+
+    Raises:
+        TypeError: `policy` is no module.
+    """
+    if not isinstance(policy, nn.Module):
+        raise TypeError(f"explain: policy is of type {type(policy).__name__}, expected a torch.nn.Module")
+    found = recognise(policy, in_size)
+    name = type(policy).__name__
+    if isinstance(found, str):
+        return (
+            f"{name}: torch evaluates it, because {found}.\n"
+            "Step by step in the forward pass, all steps at once in the backward pass. These run inside the "
+            "sweep:\n"
+            "Linear, LayerNorm, RMSNorm, activations, sums of values, scales and shifts by numbers, buffers "
+            "and parameters,\n"
+            "sines and cosines, parts and concatenations of values."
+        )
+    count = sum(q.numel() for q in found.parameters.values())
+    first = f"{name}: runs inside the sweep, {found.in_size} to {found.out_size}, {count} parameters"
+    if not found.description.startswith("composed:"):
+        return f"{first}, with a text of its own: {found.description}"
+    lines = found.description.split("|")[1:]
+    steps = [f"  {i + 1}: {line}" for i, line in enumerate(lines)]
+    return "\n".join([f"{first}; value 0 is the state:", *steps])
+
+
+def _specialised(policy: nn.Module) -> FusedNetwork | None:
+    """A policy whose sweeps have a text of their own: an unchanged `MLP` or `WaveCNN`."""
     # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
     # rest of the checks
     kind = type(policy)

@@ -43,6 +43,8 @@ class Rollout(NamedTuple):
     """Scalar, (members,) of an `Ensemble`; None where loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
+    path: str = "fused"
+    """How the policy was evaluated: "fused", or "torch: ..." with the reason why it is not."""
     next_states: Tensor | None = None
     """With `resets`, where the steps led, (horizon, nworld, state_size), as the following; else None. Where a
     world ended with step t, states[t + 1] is a fresh state.
@@ -79,8 +81,8 @@ def rollout(
     Args:
         system: The simulated system.
         policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
-            `warp_sims.MLP` runs inside the sweep; any other module is evaluated by torch, step by step only
-            in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
+            What torch.fx resolves into linear layers, activations, norms and the like runs inside the sweep,
+            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
         x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
             on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.
@@ -114,7 +116,7 @@ def rollout(
             Losses then see x0 and `next_states`, where the steps led. Torch evaluates the policy.
 
     Returns:
-        `Rollout(states, controls, loss, fused)`, and more with `resets`. One `backward()` gives the gradient
+        `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the gradient
         of every policy parameter and of x0. The cotangents that arrive in it are summed before anything is
         compared. For "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not
         C(a + b): for micro-batches and processes use `gradient_pair`. Of an ensemble,
@@ -157,7 +159,8 @@ def rollout(
         value = custom_loss_value("rollout", plan, states, controls) + value
     if locate_divergence:
         check_rollout(system, states, controls, value if plan.has_loss else None)
-    return Rollout(states, controls, value if plan.has_loss else None, plan.fused)
+    path = "fused" if plan.fused else f"torch: {plan.reason}"
+    return Rollout(states, controls, value if plan.has_loss else None, plan.fused, path)
 
 
 def _with_episodes(plan: Plan, system: System, resets: EpisodeResets) -> Rollout:
@@ -173,6 +176,7 @@ def _with_episodes(plan: Plan, system: System, resets: EpisodeResets) -> Rollout
         found.controls,
         value if plan.has_loss else None,
         False,
+        f"torch: {plan.reason}",
         found.next_states,
         found.done,
         found.truncated,

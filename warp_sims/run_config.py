@@ -18,7 +18,7 @@ import torch
 
 from . import systems
 from .flows import Flow
-from .policies import MLP, WaveCNN
+from .policies import ACTIVATIONS, MLP, NORMS, Bound, WaveCNN
 from .provenance import versions
 from .train_config import TrainConfig
 
@@ -38,7 +38,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
         settings["loss"] = {"callable": _import_name(config.loss)}
     return {
         "format": FORMAT,
-        "system": {"class": system_name(type(config.system)), "fields": _fields(config.system)},
+        "system": system_json(config.system),
         "policy": {
             "class": _import_name(type(config.policy)),
             "arguments": _arguments(config.policy),
@@ -47,6 +47,11 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
         "training": settings,
         "versions": versions(),
     }
+
+
+def system_json(system: systems.System) -> dict[str, Any]:
+    """Returns a system as config.json holds it; `build_system` makes it again."""
+    return {"class": system_name(type(system)), "fields": _fields(system)}
 
 
 def from_json(
@@ -178,7 +183,8 @@ def _arguments(policy: torch.nn.Module) -> dict[str, Any] | None:
     if type(policy) is MLP:
         linears = [layer for layer in policy if isinstance(layer, torch.nn.Linear)]
         sizes = [layer.in_features for layer in linears] + [linears[-1].out_features]
-        return {"in_size": sizes[0], "hidden": sizes[1:-1], "out_size": sizes[-1]}
+        written = {"in_size": sizes[0], "hidden": sizes[1:-1], "out_size": sizes[-1]}
+        return written | _options(policy)
     parameters = inspect.signature(type(policy)).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return None
@@ -188,6 +194,17 @@ def _arguments(policy: torch.nn.Module) -> dict[str, Any] | None:
         }
     except (AttributeError, TypeError):
         return None
+
+
+def _options(policy: MLP) -> dict[str, Any]:
+    """Activation, norm and bound of a perceptron where they are not the default."""
+    found: dict[str, Any] = {}
+    for layer in policy:
+        found |= {"activation": name for name, kind in ACTIVATIONS.items() if type(layer) is kind}
+        found |= {"norm": name for name, kind in NORMS.items() if type(layer) is kind}
+        if isinstance(layer, Bound):
+            found["bound"] = [layer.low, layer.high]
+    return {name: value for name, value in found.items() if (name, value) != ("activation", "tanh")}
 
 
 def _tuples(value: Any) -> Any:

@@ -19,13 +19,16 @@ class FusedPath(NamedTuple):
 
     network: str
     """Description of the policy, see kernels/policy/layout.py."""
+    constants: tuple[Tensor, ...] = ()
+    """Vectors that the policy has besides its parameters."""
     physical: Physical | None = None
     """Numbers of the physics that stand behind the policy's parameters."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
         policy, values = split_physical(self.physical, parameters)
-        out = operators.fused_rollout(*spec.arguments(), self.network, list(policy), x0, values)
+        inputs = [*policy, *self.constants]
+        out = operators.fused_rollout(*spec.arguments(), self.network, inputs, x0, values)
         states, controls, loss, hidden, packed = out
         return Saved(states, controls, (hidden, packed)), loss
 

@@ -314,7 +314,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
-    """Raises ValueError unless controls are those of the forward pass."""
+    """Raises ValueError where controls (steps, nworld, control_size), of steps from `t0` on, are not those that
+    a rollout stored.
+    """
     if controls.numel() == 0 or capturing(controls.device):
         return
     if torch.allclose(

@@ -19,7 +19,7 @@ from ..runtime.launches import Launch, Pool, array
 from ..runtime.registry import Prepared
 from ..runtime.team import Program, Step, Task, Team, shares
 from ..runtime.tracing import span
-from . import wide
+from . import composed, wide
 from .fused import activations, blocks_per_thread, fixed, table
 from .segments import SEGMENT_BYTES, blocks_of, cpu_steps, pieces
 from .spec import Cotangents, Spec
@@ -57,9 +57,10 @@ def _unpack_index(key: tuple[str, int]) -> np.ndarray:
 
 
 def _parameter_index(key: tuple[str, int]) -> np.ndarray:
-    # pack counts from 1, 0 stands for padding; the gradients are laid out as its first part
+    # pack counts from the numbers in front; the gradients are laid out as its first part
     lay = layout(*key)
-    return (lay.pack[: lay.grads] - 1).astype(np.int32)
+    index = lay.pack[: lay.grads] - lay.numbers.size
+    return np.maximum(index, -1).astype(np.int32)
 
 
 def backward(
@@ -107,6 +108,7 @@ def wide_backward(
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)
+    products: Any = composed if lay.composed else wide
     kept = wide.Rows(lay, packed, hidden, horizon, nworld)
     steps = spec.segment or wide.bounded_steps(kept, spec.network_open, SEGMENT_BYTES["cuda"])
     grads = adj_x0 = None
@@ -116,35 +118,34 @@ def wide_backward(
         if spec.segment:
             rows = wide.Rows(lay, packed, activations(p, network, packed, part), t1 - t0, nworld)
         with span("linearize"):
-            d, jac = wide.linearize(rows, spec.network_open)
+            d, jac = products.linearize(rows, spec.network_open)
         mu, adj_x0 = adjoint(p, spec, part, controls[t0:t1], jac, g.steps(t0, t1), t0, adj_x0)
         with span("weight_grad"):
-            own = wide.weight_grad(rows, d, mu, unpack)
+            own = products.weight_grad(rows, d, mu, unpack)
         grads = own if grads is None else grads.add_(own)
     assert grads is not None and adj_x0 is not None
     return grads, adj_x0
 
 
 class _Pass:
-    """A prepared launch over some world blocks, or over their worlds; integer arguments go by their names."""
+    """A prepared launch over some world blocks, or over their worlds."""
 
-    def __init__(self, p: Prepared, kernel: Any, args: list[Any], by_block: bool) -> None:
-        self._launch = Launch(kernel, 1, args, p.device)
-        self._index = {a.label: i for i, a in enumerate(kernel.adj.args)}
+    def __init__(self, p: Prepared, kernel: Any, values: dict[str, Any], by_block: bool) -> None:
+        self._launch = Launch(kernel, 1, {"first": 0} | values, p.device)
         self._by_block = by_block
 
     def put(self, **values: int) -> None:
         """Sets those of these arguments that the kernel has."""
-        for index, value in self._own(values).items():
-            self._launch.put(index, value)
+        for name, value in self._own(values).items():
+            self._launch.put(name, value)
 
     def step(self, block: int, blocks: int, world: int, worlds: int, /, **values: int) -> Step:
         """A launch over the blocks, or over the worlds that these hold."""
         first, dim = (block, blocks) if self._by_block else (world, worlds)
         return Step(self._launch, dim, self._own({"first": first, **values}))
 
-    def _own(self, values: dict[str, int]) -> dict[int, int]:
-        return {self._index[name]: value for name, value in values.items() if name in self._index}
+    def _own(self, values: dict[str, int]) -> dict[str, int]:
+        return {name: value for name, value in values.items() if self._launch.takes(name)}
 
 
 class _Group:
@@ -158,7 +159,7 @@ class _Group:
         n, m, size, steps = p.state_size, p.control_size, p.itemsize, shape.steps
         fields, several, nworld = len(spec.schedules), m > 1, shape.nworld
         lay = layout(network, size)
-        kernels = make_network_kernels(p.dtype)
+        kernels = make_network_kernels(p.dtype, lay.composed)
         like, group, self._member_worlds = whole.mu, whole.group, nworld // shape.members
         chunk = chunk_rows(lay, size, steps)
         recomputed = whole.recomputed
@@ -177,29 +178,42 @@ class _Group:
         self._states = array(size, steps + 1, nworld, n)
         scalar_mu = array(size, fields, steps, nworld, m)
         scalar_mu.data = whole.mu.data_ptr()
-        lay_table = fixed(whole.table)
-        policy = [self._packed, lay_table, lay.layers, lay.row]
-        rows_of = [lay.row_adj, self._hidden, 0, steps if recomputed else spec.horizon]
+        policy: dict[str, Any] = {
+            "params": self._packed,
+            "table": fixed(whole.table),
+            "layers": lay.layers,
+            "row": lay.row,
+            "row_adj": lay.row_adj,
+            "hidden": self._hidden,
+            "hidden_first": 0,
+            "hidden_steps": steps if recomputed else spec.horizon,
+            "steps": steps,
+            "member_worlds": self._member_worlds,
+            "state_size": n,
+            "control_size": m,
+            "d": fixed(d),
+        }
 
         self._passes: list[_Pass] = []
         if recomputed:
-            args = [*policy, lay.column(0, Column.SECTION), self._states, steps, self._member_worlds, 0]
-            args += [fixed(unused), self._hidden]
-            self._passes.append(_Pass(p, kernels.activate, args, True))
+            section = lay.column(0, Column.SECTION)
+            values = policy | {"section": section, "states": self._states, "controls": fixed(unused)}
+            self._passes.append(_Pass(p, kernels.activate, values, True))
         if several:
             states_of_block = array(size, fields, BLOCK, n, components=1)
             states_of_block.data = pulled.data_ptr()
-            args = [*a.before[:2], *a.before[3:], *policy, *rows_of, 0, a.mu, fixed(whole.mu.view(-1))]
-            args += [a.adj_x0, fixed(d), states_of_block, fixed(pulled.view(-1))]
-            self._passes.append(_Pass(p, p.fused_adjoint(fields), args, True))
+            values = policy | a.values | {"flat_mu": fixed(whole.mu.view(-1))}
+            values |= {"pulled": states_of_block, "flat_pulled": fixed(pulled.view(-1))}
+            self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), values, True))
         else:
-            args = [*policy, *rows_of, steps, nworld, self._member_worlds, n, m, int(shape.jac), 0, 0]
-            args += [fixed(d), fixed(whole.jac.view(-1))]
-            self._passes.append(_Pass(p, kernels.linearize, args, True))
-            self._passes.append(_Pass(p, a.kernel, [*a.before, 0, *a.after], p.kernels.worlds > 1))
-        args = [lay_table, lay.layers, lay.row, *rows_of, fixed(d), scalar_mu, fields, int(several), steps]
-        args += [self._member_worlds, m, chunk, 0, 0, 0, 0, 0, fixed(mu_rows), fixed(scaled), whole.sums]
-        self._products = _Pass(p, kernels.weight_grad, args, True)
+            values = {"nworld": nworld, "want_jac": int(shape.jac), "d_first": 0}
+            values |= policy | {"jac": fixed(whole.jac.view(-1))}
+            self._passes.append(_Pass(p, kernels.linearize, values, True))
+            self._passes.append(_Pass(p, a.kernel, a.values, p.kernels.worlds > 1))
+        values = policy | {"mu": scalar_mu, "fields": fields, "scaled": int(several), "chunk": chunk}
+        values |= {"mu_rows": fixed(mu_rows), "scratch": fixed(scaled), "grads": whole.sums}
+        values |= dict.fromkeys(("blocks", "d_first", "slot", "fresh"), 0)
+        self._products = _Pass(p, kernels.weight_grad, values, True)
         self._all = [*self._passes, self._products]
         self._recomputed, self.pieces = recomputed, pieces(spec.horizon, steps)
         self._at = -1
@@ -302,16 +316,20 @@ class _Backward:
         self.groups = [_Group(self, p, spec, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
         self.grads = array(size, fields, shape.members, lay.unpack.size)
-        sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)
+        sum_partial, chunks = (
+            make_network_kernels(p.dtype, lay.composed).sum_partial,
+            -(-lay.grads // SUM_CHUNK),
+        )
         partial = array(size, *self.partial.shape)
         partial.data = self.partial.data_ptr()
         self.waves: list[tuple[Team, Team]] = []
         for wave in waves:
             parts = shares(len(wave) * slots, least)
             tasks = [task(go, wave, part) for go, part in zip(self.groups, parts)]
-            args = [partial, fixed(self.parameter), wave.start]
+            values = {"partial": partial, "parameter": fixed(self.parameter), "grads": self.grads}
+            values |= {"first_member": wave.start}
             sums = [
-                Launch(sum_partial, len(part), [*args, part.start, self.grads], p.device)
+                Launch(sum_partial, len(part), values | {"first": part.start}, p.device)
                 for part in shares(len(wave) * fields * chunks, SUM_CHUNKS_PER_THREAD)
             ]
             self.waves.append((Team(tasks), Team(sums)))

@@ -83,14 +83,13 @@ class Prepared:
         """Bytes of a scalar."""
         return self.torch_dtype.itemsize
 
-    @property
-    def fused_rollout(self) -> wp.Kernel:
-        """Forward sweep with the policy fused in."""
-        return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu)
+    def fused_rollout(self, composed: bool) -> wp.Kernel:
+        """Forward sweep with the policy fused in, of dense layers or composed."""
+        return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu, composed)
 
-    def fused_adjoint(self, fields: int) -> wp.Kernel:
+    def fused_adjoint(self, fields: int, composed: bool) -> wp.Kernel:
         """Adjoint sweep with the policy fused in, for CPUs."""
-        return make_fused_adjoint(self.functions, self.dtype, fields)
+        return make_fused_adjoint(self.functions, self.dtype, fields, composed)
 
 
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:

@@ -13,7 +13,8 @@ from the layout's table), one source for float32 and float64:
 cotangents of the rollout, so it is taken out of the adjoint sweep; `weight_grad` scales its rows by them.
 
 What they do, and how, is in dense.h. Layers may be convolutions, see layout.py, which also says where
-everything lies.
+everything lies. The functions of composed policies, whose table is that of composed_layout.py, have the same
+arguments and the text of composed.py.
 """
 
 import functools
@@ -23,6 +24,7 @@ import warp as wp
 
 from ..native_text import sections
 from ..systems.elements import is_large
+from .composed import Texts, composed_texts
 from .layout import BLOCK
 from .native_tiles import PRELUDE, TANH, fill
 
@@ -69,16 +71,26 @@ class NetworkFunctions(NamedTuple):
     weight_grad: Any
 
 
-@functools.cache
-def make_network_functions(dtype: Any) -> NetworkFunctions:
-    """Returns the device functions for `dtype` (wp.float32 or wp.float64)."""
-
-    @wp.func_native(
-        fill(
-            PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + TANH + "#endif\n" + _TEXT["layer"] + _TEXT["forward"],
-            dtype,
-        )
+def _texts(dtype: Any) -> Texts:
+    """The texts of the device functions of dense layers."""
+    layer, linearize = PRELUDE + _TEXT["layer"], _TEXT["linearize"]
+    before = PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + TANH + "#endif\n" + _TEXT["layer"]
+    return Texts(
+        fill(before + _TEXT["forward"], dtype),
+        fill(layer + _TEXT["unit_seed"] + linearize, dtype),
+        fill(layer + _TEXT["pull_seed"] + linearize, dtype),
+        fill(layer + _TEXT["weight_grad"], dtype),
     )
+
+
+@functools.cache
+def make_network_functions(dtype: Any, composed: bool = False) -> NetworkFunctions:
+    """Returns the device functions for `dtype` (wp.float32 or wp.float64), of dense layers or of a composed
+    policy.
+    """
+    texts = composed_texts(dtype) if composed else _texts(dtype)
+
+    @wp.func_native(texts.forward)
     def network_forward(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
@@ -94,7 +106,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         lanes: int,
     ): ...
 
-    @wp.func_native(fill(PRELUDE + _TEXT["layer"] + _TEXT["unit_seed"] + _TEXT["linearize"], dtype))
+    @wp.func_native(texts.linearize)
     def network_linearize(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
@@ -116,7 +128,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         jr: int,  # the same for two worlds
     ): ...
 
-    @wp.func_native(fill(PRELUDE + _TEXT["layer"] + _TEXT["pull_seed"] + _TEXT["linearize"], dtype))
+    @wp.func_native(texts.pull)
     def network_pull(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
@@ -137,7 +149,7 @@ def make_network_functions(dtype: Any) -> NetworkFunctions:
         jr: int,
     ): ...
 
-    @wp.func_native(fill(PRELUDE + _TEXT["layer"] + _TEXT["weight_grad"], dtype))
+    @wp.func_native(texts.weight_grad)
     def network_weight_grad(
         table: wp.array(dtype=wp.int32),
         layers: int,

@@ -72,13 +72,20 @@ class Layout(NamedTuple):
     table: np.ndarray
     """(layers, TABLE_COLUMNS) int32."""
     pack: np.ndarray
-    """(packed,) int64: 1 + index into the concatenated parameters, 0 for padding."""
+    """(packed,) int64: index into `numbers` and the concatenated parameters behind them, 0 for padding."""
     unpack: np.ndarray
     """(parameters,) int32: where each component of the concatenated parameters lies in the packed ones."""
+    numbers: np.ndarray = np.zeros(1)
+    """What stands before the concatenated parameters when they are packed; the first is 0, of padding."""
 
     def column(self, layer: int, column: int) -> int:
         """An entry of the table."""
         return int(self.table[layer, column])
+
+    @property
+    def composed(self) -> bool:
+        """Whether the table is that of composed_layout.py."""
+        return self.table.shape[1] > TABLE_COLUMNS
 
     @property
     def widest(self) -> int:
@@ -87,7 +94,8 @@ class Layout(NamedTuple):
         return int(outputs.max())
 
 
-def _pitch(n: int, itemsize: int) -> int:
+def pitch(n: int, itemsize: int) -> int:
+    """Elements of a section that holds n."""
     lanes = PAD // itemsize
     return (n + lanes - 1) // lanes * lanes
 
@@ -110,17 +118,17 @@ def _wavecnn_layers(sizes: tuple[int, ...], itemsize: int) -> list[Layer]:
     points2 = ((state_size // 2 - 3) // 2 - 2) // 2 + 1
     # as many as the second convolution reads: where its stride leaves a remainder, there is one more
     points1 = 2 * points2 + 1
-    pitch = _pitch(channels, itemsize)
-    conv2 = np.full((channels, 3, pitch), -1)
+    width = pitch(channels, itemsize)
+    conv2 = np.full((channels, 3, width), -1)
     conv2[:, :, :channels] = (
         np.arange(channels * channels * 3).reshape(channels, channels, 3).transpose(0, 2, 1)
     )
-    out = np.full((outputs, points2, pitch), -1)
+    out = np.full((outputs, points2, width), -1)
     out[:, :, :channels] = np.arange(outputs * points2 * channels).reshape(outputs, points2, channels)
     return [
         Layer(channels, points1, 6, 4, np.arange(channels * 6).reshape(channels, 6)),
-        Layer(channels, points2, 3 * pitch, 2 * pitch, conv2.reshape(channels, -1)),
-        Layer(outputs, 1, points2 * pitch, 0, out.reshape(outputs, -1)),
+        Layer(channels, points2, 3 * width, 2 * width, conv2.reshape(channels, -1)),
+        Layer(outputs, 1, points2 * width, 0, out.reshape(outputs, -1)),
     ]
 
 
@@ -134,13 +142,18 @@ def layout(network: str, itemsize: int) -> Layout:
 
     Args:
         network: "mlp:10,100,100,1" is a perceptron with these sizes; "wavecnn:64,60,1" the convolutional
-            controller for a state of size 64 with 60 channels and 1 output.
+            controller for a state of size 64 with 60 channels and 1 output; "composed:..." any chain of the
+            operations in composed_layout.py.
 
     The concatenated parameters are W_1, b_1, ..., W_o, b_o, each flattened: the order of the torch module's
     `parameters()`. Packed, each layer has its matrix as it is (rows padded; read by the backward pass), its
     bias, and behind all of these its transpose (read by the forward pass).
     """
     kind, _, numbers = network.partition(":")
+    if kind == "composed":
+        from .composed_layout import composed_layout  # which builds on this module
+
+        return composed_layout(network, itemsize)
     sizes = tuple(int(n) for n in numbers.split(","))
     return _lay_out(sizes[0], _ARCHITECTURES[kind](sizes, itemsize), itemsize)
 
@@ -150,10 +163,10 @@ def _lay_out(state_size: int, layers: list[Layer], itemsize: int) -> Layout:
     table = np.zeros((len(layers), TABLE_COLUMNS), dtype=np.int32)
     offset = column = 0
     for i, layer in enumerate(layers):
-        pitch_window, pitch_units = _pitch(layer.window, itemsize), _pitch(layer.units, itemsize)
+        pitch_window, pitch_units = pitch(layer.window, itemsize), pitch(layer.units, itemsize)
         # the last window may be read beyond its end by part of a vector, or leave some of the state unread
         reach = (layer.positions - 1) * layer.hop + pitch_window
-        section = _pitch(max(reach, 0 if i else state_size), itemsize)
+        section = pitch(max(reach, 0 if i else state_size), itemsize)
         table[i, : c.FORWARD] = layer.window, layer.units, pitch_window, pitch_units
         table[i, c.BACKWARD : c.SECTION + 1] = offset, column, layer.positions, layer.hop, section
         # rows padded to a whole register tile, so that the products may write one

@@ -49,9 +49,11 @@ class NetworkKernels(NamedTuple):
 
 
 @functools.cache
-def make_network_kernels(dtype: Any) -> NetworkKernels:
-    """Returns the wide kernels for `dtype` (wp.float32 or wp.float64)."""
-    functions = make_network_functions(dtype)
+def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
+    """Returns the wide kernels for `dtype` (wp.float32 or wp.float64), of dense layers or of a composed
+    policy.
+    """
+    functions = make_network_functions(dtype, composed)
     native_forward = functions.forward
     native_linearize, native_weight_grad = functions.linearize, functions.weight_grad
 
@@ -59,7 +61,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     def network_activate(
         # In:
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
-        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        table: wp.array(dtype=wp.int32),  # the layout's, flat
         layers: int,
         row: int,
         section: int,  # elements of the x section of a row
@@ -102,7 +104,7 @@ def make_network_kernels(dtype: Any) -> NetworkKernels:
     def network_linearize(
         # In:
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
-        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        table: wp.array(dtype=wp.int32),  # the layout's, flat
         layers: int,
         row: int,
         row_adj: int,

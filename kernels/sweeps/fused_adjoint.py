@@ -19,7 +19,9 @@ from .rollout import make_edges, sweep_kernel
 
 
 @functools.cache
-def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
+def make_fused_adjoint(
+    functions: DeviceFunctions, dtype: Any, fields: int, composed: bool = False
+) -> wp.Kernel:
     """Returns the sweep for one or two gradient fields; launch with a thread per world block."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     state_size, control_size = State._length_, Control._length_
@@ -27,7 +29,7 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
     blocked = functions.block is not None
     step_vjp_block = functions.block.step_vjp if functions.block else None
     direct_state, direct_control, _ = make_edges(functions, dtype)
-    pull = make_network_functions(dtype).pull
+    pull = make_network_functions(dtype, composed).pull
 
     # a closed gate selects, it never multiplies (0 inf is NaN)
     @wp.func_native(f"""
@@ -71,7 +73,7 @@ def make_fused_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
         adj_controls: wp.array2d(dtype=Control),  # (steps, nworld), or empty
         member_worlds: int,  # worlds of one policy, see blocks.py
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
-        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        table: wp.array(dtype=wp.int32),  # the layout's, flat
         layers: int,
         row: int,
         row_adj: int,

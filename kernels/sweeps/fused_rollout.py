@@ -17,8 +17,11 @@ from .rollout import make_world_loss, sweep_kernel
 
 
 @functools.cache
-def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = False) -> wp.Kernel:
-    """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
+def make_fused_rollout(
+    functions: DeviceFunctions, dtype: Any, block: bool = False, composed: bool = False
+) -> wp.Kernel:
+    """Returns the forward sweep with a policy fused in, of dense layers or composed; launch with
+    dim=(blocks, lanes).
 
     `block`: physics by the system's block form, if it has one; for CPUs only, where lanes is 1.
 
@@ -33,7 +36,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
     step_in_memory = functions.memory.step if functions.memory else None
     control_size = Control._length_
     begin, load_rows = make_elements(State).begin, make_load_rows(State)
-    forward = make_network_functions(dtype).forward
+    forward = make_network_functions(dtype, composed).forward
     world_loss_of = make_world_loss(functions, dtype, in_memory)
 
     @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
@@ -44,7 +47,7 @@ def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = Fal
         x0: wp.array(dtype=State),  # (nworld,)
         p: Params,
         params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
-        table: wp.array(dtype=wp.int32),  # (layers * TABLE_COLUMNS,)
+        table: wp.array(dtype=wp.int32),  # the layout's, flat
         layers: int,
         row: int,
         section: int,  # elements of the x section of a row

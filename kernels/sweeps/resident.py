@@ -91,7 +91,7 @@ def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
     """
     lay = layout(network, itemsize)
     lanes = BANK // itemsize
-    if lay.layers == 1 or any(lay.column(i, Column.HOP) % lanes for i in range(lay.layers)):
+    if lay.composed or lay.layers == 1 or any(lay.column(i, Column.HOP) % lanes for i in range(lay.layers)):
         return None
     output = lay.control_size * (lay.column(lay.layers - 1, Column.PITCH_WINDOW) + 1)
     worlds = 1 if nworld <= LATENCY_WORLDS else BLOCK

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import make_cotangents, make_net, make_states
+from composed_nets import everything, with_norms
 from own_systems import Pendulum, Unicycle
 from torch import Tensor
 from warp_sims.bridge.passes import fused, fused_backward, sweeps
@@ -37,6 +38,10 @@ def _mlp(*widths: int, gain: float = 1.0) -> Callable[[ws.System, int], torch.nn
     return lambda system, seed: make_net(system, widths, seed=seed, gain=gain)
 
 
+def _composed(make: Callable[..., torch.nn.Module]) -> Callable[[ws.System, int], torch.nn.Module]:
+    return lambda system, seed: make(system.state_size, system.control_size, seed)
+
+
 class Problem(NamedTuple):
     """A system and how its policy is made."""
 
@@ -57,6 +62,9 @@ PROBLEMS = {
     "quantum, perceptron": Problem(ws.QuantumControl(points=9), _mlp(13)),
     "hopper": Problem(ws.Hopper(substeps=4), _mlp(16)),
     "links": Problem(ws.LinkedPendulum(links=2), _mlp(9, 7)),
+    "composed": Problem(ws.CartPole(poles=2), _composed(with_norms)),
+    "everything composed": Problem(ws.CartPole(poles=1), _composed(everything)),
+    "composed herd": Problem(ws.GuidanceByRepulsion(2, 4), _composed(everything)),
     "own system": Problem(Pendulum(), _mlp(21)),
     "own system, no loss": Problem(Unicycle(), _mlp(5, 40)),
 }
@@ -106,8 +114,10 @@ class Case:
         self.horizon = horizon
         self.system, make = PROBLEMS[problem] if isinstance(problem, str) else problem
         nets = [make(self.system, seed).to(dtype) for seed in range(max(members, 1))]
-        self.network = fused_network(nets[0]).description
-        parameters = [torch.stack(p) if members else p[0] for p in zip(*(n.parameters() for n in nets))]
+        found = [fused_network(net, self.system.state_size) for net in nets]
+        self.network = found[0].description
+        each = [[*f.parameters.values(), *f.constants] for f in found]
+        parameters = [torch.stack(p) if members else p[0] for p in zip(*each)]
         self.packed = fused.pack(self.network, parameters, (members,) if members else ())
         scale = 0.5 if isinstance(self.system, ws.QuantumControl) else 1.0
         count = max(members, 1) * nworld

@@ -18,7 +18,7 @@ from .problems import FORMS, PROBLEMS, Case, Problem, assert_as_on_a_cpu, form_o
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
-SOME = ("cartpole", "odd widths", "wide", "guidance", "quantum", "links", "own system, no loss")
+SOME = ("cartpole", "odd widths", "wide", "guidance", "quantum", "links", "composed", "own system, no loss")
 """Problems of ordinary runs."""
 
 
@@ -80,6 +80,13 @@ def test_products_in_pieces(emulator, monkeypatch):
     """Kept activations, but products over a step at a time: the adjoint sweep carries a cotangent between."""
     monkeypatch.setitem(segments.SEGMENT_BYTES, "cuda", 1)
     compare(emulator, "as chosen", Case("guidance", torch.float64, 5, 4, members=2), base="RMNR")
+
+
+@pytest.mark.parametrize("segment", [0, 2])
+@DTYPES
+@pytest.mark.parametrize("name", ["everything composed", "composed herd"])
+def test_every_operation_of_composed_policies(name, dtype, segment, emulator):
+    compare(emulator, "as chosen", Case(name, dtype, 6, 3, members=2), segment=segment)
 
 
 def test_what_is_not_written_would_show(emulator):

@@ -1,0 +1,158 @@
+"""Random networks of the grammar that runs fused, as torch modules that hypothesis draws."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+ACTIVATIONS = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky": lambda: nn.LeakyReLU(0.2),
+    "elu": lambda: nn.ELU(0.7),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu by tanh": lambda: nn.GELU(approximate="tanh"),
+    "sigmoid": nn.Sigmoid,
+    "softplus": lambda: nn.Softplus(1.5, 6.0),
+    "identity": nn.Identity,
+}
+NORMS = {
+    "layer": nn.LayerNorm,
+    "layer, no bias": lambda width: nn.LayerNorm(width, bias=False),
+    "layer, plain": lambda width: nn.LayerNorm(width, eps=1e-3, elementwise_affine=False),
+    "rms": lambda width: nn.RMSNorm(width, eps=1e-2),
+    "rms, plain": lambda width: nn.RMSNorm(width, elementwise_affine=False),
+}
+
+
+class Standardized(nn.Module):
+    """(x - mean) / sqrt(var + eps), from buffers, clipped."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-0.5, 0.5, width))
+        self.register_buffer("var", torch.linspace(0.3, 2.0, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp((x - self.mean) / torch.sqrt(self.var + 1e-5), -3.0, 3.0)
+
+
+class Features(nn.Module):
+    """The input, sines and cosines of some of it, and a part of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out_size = width + 2 * len(range(0, width, 2)) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x[:, ::2]
+        return torch.cat((x.sin()[:, ::2], angles.cos(), x, x[:, -1:]), dim=-1)
+
+
+class Residual(nn.Module):
+    """x + f(x), or f(x) - x."""
+
+    def __init__(self, inner: nn.Module, minus: bool) -> None:
+        super().__init__()
+        self.inner, self.minus = inner, minus
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) - x if self.minus else x + self.inner(x)
+
+
+class Gain(nn.Module):
+    """A trained scale and shift of every component."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift + x * self.scale
+
+
+class Bounded(nn.Module):
+    """low + (high - low) sigmoid(x), or scale tanh(x)."""
+
+    def __init__(self, smooth: bool) -> None:
+        super().__init__()
+        self.smooth, self.low, self.high = smooth, -1.5, 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            self.low + (self.high - self.low) * torch.sigmoid(x) if self.smooth else 2.5 * functional.tanh(x)
+        )
+
+
+def filled(net: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The network with seeded parameters, strong enough for flows to disagree."""
+    generator = torch.Generator().manual_seed(seed)
+    net = net.to(dtype)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim == 2:
+                parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(0.8 + 0.4 * noise)
+    return net
+
+
+@st.composite
+def networks(draw: st.DrawFn, state_size: int, control_size: int) -> nn.Module:
+    """A random chain from states to controls, float64."""
+    parts: list[nn.Module] = []
+    width = state_size
+    if draw(st.booleans()):
+        parts.append(Standardized(width))
+    if draw(st.booleans()):
+        parts.append(Features(width))
+        width = parts[-1].out_size
+    for _ in range(draw(st.integers(0, 3))):
+        units = draw(st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33, 40]))
+        parts.append(nn.Linear(width, units, bias=draw(st.booleans())))
+        width = units
+        for _ in range(draw(st.integers(0, 3))):
+            kind = draw(st.sampled_from(["activation", "activation", "norm", "residual", "gain"]))
+            if kind == "activation":
+                parts.append(ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]())
+            elif kind == "norm" and width > 1:
+                parts.append(NORMS[draw(st.sampled_from(sorted(NORMS)))](width))
+            elif kind == "gain":
+                parts.append(Gain(width))
+            elif kind == "residual":
+                activation = ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]()
+                parts.append(
+                    Residual(nn.Sequential(nn.Linear(width, width), activation), draw(st.booleans()))
+                )
+    parts.append(nn.Linear(width, control_size))
+    if draw(st.booleans()):
+        parts.append(Bounded(draw(st.booleans())))
+    return filled(nn.Sequential(*parts), draw(st.integers(0, 99)))
+
+
+def with_norms(state_size: int, control_size: int, seed: int, width: int = 40) -> nn.Module:
+    """ELU and LayerNorm, as reinforcement learning uses them."""
+    first = nn.Linear(state_size, width), nn.LayerNorm(width), nn.ELU()
+    second = nn.Linear(width, 17), nn.LayerNorm(17), nn.ELU()
+    return filled(nn.Sequential(*first, *second, nn.Linear(17, control_size)), seed)
+
+
+def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
+    """Every element of the grammar once."""
+    parts: list[nn.Module] = [Standardized(state_size), Features(state_size)]
+    width = parts[-1].out_size
+    for activation in ACTIVATIONS.values():
+        parts += [nn.Linear(width, 9, bias=len(parts) % 4 > 0), activation()]
+        width = 9
+    for norm in NORMS.values():
+        parts += [nn.Linear(9, 9), norm(9)]
+    parts += [Gain(9), Residual(nn.Sequential(nn.Linear(9, 9), nn.SiLU()), minus=False)]
+    parts += [
+        Residual(nn.Linear(9, 9), minus=True),
+        nn.Linear(9, control_size),
+        Bounded(smooth=True),
+        Bounded(False),
+    ]
+    return filled(nn.Sequential(*parts), seed)
