@@ -82,7 +82,8 @@ def rollout(
         system: The simulated system.
         policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
             What torch.fx resolves into linear layers, activations, norms and the like runs inside the sweep,
-            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
+            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a
+            `warp_sims.Ensemble` every member runs as it would alone.
         x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
             on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.
@@ -116,10 +117,10 @@ def rollout(
             Losses then see x0 and `next_states`, where the steps led. Torch evaluates the policy.
 
     Returns:
-        `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the gradient
-        of every policy parameter and of x0. The cotangents that arrive in it are summed before anything is
-        compared. For "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not
-        C(a + b): for micro-batches and processes use `gradient_pair`. Of an ensemble,
+        `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the
+        gradient of every policy parameter and of x0. The cotangents that arrive in it are summed before
+        anything is compared. For "combined" two separate `backward()` calls add two comparisons, and
+        C(a) + C(b) is not C(a + b): for micro-batches and processes use `gradient_pair`. Of an ensemble,
         `out.loss.sum().backward()` gives each member the gradient it would have alone; where the members
         share x0, its gradient is the sum of theirs, each compared before.
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
+from .quadrotor import Quadrotor
 from .quantum import QuantumControl
 from .robots.hopper import Hopper
 from .robots.linked_pendulum import LinkedPendulum
@@ -21,6 +22,7 @@ __all__ = [
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "Quadrotor",
     "QuantumControl",
     "Robot",
     "System",
@@ -35,6 +37,7 @@ registry: Mapping[str, type[System]] = MappingProxyType(
         "quantum": QuantumControl,
         "hopper": Hopper,
         "links": LinkedPendulum,
+        "quadrotor": Quadrotor,
     }
 )
 """Systems by the name they have on the command line."""

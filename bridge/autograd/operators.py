@@ -314,8 +314,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
-    """Raises ValueError where controls (steps, nworld, control_size), of steps from `t0` on, are not those that
-    a rollout stored.
+    """Raises ValueError where controls (steps, nworld, control_size), of steps from `t0` on, are not those
+    that a rollout stored.
     """
     if controls.numel() == 0 or capturing(controls.device):
         return
