@@ -34,6 +34,7 @@ from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
+from .episodes import Resets
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
@@ -55,6 +56,7 @@ from .systems import (
     LinkedPendulum,
     MemoryFunctions,
     ParameterFunctions,
+    Quadrotor,
     QuantumControl,
     Robot,
     System,
@@ -85,7 +87,9 @@ __all__ = [
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "Quadrotor",
     "QuantumControl",
+    "Resets",
     "Robot",
     "Rollout",
     "System",

@@ -144,7 +144,9 @@ class _Translation:
             if make is None:
                 raise NotComposed(f"{node.target} is a {type(part).__name__}, which does not run fused")
             before = node.all_input_nodes
-            if getattr(part, "inplace", False) and any(b.op == "placeholder" or len(b.users) > 1 for b in before):
+            if getattr(part, "inplace", False) and any(
+                b.op == "placeholder" or len(b.users) > 1 for b in before
+            ):
                 raise NotComposed(f"{node.target} changes a value in place that is read elsewhere")
             if len(args) != 1 or kwargs or not isinstance(args[0], _Value):
                 raise NotComposed(f"{node.target} is called on something else than one value")
@@ -297,7 +299,9 @@ def _linear(t: _Translation, v: _Value, weight: Tensor, bias: Tensor | None) -> 
     return t.emit("linear", (v,), (str(units), *words), units)
 
 
-def _norm(t: _Translation, v: _Value, kind: str, shape: Any, eps: float | None, *tensors: Tensor | None) -> _Value:
+def _norm(
+    t: _Translation, v: _Value, kind: str, shape: Any, eps: float | None, *tensors: Tensor | None
+) -> _Value:
     if tuple(shape) != (v.width,):
         raise NotComposed(f"a normalisation is over {tuple(shape)}, expected ({v.width},)")
     small = torch.finfo(t.dtype).eps if eps is None else eps
@@ -444,7 +448,9 @@ def _item(t: _Translation, v: Any, index: Any) -> Any:
     if rows is not Ellipsis and rows != slice(None):
         _refuse_index()
     places = range(v.width)
-    if isinstance(columns, slice) and all(isinstance(e, (int, type(None))) for e in (columns.start, columns.stop, columns.step)):
+    if isinstance(columns, slice) and all(
+        isinstance(e, (int, type(None))) for e in (columns.start, columns.stop, columns.step)
+    ):
         chosen = list(places[columns])
     elif isinstance(columns, list) and all(type(i) is int and -v.width <= i < v.width for i in columns):
         chosen = [places[i] for i in columns]
@@ -500,7 +506,9 @@ def _function_norm(kind: str) -> Callable[..., _Value]:
     if kind == "layer":
         return norm
 
-    def rms(t: _Translation, input: _Value, normalized_shape: Any, weight: Any = None, eps: Any = None) -> _Value:
+    def rms(
+        t: _Translation, input: _Value, normalized_shape: Any, weight: Any = None, eps: Any = None
+    ) -> _Value:
         return norm(t, input, normalized_shape, weight, None, eps)
 
     return rms

@@ -82,10 +82,13 @@ def make_plan(
     keep: bool = True,
     inputs: Any = None,
     physics: Any = None,
+    stepwise: bool = False,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
     The system and the horizon come from `check_horizon`.
+
+    `stepwise`: torch evaluates the policy even if it could run inside the sweeps.
 
     `physics` are numbers of the physics by name, which users know as `parameters`.
 
@@ -104,6 +107,8 @@ def make_plan(
     segment = _check_checkpoint(checkpoint_every, call)
     spec = Spec(system.number, base, check, decay, *weights)
     foreign = isinstance(system, Simulator)
+    if stepwise and ensemble is not None:
+        raise ValueError(f"{call}: resets for an Ensemble, expected None; roll out its members() one by one")
     if foreign and ensemble is not None:
         raise ValueError(
             f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
@@ -118,10 +123,13 @@ def make_plan(
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
     inputs = _check_inputs(call, inputs, x0, horizon, ensemble is not None)
-    perceptron = foreign and inputs is None and fused is not None and fused.description.startswith("mlp:")
-    if foreign or inputs is not None:
+    outside = foreign or stepwise
+    perceptron = outside and inputs is None and fused is not None and fused.description.startswith("mlp:")
+    if outside or inputs is not None:
         fused = None
         reason = "the simulator is not made of kernels" if foreign else "it is given inputs beside the states"
+        if stepwise:
+            reason = "worlds end and begin again"
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +42,11 @@ class System(abc.ABC):
 
     show_controls: ClassVar[bool] = False
     """Whether animations show the controls over time below the picture."""
+
+    done: ClassVar[Callable[..., torch.Tensor] | None] = None
+    """Which worlds end with a state, for episodes: done(states (nworld, state_size)) returns (nworld,), bool.
+    None where none do.
+    """
 
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What `warp-sims train` and `profile` start from: some of `horizon`, `loss`, `control_cost`, `zero_last`

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
+from .quadrotor import Quadrotor
 from .quantum import QuantumControl
 from .robots.ant import Ant
 from .robots.half_cheetah import HalfCheetah
@@ -25,6 +26,7 @@ __all__ = [
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "Quadrotor",
     "QuantumControl",
     "Robot",
     "System",
@@ -41,6 +43,7 @@ registry: Mapping[str, type[System]] = MappingProxyType(
         "cheetah": HalfCheetah,
         "ant": Ant,
         "links": LinkedPendulum,
+        "quadrotor": Quadrotor,
     }
 )
 """Systems by the name they have on the command line."""

@@ -127,7 +127,7 @@ class TorchPath(NamedTuple):
         simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
-                u = self._control(parameters, x0.clone() if t == 0 else x, t)
+                u = self.control(parameters, x0.clone() if t == 0 else x, t)
             if simulator is None or t == 0 or not x0.shape[0]:
                 x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0, values)[1]
             else:
@@ -138,7 +138,7 @@ class TorchPath(NamedTuple):
         saved = Saved(torch.stack(states), torch.stack(controls))
         return saved, operators.loss(*spec.arguments(), *saved[:2])
 
-    def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
+    def control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
         given = None if self.inputs is None else self.inputs[t]
         if torch.compiler.is_compiling() or x.is_inference():
@@ -238,6 +238,21 @@ class TorchPath(NamedTuple):
         """
         steps, nworld, m = controls.shape
         points = states[:-1].reshape(steps * nworld, states.shape[2])
+        recomputed, pull, jac = self.linearised(spec, parameters, points, steps, t0)
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
+        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        wanted = self.physical is not None and self.physical.wanted
+        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
+        return weight_gradients(pull, mu), adj_x0, adj_values
+
+    def linearised(
+        self, spec: Spec, parameters: Sequence[Tensor], points: Tensor, steps: int, t0: int
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """Of the policy at the points (steps * nworld, state_size) of the steps from `t0` on: controls
+        (steps, nworld, control_size), the pullback to the parameters, and dN/dx, None where no network edge
+        is open.
+        """
+        nworld, size = points.shape[0] // steps, points.shape[1]
         given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
         once = self.perceptron and not operators.watched(points, list(parameters)) and recording()
         pull_x: Any = None
@@ -246,7 +261,7 @@ class TorchPath(NamedTuple):
                 recomputed, pull, pull_x = self._recorded(parameters, points)
             else:
                 recomputed, pull, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
-        jac = None
+        m, jac = recomputed.shape[1], None
         if spec.network_open:
             with span("policy_jacobians"):
                 if not once:
@@ -257,17 +272,17 @@ class TorchPath(NamedTuple):
                     unit = torch.zeros_like(recomputed)
                     unit[:, c] = 1.0
                     columns.append(pull_x(unit)[0])
-                jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
-        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
-        recomputed = recomputed.view(steps, nworld, m)
-        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
-        wanted = self.physical is not None and self.physical.wanted
-        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
-        fields = []
-        for f in range(mu.shape[0]):
-            with span("policy_weight_grad"):
-                (field,) = pull(mu[f].reshape(steps * nworld, m))
-            fields.append(
-                torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
-            )
-        return torch.stack(fields), adj_x0, adj_values
+                jac = torch.stack(columns, dim=1).view(steps, nworld, m, size)
+        return recomputed.view(steps, nworld, m), pull, jac
+
+
+def weight_gradients(pull: Any, mu: Tensor) -> Tensor:
+    """Flat gradients of the parameters (fields, parameters) of the cotangents of the controls (fields, steps,
+    nworld, control_size).
+    """
+    fields = []
+    for f in range(mu.shape[0]):
+        with span("policy_weight_grad"):
+            (field,) = pull(mu[f].flatten(0, 1))
+        fields.append(torch.cat([g.reshape(-1).to(mu.dtype) for g in field]) if field else mu.new_zeros(0))
+    return torch.stack(fields)
