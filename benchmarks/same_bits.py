@@ -49,6 +49,7 @@ def make_policy(system: ws.System, kind: str, dtype: torch.dtype) -> nn.Module:
         policy = ws.MLP(n, hidden, m)
     if kind == "torch":
         policy = nn.Sequential(policy, nn.Tanh())
+        policy.register_forward_hook(lambda *_: None)  # else it would run in the sweep
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))

@@ -80,7 +80,9 @@ class Bounded(nn.Module):
         self.smooth, self.low, self.high = smooth, -1.5, 2.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * torch.sigmoid(x) if self.smooth else 2.5 * functional.tanh(x)
+        return (
+            self.low + (self.high - self.low) * torch.sigmoid(x) if self.smooth else 2.5 * functional.tanh(x)
+        )
 
 
 def filled(net: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -121,7 +123,9 @@ def networks(draw: st.DrawFn, state_size: int, control_size: int) -> nn.Module:
                 parts.append(Gain(width))
             elif kind == "residual":
                 activation = ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]()
-                parts.append(Residual(nn.Sequential(nn.Linear(width, width), activation), draw(st.booleans())))
+                parts.append(
+                    Residual(nn.Sequential(nn.Linear(width, width), activation), draw(st.booleans()))
+                )
     parts.append(nn.Linear(width, control_size))
     if draw(st.booleans()):
         parts.append(Bounded(draw(st.booleans())))
@@ -145,5 +149,10 @@ def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
     for norm in NORMS.values():
         parts += [nn.Linear(9, 9), norm(9)]
     parts += [Gain(9), Residual(nn.Sequential(nn.Linear(9, 9), nn.SiLU()), minus=False)]
-    parts += [Residual(nn.Linear(9, 9), minus=True), nn.Linear(9, control_size), Bounded(smooth=True), Bounded(False)]
+    parts += [
+        Residual(nn.Linear(9, 9), minus=True),
+        nn.Linear(9, control_size),
+        Bounded(smooth=True),
+        Bounded(False),
+    ]
     return filled(nn.Sequential(*parts), seed)

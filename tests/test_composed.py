@@ -5,19 +5,29 @@ runs fused, and what does not, with the reason.
 import pytest
 import torch
 from cases import assert_close, cost_of, error_of, make_cotangents, make_states, step_of
-from composed_nets import ACTIVATIONS, NORMS, Bounded, Features, Gain, Residual, Standardized, filled, networks
+from composed_nets import (
+    ACTIVATIONS,
+    NORMS,
+    Bounded,
+    Features,
+    Gain,
+    Residual,
+    Standardized,
+    filled,
+    networks,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from own_systems import Unicycle
 from reference import rollout as oracle
 from torch import nn
 from warp_sims.bridge.passes.composed import evaluate
-from warp_sims.policies import recognise
 
 import warp_sims as ws
+from warp_sims.policies import recognise
 
-# Relative to the norm of all gradients together: a bias before a normalisation has a gradient that is zero but
-# for rounding. Both sides round at every step, and the feedback amplifies it.
+# Relative to the norm of all gradients together: a bias before a normalisation has a gradient that is zero
+# but for rounding. Both sides round at every step, and the feedback amplifies it.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-4}
 UNDECIDED = 1e-9
 """Size, relative to all gradients, below which rounding decides the sign of a component."""
@@ -79,7 +89,7 @@ def test_gradients_of_random_compositions(data, system, nworld, horizon, flow, d
 
 
 ELEMENTS = {
-    **{name: make for name, make in ACTIVATIONS.items()},
+    **ACTIVATIONS,
     **{f"{name} norm": lambda make=make: make(20) for name, make in NORMS.items()},
     "gain": lambda: Gain(20),
     "residual": lambda: Residual(nn.Sequential(nn.Linear(20, 20), nn.SiLU()), minus=False),
@@ -92,9 +102,7 @@ ELEMENTS = {
 
 def around(element: nn.Module, system, width=20) -> nn.Sequential:
     """The element behind and before a linear layer."""
-    return nn.Sequential(
-        nn.Linear(system.state_size, width), element, nn.Linear(width, system.control_size)
-    )
+    return nn.Sequential(nn.Linear(system.state_size, width), element, nn.Linear(width, system.control_size))
 
 
 @pytest.mark.parametrize("system", [CART, TWO], ids=["one control", "two controls"])
@@ -121,7 +129,9 @@ def test_every_element_in_single_precision(name):
 def test_large_inputs_of_activations():
     """Where exponentials overflow, in both precisions, values and slopes are those of torch."""
     for dtype in (torch.float32, torch.float64):
-        points = torch.tensor([-1e4, -800.0, -90.0, -30.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 30.0, 90.0, 800.0, 1e4])
+        points = torch.tensor(
+            [-1e4, -800.0, -90.0, -30.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 30.0, 90.0, 800.0, 1e4]
+        )
         for name in ACTIVATIONS:
             net = nn.Sequential(nn.Linear(4, 13), ACTIVATIONS[name](), nn.Linear(13, 1)).to(dtype)
             with torch.no_grad():
@@ -140,7 +150,9 @@ def test_large_inputs_of_activations():
 
 def test_features_and_parts():
     check(CART, filled(nn.Sequential(Features(4), nn.Linear(9, 1)), 3), 5, 6, "R")
-    check(CART, filled(nn.Sequential(Features(4), nn.Linear(9, 6), Features(6), nn.Linear(13, 1)), 3), 5, 6, "R")
+    check(
+        CART, filled(nn.Sequential(Features(4), nn.Linear(9, 6), Features(6), nn.Linear(13, 1)), 3), 5, 6, "R"
+    )
 
 
 def test_published_sizes():
@@ -290,7 +302,10 @@ REFUSED = {
     "branching": (Branching, "torch.fx cannot trace it"),
     "in place": (InPlace, "in place"),
     "used twice": (Twice, "used twice"),
-    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).eval(), "BatchNorm1d"),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).eval(),
+        "BatchNorm1d",
+    ),
     "negative slope": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LeakyReLU(-0.5), nn.Linear(3, 1)), "slope"),
 }
 
@@ -314,7 +329,12 @@ def test_a_subclass_that_keeps_to_the_grammar_means_what_it_does():
 
 
 def test_the_description_is_what_the_module_computes():
-    policy, x = filled(nn.Sequential(Features(4), nn.Linear(9, 7), nn.GELU(), nn.Linear(7, 1)), 3), make_states(CART, 4)
+    policy, x = (
+        filled(nn.Sequential(Features(4), nn.Linear(9, 7), nn.GELU(), nn.Linear(7, 1)), 3),
+        make_states(CART, 4),
+    )
     found = recognise(policy, 4)
     assert not isinstance(found, str)
-    assert_close(evaluate(found.description, list(found.parameters.values()), found.constants, x), policy(x), 1e-14)
+    assert_close(
+        evaluate(found.description, list(found.parameters.values()), found.constants, x), policy(x), 1e-14
+    )

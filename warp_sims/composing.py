@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional
 
 __all__ = ["Composition", "NotComposed", "compose"]
@@ -124,7 +125,7 @@ class _Translation:
         return self.described(result)
 
     def look_up(self, found: dict[fx.Node, Any], argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: found[node])
+        return map_arg(argument, lambda node: found[node])
 
     def translate(self, node: fx.Node, found: dict[fx.Node, Any]) -> Any:
         """A value, a constant, a parameter, or a tuple of values."""
@@ -144,7 +145,9 @@ class _Translation:
             if make is None:
                 raise NotComposed(f"{node.target} is a {type(part).__name__}, which does not run fused")
             before = node.all_input_nodes
-            if getattr(part, "inplace", False) and any(b.op == "placeholder" or len(b.users) > 1 for b in before):
+            if getattr(part, "inplace", False) and any(
+                b.op == "placeholder" or len(b.users) > 1 for b in before
+            ):
                 raise NotComposed(f"{node.target} changes a value in place that is read elsewhere")
             if len(args) != 1 or kwargs or not isinstance(args[0], _Value):
                 raise NotComposed(f"{node.target} is called on something else than one value")
@@ -153,7 +156,8 @@ class _Translation:
         values = [a for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, (_Value, _Parameter))]
         if not values:
             return self.constant(node, args, kwargs)
-        make_function = (FUNCTIONS if node.op == "call_method" else _TARGETS).get(node.target)
+        known: dict[Any, Callable[..., Any]] = FUNCTIONS if node.op == "call_method" else _TARGETS
+        make_function = known.get(node.target)
         if make_function is None or kwargs.pop("inplace", False):
             raise NotComposed(f"{name} does not run fused")
         try:
@@ -184,7 +188,7 @@ class _Translation:
         target: Any = node.target
 
         def value() -> Any:
-            now = fx.node.map_aggregate(args, _now), fx.node.map_aggregate(kwargs, _now)
+            now: Any = map_aggregate(args, _now), map_aggregate(kwargs, _now)
             if node.op == "call_method":
                 return getattr(now[0][0], target)(*now[0][1:], **now[1])
             return target(*now[0], **now[1])
@@ -297,7 +301,9 @@ def _linear(t: _Translation, v: _Value, weight: Tensor, bias: Tensor | None) -> 
     return t.emit("linear", (v,), (str(units), *words), units)
 
 
-def _norm(t: _Translation, v: _Value, kind: str, shape: Any, eps: float | None, *tensors: Tensor | None) -> _Value:
+def _norm(
+    t: _Translation, v: _Value, kind: str, shape: Any, eps: float | None, *tensors: Tensor | None
+) -> _Value:
     if tuple(shape) != (v.width,):
         raise NotComposed(f"a normalisation is over {tuple(shape)}, expected ({v.width},)")
     small = torch.finfo(t.dtype).eps if eps is None else eps
@@ -444,7 +450,9 @@ def _item(t: _Translation, v: Any, index: Any) -> Any:
     if rows is not Ellipsis and rows != slice(None):
         _refuse_index()
     places = range(v.width)
-    if isinstance(columns, slice) and all(isinstance(e, (int, type(None))) for e in (columns.start, columns.stop, columns.step)):
+    if isinstance(columns, slice) and all(
+        isinstance(e, (int, type(None))) for e in (columns.start, columns.stop, columns.step)
+    ):
         chosen = list(places[columns])
     elif isinstance(columns, list) and all(type(i) is int and -v.width <= i < v.width for i in columns):
         chosen = [places[i] for i in columns]
@@ -500,7 +508,9 @@ def _function_norm(kind: str) -> Callable[..., _Value]:
     if kind == "layer":
         return norm
 
-    def rms(t: _Translation, input: _Value, normalized_shape: Any, weight: Any = None, eps: Any = None) -> _Value:
+    def rms(
+        t: _Translation, input: _Value, normalized_shape: Any, weight: Any = None, eps: Any = None
+    ) -> _Value:
         return norm(t, input, normalized_shape, weight, None, eps)
 
     return rms

@@ -43,8 +43,9 @@ class Ensemble(nn.Module):
     would have alone, on a CPU to the last bit.
 
     Args:
-        policies: At least one `MLP`, `WaveCNN`, or `nn.Sequential` of layers that run fused (see `explain`), all
-            of one type, with the same sizes, dtype, device and frozen parameters. Their values are copied.
+        policies: At least one `MLP`, `WaveCNN`, or `nn.Sequential` of layers that run fused (see `explain`),
+            all of one type, with the same sizes, dtype, device and frozen parameters. Their values are
+            copied.
 
     Parameters have the names and the order of a member's, and its shapes with K in front: `0.weight` is (K,
     hidden[0], in_size). torch's optimizers act component by component, so one of them over these parameters

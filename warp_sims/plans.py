@@ -151,7 +151,9 @@ def make_plan(
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
     if network is not None:
-        path: FusedPath | TorchPath = FusedPath(network, tuple(c.to(device, dtype) for c in fused.constants) if fused else ())
+        path: FusedPath | TorchPath = FusedPath(
+            network, tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
+        )
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None

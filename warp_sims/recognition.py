@@ -61,9 +61,10 @@ def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
         for module, own, parameters, buffers in kept:
             module.__dict__.clear()
             module.__dict__.update(own)
-            for tensors, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                tensors.clear()
-                tensors.update(before)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         return "its forward changes its attributes"
     _known[policy] = record, found
     return found
@@ -74,9 +75,9 @@ def tensors_of(policy: nn.Module, names: tuple[str, ...]) -> list[Tensor]:
     found = []
     for name in names:
         *path, last = name.split(".")
-        owner = policy
+        owner: Any = policy
         for part in path:
-            owner = owner._modules[part]  # type: ignore[assignment]
+            owner = owner._modules[part]
         found.append(owner._parameters[last])
     return found
 

@@ -56,7 +56,8 @@ def rollout(
         system: The simulated system.
         policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
             What torch.fx resolves into linear layers, activations, norms and the like runs inside the sweep,
-            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a `warp_sims.Ensemble` every member runs as it would alone.
+            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a
+            `warp_sims.Ensemble` every member runs as it would alone.
         x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
             on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.

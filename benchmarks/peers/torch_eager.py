@@ -49,8 +49,8 @@ class TorchEager:
         problem: One of `PROBLEMS`.
         control_cost: Weight of the mean squared control.
         device: ``"cpu"`` or ``"cuda"``.
-        policy: Activation and norm of another perceptron than the published, ``"elu+layernorm"`` for example, or a
-            module, whose parameters are those given.
+        policy: Activation and norm of another perceptron than the published, ``"elu+layernorm"`` for
+            example, or a module, whose parameters are those given.
     """
 
     policies = ("mlp", "module")

@@ -179,9 +179,7 @@ class TorchPath(NamedTuple):
         saved = Saved(torch.stack(states), torch.stack(controls))
         return saved, operators.loss(*spec.arguments(), *saved[:2])
 
-    def _forward_in_place(
-        self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]
-    ) -> tuple[Saved, Tensor]:
+    def _forward_in_place(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """The same, with what torch's operators cost at every step spared: the trajectory is written where it
         will stand, and a module with its own parameters is called as it is.
         """
@@ -192,16 +190,16 @@ class TorchPath(NamedTuple):
         )
         saved.states[0].copy_(x0)
         own = self._owns(parameters)
-        kept = self.recorded is not None and recording_here()
+        kept = self.recorded if recording_here() else None
         with sweeps.advancing(p, saved.states, saved.controls) as advance:
             for t, (x, u) in enumerate(zip(saved.states[:-1].unbind(), saved.controls.unbind())):
                 with span("policy"):
-                    if kept:
-                        given = None if self.inputs is None else self.inputs[t]
-                        self.recorded.append(self._record(parameters, x, given))
-                        u.copy_(self.recorded[-1].controls.detach())
-                    else:
+                    if kept is None:
                         u.copy_(self._control(parameters, x, t, own))
+                    else:
+                        given = None if self.inputs is None else self.inputs[t]
+                        kept.append(self._record(parameters, x, given))
+                        u.copy_(kept[-1].controls.detach())
                 advance(t)
         return saved, operators.loss(*spec.arguments(), *saved[:2])
 
@@ -265,7 +263,16 @@ class TorchPath(NamedTuple):
                     again = own.controls.detach().unsqueeze(0)
             tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
             mu, adj_x0 = operators.adjoint(
-                *physics.arguments(), states, controls, again, tolerance, None, *g.steps(t, t + 1), t, adj_x0, nworld
+                *physics.arguments(),
+                states,
+                controls,
+                again,
+                tolerance,
+                None,
+                *g.steps(t, t + 1),
+                t,
+                adj_x0,
+                nworld,
             )
             for f, schedule in enumerate(spec.schedules):
                 is_open = Flow(schedule[t]).edges & NETWORK
@@ -341,18 +348,14 @@ class TorchPath(NamedTuple):
         jac = None
         if spec.network_open:
             with span("policy_jacobians"):
-                if once:
-
-                    def pull_x(adj: Tensor) -> tuple[Tensor, ...]:
-                        return own.pull(adj, (own.states,))
-                else:
+                if not once:
                     _, pull_x, *_ = vjp(lambda x: self.policy(parameters, x, given), points)
                 # one unit cotangent a control component: rows do not mix, so all points share a product
                 columns = []
                 for c in range(m):
                     unit = torch.zeros_like(recomputed)
                     unit[:, c] = 1.0
-                    columns.append(pull_x(unit)[0])
+                    columns.append((own.pull(unit, (own.states,)) if once else pull_x(unit))[0])
                 jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
         tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
         recomputed = recomputed.view(steps, nworld, m)

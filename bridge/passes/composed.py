@@ -87,7 +87,9 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
     "elu": lambda y, alpha: torch.where(y > 0, 1.0, y + alpha),
     "sigmoid": lambda y: y * (1 - y),
     "silu": lambda x: torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x))),
-    "gelu": lambda x: 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5,
+    "gelu": lambda x: (
+        0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
+    ),
     "gelutanh": lambda x: _gelu_tanh_slope(x),
     "softplus": lambda x, beta, threshold: torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x)),
     "sin": torch.cos,
@@ -205,7 +207,9 @@ def weight_grad(rows: Rows, d: list[Tensor], mu: Tensor, unpack: Tensor) -> Tens
             if not trained:
                 continue
             first = t.of(i, e.ADJ_OUTPUT)
-            cotangent = torch.stack([m[..., c : c + 1] * d[c][..., first : first + units] for c in range(len(d))])
+            cotangent = torch.stack(
+                [m[..., c : c + 1] * d[c][..., first : first + units] for c in range(len(d))]
+            )
             cotangent = cotangent.sum(0)
             matrix, bias = t.of(i, e.BACKWARD), t.of(i, e.BIAS)
             if kind == LINEAR:

@@ -121,7 +121,9 @@ class _Rollout:
         before += [lay.column(0, Column.SECTION), horizon, kept, *worlds, together]
         after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
         args = [([*before, part.start, *after], (len(part), lanes)) for part in parts]
-        self.run = Team([Launch(p.fused_rollout(lay.composed), dim, a, p.device, block_dim=lanes) for a, dim in args])
+        self.run = Team(
+            [Launch(p.fused_rollout(lay.composed), dim, a, p.device, block_dim=lanes) for a, dim in args]
+        )
 
 
 _rollout = Pool(_Rollout)

@@ -304,7 +304,10 @@ class _Backward:
         self.groups = [_Group(self, p, spec, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
         self.grads = array(size, fields, shape.members, lay.unpack.size)
-        sum_partial, chunks = make_network_kernels(p.dtype, lay.composed).sum_partial, -(-lay.grads // SUM_CHUNK)
+        sum_partial, chunks = (
+            make_network_kernels(p.dtype, lay.composed).sum_partial,
+            -(-lay.grads // SUM_CHUNK),
+        )
         partial = array(size, *self.partial.shape)
         partial.data = self.partial.data_ptr()
         self.waves: list[tuple[Team, Team]] = []

@@ -31,8 +31,8 @@ CACHED_ROWS = 1 << 12
 much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
 """
 MANY_WORLDS = 192
-"""Worlds from which the steps of such a policy go back one by one on a CPU: what autograd costs a step is then
-less than what a second evaluation and a second pull would.
+"""Worlds from which the steps of such a policy go back one by one on a CPU: what autograd costs a step is
+then less than what a second evaluation and a second pull would.
 """
 RECORDED = 3
 """Tensors that autograd keeps of a layer, about: before a norm, before and behind an activation."""

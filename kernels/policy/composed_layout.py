@@ -1,7 +1,7 @@
 """Where the parameters and activations of a composed policy lie: any chain of the operations below.
 
-A composed policy is written down as one line, its operations in order of evaluation, separated by `|`. Value 0
-is the state, and every operation makes the next value. With v, w numbers of values:
+A composed policy is written down as one line, its operations in order of evaluation, separated by `|`. Value
+0 is the state, and every operation makes the next value. With v, w numbers of values:
 
     composed:10|linear 0 100 p0 p1|normalize 1 layer 1e-05|affine 2 p2 p3|elu 3 1.0|linear 4 1 p4 p5
 
@@ -181,7 +181,11 @@ class _Composer:
         """Whether operation i is the only reader of its first input, which no other reads either."""
         op = self.operations[i]
         v = self.values[op.inputs[0]]
-        return op.inputs[0] > 0 and len(v.consumers) == 1 and op.kind in ("normalize", "affine", "add", *ACTIVATIONS)
+        return (
+            op.inputs[0] > 0
+            and len(v.consumers) == 1
+            and op.kind in ("normalize", "affine", "add", *ACTIVATIONS)
+        )
 
     def place_values(self) -> None:
         """Columns of the values, in place where that loses nothing that the backward pass needs."""
@@ -190,7 +194,9 @@ class _Composer:
             source, target = self.values[op.inputs[0]], self.values[i + 1]
             target.inner = op.kind == "linear" or self.trained(op) > 0
             target.inner |= any(self.values[v].inner for v in op.inputs)
-            reads_input = self.trained(op) & 1 or (op.kind in ACTIVATIONS and not ACTIVATIONS[op.kind].by_output)
+            reads_input = self.trained(op) & 1 or (
+                op.kind in ACTIVATIONS and not ACTIVATIONS[op.kind].by_output
+            )
             free = self.alone(i) and not reads_input
             if free and not self.by_output(self.operations[op.inputs[0] - 1]):
                 target.column = source.column

@@ -21,7 +21,7 @@ class Together:
     """Ours, K members with the same worlds and different weights; the first is the policy of the case."""
 
     def __init__(self, case: Case, members: int):
-        policies = [case.policy() for _ in range(members)]
+        policies: list[Any] = [case.policy() for _ in range(members)]
         for seed, policy in enumerate(policies[1:], start=2):
             policy.reset_parameters(seed=seed)
         self._system, self._policy = case.system, Ensemble(policies).to(case.device)

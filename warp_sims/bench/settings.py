@@ -109,6 +109,10 @@ class Settings:
                 raise ValueError(
                     f"bench: policy is {kind!r}, expected mlp:elu+layernorm and the like, or module:name"
                 )
+            if self.ensemble and not is_perceptron(kind):
+                raise ValueError(
+                    f"bench: policy {kind} in an ensemble, expected mlp:elu+layernorm and the like"
+                )
             if "quantum" in self.problems:
                 raise ValueError(
                     f"bench: policy {kind} is not for quantum, whose policy is convolutional; name other "
