@@ -38,6 +38,13 @@ OPTIONS = (
 )
 
 
+class _Evaluated(nn.Module):
+    """A hyperbolic tangent that torch evaluates: `atleast_2d` runs in no sweep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.atleast_2d(torch.tanh(x))
+
+
 def make_policy(system: ws.System, kind: str, dtype: torch.dtype) -> nn.Module:
     """A policy with seeded weights: fused into the sweep, or evaluated by torch."""
     n, m = system.state_size, system.control_size
@@ -48,8 +55,7 @@ def make_policy(system: ws.System, kind: str, dtype: torch.dtype) -> nn.Module:
         hidden = {"linear": (), "small": (9, 7), "wide": (100, 100), "torch": (12,)}[kind]
         policy = ws.MLP(n, hidden, m)
     if kind == "torch":
-        policy = nn.Sequential(policy, nn.Tanh())
-        policy.register_forward_hook(lambda *_: None)  # else it would run in the sweep
+        policy = nn.Sequential(policy, _Evaluated())
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))

@@ -23,7 +23,9 @@ from .native_text import sections
 _TEXT = sections(__file__)
 
 CHUNK = 512
-"""Components that one thread compares."""
+"""Components that one thread of a CPU compares."""
+GPU_CHUNK = 16
+"""And of a GPU, which has threads for all of them at once."""
 
 SUMS = (
     "dot",  # b.c
@@ -41,14 +43,14 @@ SUMS = (
 NSTATS = len(SUMS)
 
 
-def chunks(size: int) -> int:
-    """Number of threads that a comparison of `size` components takes, for each member."""
-    return (size + CHUNK - 1) // CHUNK
+def chunks(size: int, chunk: int) -> int:
+    """Number of threads that a comparison of `size` components takes, for each member, `chunk` a thread."""
+    return (size + chunk - 1) // chunk
 
 
 @functools.cache
 def make_combine(dtype: Any, in_lanes: bool = False) -> wp.Kernel:
-    """Returns the comparison kernel for `dtype`, for `members * chunks(size)` threads in all.
+    """Returns the comparison kernel for `dtype`, for `members * chunks(size, chunk)` threads in all.
 
     With `in_lanes` in the form that a CPU takes: the same results, the sums up to their order.
     """
@@ -59,18 +61,19 @@ def make_combine(dtype: Any, in_lanes: bool = False) -> wp.Kernel:
         base: wp.array2d(dtype=dtype),  # (members, size)
         check: wp.array2d(dtype=dtype),  # (members, size)
         size: int,
+        chunk: int,  # components of a thread
         keep_check: int,  # 0: the base survives where the signs agree, 1: the check
         first: int,  # chunk of the first thread
         # Out:
         combined: wp.array2d(dtype=dtype),  # (members, size)
         stats: wp.array2d(dtype=wp.float64),  # (members * chunks, NSTATS)
     ):
-        chunk = first + wp.tid()
-        member_chunks = (size + wp.static(CHUNK - 1)) / wp.static(CHUNK)
-        member = chunk / member_chunks
-        begin = (chunk - member * member_chunks) * wp.static(CHUNK)
-        count = wp.min(wp.static(CHUNK), size - begin)
-        compare(base, check, member, begin, count, keep_check, combined, stats, chunk)
+        index = first + wp.tid()
+        member_chunks = (size + chunk - 1) / chunk
+        member = index / member_chunks
+        begin = (index - member * member_chunks) * chunk
+        count = wp.min(chunk, size - begin)
+        compare(base, check, member, begin, count, keep_check, combined, stats, index)
 
     return wp.kernel(_combine, module="unique", enable_backward=False)
 

@@ -34,8 +34,6 @@ INSTRUCTION = 3
 """Words of an instruction."""
 TIMES = 3
 """Words of the times of a call."""
-THREADS = 2
-"""Index of this argument of `run_programs`."""
 
 # `int(` is a macro of Warp's, hence `whole`
 _TAKE = f"""

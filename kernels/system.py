@@ -55,6 +55,26 @@ class MemoryFunctions(NamedTuple):
     loss_vjp: Any = None
 
 
+class ParameterFunctions(NamedTuple):
+    """Numbers of the physics that a rollout may be given as tensors, one for all worlds or one a world.
+
+    With `Values` a vector of as many numbers as there are names:
+
+        step_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> Values
+            cotangents of the numbers through one step, a `@wp.func`
+        fields(numbers) -> numbers
+            what the fields of `Params` are for numbers by name: a function of dictionaries of tensors, by
+            arithmetic alone
+
+    Without `fields` the names are those of fields of `Params`; else each is an attribute of the system.
+    """
+
+    names: tuple[str, ...]
+    Values: Any
+    step_vjp: Any
+    fields: Any = None
+
+
 class DeviceFunctions(NamedTuple):
     """Device functions of a system for one dtype, made once: cache the factory, because the kernels are
     compiled for each object that it returns.
@@ -74,6 +94,9 @@ class DeviceFunctions(NamedTuple):
     `step_vjp` Warp generates the adjoints, of the loss too; they are held against finite differences in
     float64 before their first use and refused where they are wrong, see sweeps/generated_vjp.py.
 
+    `parameters` says which numbers of the physics a rollout may be given and how they enter the gradient.
+    Without it they are all scalars of `Params`, and their cotangents are generated and checked likewise.
+
     `block` and `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide`
     is a block form for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at
     once: sweeps without a policy run it, where vectors of more lanes are worth a second form.
@@ -90,3 +113,4 @@ class DeviceFunctions(NamedTuple):
     memory: MemoryFunctions | None = None
     wide: BlockFunctions | None = None
     wide_worlds: int = 0
+    parameters: ParameterFunctions | None = None

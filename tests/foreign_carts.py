@@ -26,10 +26,11 @@ def torch_cart(cart: ws.CartPole, **options: Any) -> ws.TorchSystem:
 def jax_cart(cart: ws.CartPole, **options: Any) -> ws.JaxSystem:
     import jax.numpy as jnp
 
-    p = numbers(cart)
-    moment = p["pole_mass"] * p["length"]
+    own = numbers(cart)
 
-    def step(x, u):
+    def step(x, u, **given):
+        p = own | {name.replace("pole_length", "length"): value for name, value in given.items()}
+        moment = p["pole_mass"] * p["length"]
         angle, rate = x[:, 2::2], x[:, 3::2]
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         push = (u + moment * sin * rate**2) / p["total_mass"]
@@ -55,13 +56,17 @@ def cart_kernels(poles: int, dtype: Any) -> tuple[wp.Kernel, wp.Kernel]:
     def accelerate(
         x: wp.array2d(dtype=dtype),
         u: wp.array2d(dtype=dtype),
-        gravity: dtype,
-        pole_mass: dtype,
-        total_mass: dtype,
-        length: dtype,
+        gravities: wp.array(dtype=dtype),
+        pole_masses: wp.array(dtype=dtype),
+        total_masses: wp.array(dtype=dtype),
+        lengths: wp.array(dtype=dtype),
         acc: wp.array2d(dtype=dtype),
     ):
         world = wp.tid()
+        gravity = gravities[world]
+        pole_mass = pole_masses[world]
+        total_mass = total_masses[world]
+        length = lengths[world]
         moment = pole_mass * length
         pull = dtype(0.0)
         for i in range(wp.static(poles)):
@@ -96,7 +101,9 @@ def cart_kernels(poles: int, dtype: Any) -> tuple[wp.Kernel, wp.Kernel]:
     return accelerate, integrate
 
 
-def tape_cart(cart: ws.CartPole, nworld: int, dtype: Any = wp.float64, **options: Any) -> ws.TapeSystem:
+def tape_cart(
+    cart: ws.CartPole, nworld: int, dtype: Any = wp.float64, parameters: Any = (), **options: Any
+) -> ws.TapeSystem:
     """For `nworld` worlds; the next state in two arrays, the cart's and the poles'."""
     accelerate, integrate = cart_kernels(cart.poles, dtype)
     p = numbers(cart)
@@ -106,10 +113,19 @@ def tape_cart(cart: ws.CartPole, nworld: int, dtype: Any = wp.float64, **options
 
     x, u, acc = array(cart.state_size), array(1), array(1 + cart.poles)
     outputs = [array(2), array(2 * cart.poles)]
-    constants = [p[name] for name in ("gravity", "pole_mass", "total_mass", "length")]
+    constants = {
+        name: wp.full(
+            nworld,
+            p[name.removeprefix("pole_") if name == "pole_length" else name],
+            dtype=dtype,
+            requires_grad=True,
+        )
+        for name in ("gravity", "pole_mass", "total_mass", "pole_length")
+    }
+    options["parameters"] = {name: constants[name] for name in parameters}
 
     def launch():
-        wp.launch(accelerate, dim=nworld, inputs=[x, u, *constants], outputs=[acc])
+        wp.launch(accelerate, dim=nworld, inputs=[x, u, *constants.values()], outputs=[acc])
         wp.launch(integrate, dim=nworld, inputs=[x, acc, p["dt"]], outputs=outputs)
 
     arrays = {"inputs": [x], "controls": [u], "outputs": outputs}

@@ -44,7 +44,7 @@ class Mutant(NamedTuple):
     form: str
     """As `check` calls it."""
     function: str
-    """ "step_vjp" or "loss_vjp", as `check` calls what it shows in."""
+    """ "step_vjp", "loss_vjp" or "parameters_vjp", as `check` calls what it shows in."""
     line: int
     term: str
     source: str
@@ -150,7 +150,8 @@ def _of_python(file: str) -> Iterator[Mutant]:
     for function in ast.walk(ast.parse(source)):
         if not (isinstance(function, ast.FunctionDef) and function.name.endswith("_vjp")):
             continue
-        what = "loss_vjp" if function.name.endswith("loss_vjp") else "step_vjp"
+        # what check calls it
+        what = next((w for w in ("loss_vjp", "parameters_vjp") if function.name.endswith(w)), "step_vjp")
         spans = {}
         for node in _terms_of_function(function):
             first = starts[node.lineno - 1] + node.col_offset
@@ -162,7 +163,7 @@ def _of_python(file: str) -> Iterator[Mutant]:
             yield Mutant(file, "by value", what, line, term, changed.decode())
 
 
-_CONSTRUCTORS = {"Vec", "Complex", "State", "Control"}
+_CONSTRUCTORS = {"Vec", "Complex", "State", "Control", "Values"}
 _INTEGERS = {"i", "j", "k"}
 
 

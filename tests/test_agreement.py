@@ -148,8 +148,8 @@ def test_forms(dtype, size):
             found = []
             for in_lanes in False, True:
                 combined = torch.full_like(base, -7.0)
-                stats = torch.full((members * chunks(size), NSTATS), -7.0, dtype=torch.float64)
-                before = [wp.from_torch(base), wp.from_torch(check), size, keep_check, 1]
+                stats = torch.full((members * chunks(size, CHUNK), NSTATS), -7.0, dtype=torch.float64)
+                before = [wp.from_torch(base), wp.from_torch(check), size, CHUNK, keep_check, 1]
                 kernel = make_combine(WARP_DTYPE[dtype], in_lanes)
                 after = [wp.from_torch(combined), wp.from_torch(stats)]
                 wp.launch(kernel, len(stats) - 1, inputs=before, outputs=after, device="cpu")

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import warp as wp
 from emulator import library
 from emulator.device import CPU, Emulator
+from foreign_carts import jax_cart, tape_cart, torch_cart
 from test_golden import CASES as GOLDEN_CASES
 from test_golden import LETTERS, Problem, in_torch
 from warp_sims.bridge.passes import fused
@@ -52,6 +54,12 @@ EMULATOR = Emulator()
 WHOLE = pytest.mark.whole_emulation
 
 
+@pytest.fixture(autouse=True)
+def products_in_float32(monkeypatch):
+    """Torch's convolutions round to TF32 on a GPU unless told otherwise, a thousandth of their result."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=[pytest.param("cuda", marks=CUDA), pytest.param("emulated", marks=EMULATED)])
 def place(request):
     """A GPU, and an emulated one."""
@@ -80,7 +88,7 @@ class Evaluated(torch.nn.Module):
         self.policy = policy
 
     def forward(self, x):
-        return self.policy(x)
+        return torch.atleast_2d(self.policy(x))  # which runs in no sweep
 
 
 def gradients(system, policy, x0, flow):
@@ -137,6 +145,66 @@ def test_ensemble_as_on_a_cpu(case, dtype, flow, place):
     for a, b in zip(actual, expected):
         assert a.device == place.device
         assert (a.cpu() - b).norm() <= TOLERANCE[dtype] * b.norm()
+
+
+ROBOTS = {
+    "links": (ws.LinkedPendulum(links=2), 1e-5),
+    # contact amplifies rounding
+    "hopper": (ws.Hopper(substeps=4), 1e-4),
+}
+"""With the tolerance of float32."""
+
+
+@on_a_gpu
+@pytest.mark.parametrize("road", ["fused", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROBOTS)
+def test_robots_as_on_a_cpu(name, dtype, road):
+    system, tolerance = ROBOTS[name]
+    tolerance = 1e-12 if dtype == torch.float64 else tolerance
+    torch.manual_seed(0)
+    policy = ws.MLP(system.state_size, (32, 32), system.control_size, dtype=dtype)
+    policy = policy if road == "fused" else Evaluated(policy)
+    x0 = system.initial_states(17, dtype=dtype)
+    for flow in "RC":
+        policy.cpu()
+        expected = ten_steps(system, policy, x0, flow)
+        actual = ten_steps(system, policy.cuda(), x0.cuda(), flow)
+        for a, b in zip(actual, expected):
+            assert (a.cpu() - b).norm() <= tolerance * b.norm()
+
+
+def ten_steps(system, policy, x0, flow):
+    policy.zero_grad()
+    x0 = x0.detach().requires_grad_()
+    out = ws.rollout(system, policy, x0, horizon=10, flow=flow)
+    out.loss.backward()
+    return [out.states.detach(), out.loss.detach(), x0.grad, flat(policy)]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("flow", "RMSNC")
+@pytest.mark.parametrize("kind", ["torch", "jax", "tape"])
+def test_foreign_simulators_as_the_built_in_one(kind, flow):
+    """On the device that they are written for."""
+    cart, nworld = ws.CartPole(poles=2), 17
+    policy = ws.MLP(cart.state_size, (33, 20), 1, dtype=torch.float64)
+    x0 = cart.initial_states(nworld, dtype=torch.float64)
+    expected = ten_steps(cart, policy, x0, flow)
+    with contextlib.ExitStack() as stack:
+        if kind == "jax":
+            jax = pytest.importorskip("jax")
+            stack.enter_context(jax.enable_x64(True))
+            system = jax_cart(cart)
+        elif kind == "tape":
+            stack.enter_context(wp.ScopedDevice("cuda:0"))
+            system = tape_cart(cart, nworld)
+        else:
+            system = torch_cart(cart)
+        actual = ten_steps(system, policy.cuda(), x0.cuda(), flow)
+    for a, b in zip(actual, expected):
+        assert a.device.type == "cuda"
+        assert (a.cpu() - b).norm() <= 1e-12 * b.norm()
 
 
 @on_a_gpu

@@ -16,9 +16,10 @@ from torch import nn
 from warp_sims.bridge.passes import fused, fused_backward, sweeps
 from warp_sims.bridge.runtime import launches as bridge_launches
 from warp_sims.bridge.runtime import tracing
-from warp_sims.bridge.runtime.launches import DIRECT_CALLS, DirectCall
+from warp_sims.bridge.runtime.launches import DIRECT_CALLS, DirectCall, Launch
 from warp_sims.bridge.runtime.team import _Job
 from warp_sims.kernels import programs
+from warp_sims.kernels.agreement import make_combine
 
 import warp_sims as ws
 
@@ -226,3 +227,10 @@ def test_the_trial_leaves_no_trace(x0):
     run(quiet, x0)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+
+
+def test_an_argument_without_a_value_is_named():
+    """By position one would take the place of another."""
+    given = {"dim": 3, "base": 0, "check": 0, "size": 1}
+    with pytest.raises(TypeError, match="argument chunk, keep_check, first, combined, stats"):
+        Launch(make_combine(wp.float32), 1, given, "cpu")

@@ -13,7 +13,7 @@ def test_mutants_are_those_of_the_page():
         *(
             (f"{name}.py", what)
             for name in ("cartpole", "guidance", "quantum")
-            for what in ("step_vjp", "loss_vjp")
+            for what in ("step_vjp", "loss_vjp", "parameters_vjp")
         ),
         *((f"{name}_block.h", "step_vjp") for name in ("cartpole", "guidance", "quantum")),
         *(("quantum_memory.h", what) for what in ("step_vjp", "loss_vjp")),
@@ -22,7 +22,7 @@ def test_mutants_are_those_of_the_page():
     assert all(m.source.count(FACTOR) == 1 for m in mutants)
 
 
-@pytest.mark.parametrize("number", range(0, 476, 60))
+@pytest.mark.parametrize("number", range(0, 560, 60))
 def test_some_mutants_are_caught(number):
     mutant = all_mutants()[number]
     outcome = check_mutant(mutant)

@@ -21,7 +21,7 @@ def append(value: int, first: int, log: wp.array(dtype=wp.int32)):
     log[log[0]] = value * 100 + i
 
 
-VALUE, FIRST = 0, 1
+VALUE, FIRST = "value", "first"
 
 
 class Log:
@@ -32,7 +32,7 @@ class Log:
         self.descriptor = array(4, 64)
 
     def launch(self, value=0, first=0, dim=1):
-        return Launch(append, dim, [value, first, self.descriptor], "cpu")
+        return Launch(append, dim, {"value": value, "first": first, "log": self.descriptor}, "cpu")
 
     def take(self):
         """What was written since the last call."""
@@ -87,7 +87,7 @@ def test_launches_and_programs_together(count):
     """Any number of tasks, more than there are threads too; a program may be a single launch."""
     logs = [Log() for _ in range(count)]
     tasks = [
-        log.launch(3, i, 2) if i % 2 else Program([Step(log.launch(), 2, {0: 3, 1: i})])
+        log.launch(3, i, 2) if i % 2 else Program([Step(log.launch(), 2, {VALUE: 3, FIRST: i})])
         for i, log in enumerate(logs)
     ]
     together = Team(tasks)

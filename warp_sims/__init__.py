@@ -27,6 +27,9 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
 from . import systems
+from .actor_critic.config import ActorCriticConfig
+from .actor_critic.folder import load_actor
+from .actor_critic.run import ActorCriticResult, train_actor_critic
 from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
@@ -49,6 +52,7 @@ from .systems import (
     Hopper,
     LinkedPendulum,
     MemoryFunctions,
+    ParameterFunctions,
     QuantumControl,
     Robot,
     System,
@@ -60,6 +64,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "ActorCriticConfig",
+    "ActorCriticResult",
     "BlockFunctions",
     "CartPole",
     "CheckReport",
@@ -74,6 +80,7 @@ __all__ = [
     "JaxSystem",
     "LinkedPendulum",
     "MemoryFunctions",
+    "ParameterFunctions",
     "QuantumControl",
     "Robot",
     "Rollout",
@@ -89,6 +96,7 @@ __all__ = [
     "explain",
     "gradient_pair",
     "linearize",
+    "load_actor",
     "load_run",
     "profile",
     "record_rollout",
@@ -97,5 +105,6 @@ __all__ = [
     "step",
     "systems",
     "train",
+    "train_actor_critic",
     "train_together",
 ]

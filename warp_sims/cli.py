@@ -14,6 +14,7 @@ import torch
 import warp as wp
 
 from . import __version__, systems
+from .actor_critic.command import add_actor_critic_options, asks_for_actor_critic, run_actor_critic
 from .animation import animate
 from .bench.command import add_bench_options, run_bench
 from .checking.command import add_check_options, run_check
@@ -135,7 +136,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "those of the cart-pole. "
         "`warp-sims train SYSTEM --help` shows them, and lists the numbers of that system as options, too.",
     )
-    if words[:1] == ["train"] and any(word.partition("=")[0] == "--resume" for word in words):
+    if words[:1] == ["train"] and asks_for_actor_critic(words):
+        add_actor_critic_options(train_command, words, _named_system("train", words))
+        train_command.set_defaults(run=run_actor_critic)
+    elif words[:1] == ["train"] and any(word.partition("=")[0] == "--resume" for word in words):
         add_resume_options(train_command)
         train_command.set_defaults(run=_run_resumed)
     else:
@@ -193,7 +197,7 @@ def _named_system(command: str, words: list[str]) -> str | None:
     """Returns the system that the command line names, if it is for this command."""
     named = words[1] if words[:1] == [command] and len(words) > 1 else None
     if named is not None and named.startswith("-"):
-        if named not in ("-h", "--help"):
+        if named not in ("-h", "--help") and named.partition("=")[0] != "--resume":
             raise UsageError(f"{named} stands before the system; give warp-sims {command} SYSTEM {named} …")
         named = None
     return named

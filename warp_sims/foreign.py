@@ -3,7 +3,7 @@ or anything else that can be linearised.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -47,6 +47,9 @@ class ForeignSystem(System, Simulator):
         check: Whether gradients are held against finite differences at the first states of each dtype; False
             where they are meant to differ from the step's.
         initial_states: (n, seed, split) to (n, state_size), for `train`.
+        parameters: Numbers of the physics by name, with their values, which a rollout may be given others of.
+            advance and linearize then find them behind the controls, as further columns in this order; where
+            a rollout is given none, there are no further columns.
 
     A system is compared by identity and stays known to the process: make it once.
 
@@ -58,6 +61,7 @@ class ForeignSystem(System, Simulator):
     _loss: Callable[[Any], Any] | None = dataclasses.field(init=False)
     _rowwise: bool = dataclasses.field(init=False)
     _draw: Draw | None = dataclasses.field(init=False)
+    _parameters: dict[str, float] = dataclasses.field(init=False)
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class ForeignSystem(System, Simulator):
         rowwise: bool = True,
         check: bool = True,
         initial_states: Draw | None = None,
+        parameters: Mapping[str, float] | None = None,
     ) -> None:
         name = type(self).__name__
         for field, value in (("state_size", state_size), ("control_size", control_size)):
@@ -88,6 +93,7 @@ class ForeignSystem(System, Simulator):
             _loss=loss,
             _rowwise=rowwise,
             _draw=initial_states,
+            _parameters=_check_parameters(name, parameters),
             checks_gradient=check,
             verified=set(),
         )
@@ -121,6 +127,14 @@ class ForeignSystem(System, Simulator):
     @property
     def has_loss(self) -> bool:
         return self._loss is not None
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return tuple(self._parameters)
+
+    @property
+    def parameter_values(self) -> tuple[float, ...]:
+        return tuple(self._parameters.values())
 
     def cost(self, x: Tensor) -> Tensor:
         """Cost of states (n, state_size), one a row (n,)."""
@@ -177,6 +191,8 @@ class TorchSystem(ForeignSystem):
             random numbers, no state of its own, inputs left as they are).
         rowwise: Rows do not mix, and Jacobians are taken at all points of a trajectory at once. False lets
             worlds act on each other: each step is recorded by itself, which takes longer.
+        parameters: Numbers of the physics by name, with their values, which a rollout may be given others of.
+            The step takes them by name, `step(x, u, mass=..., length=...)`, each a tensor (n, 1).
         state_size, control_size, loss, check, initial_states: As of `ForeignSystem`.
 
     Raises:
@@ -196,9 +212,10 @@ class TorchSystem(ForeignSystem):
         rowwise: bool = True,
         check: bool = True,
         initial_states: Draw | None = None,
+        parameters: Mapping[str, float] | None = None,
     ) -> None:
         _check_step(self, step)
-        self._set(_step=step)
+        self._set(_step=_with_columns(step, control_size, parameters))
         super().__init__(
             state_size=state_size,
             control_size=control_size,
@@ -206,6 +223,7 @@ class TorchSystem(ForeignSystem):
             rowwise=rowwise,
             check=check,
             initial_states=initial_states,
+            parameters=parameters,
         )
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
@@ -241,6 +259,7 @@ class JaxSystem(ForeignSystem):
             of the same dtype; any function that `jax.vjp` differentiates, of its arguments alone.
         loss: Cost of states in JAX, (n, state_size) to (n,).
         jit: Whether the step is compiled; False for a step that `jax.jit` does not take.
+        parameters: As of `TorchSystem`, each a JAX array (n, 1).
         state_size, control_size, rowwise, check, initial_states: As of `ForeignSystem`.
 
     float64 needs `jax.config.update("jax_enable_x64", True)`, without which JAX rounds it to float32.
@@ -264,11 +283,12 @@ class JaxSystem(ForeignSystem):
         jit: bool = True,
         check: bool = True,
         initial_states: Draw | None = None,
+        parameters: Mapping[str, float] | None = None,
     ) -> None:
         _check_step(self, step)
         if not isinstance(jit, bool):
             raise TypeError(f"{type(self).__name__}: jit is {jit!r}, expected True or False")
-        self._set(_step=step, _jit=jit)
+        self._set(_step=_with_columns(step, control_size, parameters), _jit=jit)
         super().__init__(
             state_size=state_size,
             control_size=control_size,
@@ -276,6 +296,7 @@ class JaxSystem(ForeignSystem):
             rowwise=rowwise,
             check=check,
             initial_states=initial_states,
+            parameters=parameters,
         )
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
@@ -321,6 +342,8 @@ class TapeSystem(ForeignSystem):
             world after world, holds k components of each. Of one scalar type, as all of these.
         controls: Arrays that make up the control likewise.
         outputs: Arrays of the next state, as `inputs`.
+        parameters: Arrays of a number of the physics for every world by name, which a rollout may be given
+            others of; what they hold now is what they hold where none are given.
         load: (x, u), called behind the copies and before `launch`, outside the tape: for what else has to be
             set or reset.
         state_size, control_size, loss, check, initial_states: As of `ForeignSystem`; the loss in torch.
@@ -348,11 +371,15 @@ class TapeSystem(ForeignSystem):
         loss: Callable[[Tensor], Tensor] | None = None,
         check: bool = True,
         initial_states: Draw | None = None,
+        parameters: Mapping[str, wp.array] | None = None,
     ) -> None:
         name = type(self).__name__
         for role, value in (("launch", launch), ("load", load)):
             if not callable(value) and not (role == "load" and value is None):
                 raise TypeError(f"{name}: {role} is {value!r}, expected a function")
+        tape = TapeStep(
+            name, state_size, control_size, load, launch, inputs, controls, outputs, parameters or {}
+        )
         super().__init__(
             state_size=state_size,
             control_size=control_size,
@@ -360,8 +387,9 @@ class TapeSystem(ForeignSystem):
             rowwise=False,
             check=check,
             initial_states=initial_states,
+            parameters=tape.numbers,
         )
-        self._set(_tape=TapeStep(name, state_size, control_size, load, launch, inputs, controls, outputs))
+        self._set(_tape=tape)
 
     @property
     def nworld(self) -> int:
@@ -388,3 +416,38 @@ def _check_step(system: Any, step: Any) -> None:
             f"{type(system).__name__}: step is {step!r}, expected a function of (x, u) that returns the next "
             "states"
         )
+
+
+def _check_parameters(name: str, parameters: Any) -> dict[str, float]:
+    """Numbers by name."""
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
+        raise TypeError(
+            f"{name}: parameters is {parameters!r}, expected a dictionary of numbers by name or None"
+        )
+    for key, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: parameters[{key!r}] is {value!r}, expected a number, its own value")
+    return {key: float(value) for key, value in parameters.items()}
+
+
+def _with_columns(
+    step: Callable[..., Any], control_size: int, parameters: Mapping[str, float] | None
+) -> Callable[..., Any]:
+    """A step of (x, u) that finds its parameters behind the controls, and its own numbers where they are
+    not.
+    """
+    if not parameters:
+        return step
+    numbers = dict(parameters)
+
+    def with_columns(x: Any, u: Any) -> Any:
+        if u.shape[1] == control_size:
+            # ones of the states' kind, so that a step sees columns in either case
+            one = x[:, :1] * 0 + 1
+            return step(x, u, **{name: one * value for name, value in numbers.items()})
+        columns = {name: u[:, control_size + i : control_size + i + 1] for i, name in enumerate(numbers)}
+        return step(x, u[:, :control_size], **columns)
+
+    return with_columns

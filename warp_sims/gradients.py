@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .bridge.autograd import operators
 from .bridge.passes.spec import Cotangents
 from .flows import Flow, schedule
+from .parameters import Parameters
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
 from .processes import agreed_worlds, reduced_mean
 from .systems import System
@@ -38,6 +39,8 @@ class GradientPair:
     """(2, components): base and check, all parameters behind one another in the order of `names`; (2,
     members, components) of an ensemble.
     """
+    physical: tuple[str, ...] = ()
+    """Those of the names that are numbers of the physics, not parameters of a policy."""
 
     @property
     def base(self) -> dict[str, Tensor]:
@@ -97,13 +100,16 @@ class GradientPair:
         return self._named(self._compared(keep == "check")[0].clone())
 
     def assign(self, policy: nn.Module, keep: Literal["base", "check"] = "base") -> None:
-        """Puts the combined gradient into the `.grad` of the policy's parameters, replacing what is there.
+        """Puts the combined gradient into the `.grad` of the policy's parameters, replacing what is there;
+        that of numbers of the physics is left to `combine`.
 
         Raises:
             ValueError: the policy lacks a parameter of this pair, or has it with another shape.
         """
         parameters = dict(policy.named_parameters())
         for name, shape in zip(self.names, self.shapes):
+            if name in self.physical:
+                continue
             if name not in parameters or parameters[name].shape != shape:
                 found = tuple(parameters[name].shape) if name in parameters else "none"
                 raise ValueError(
@@ -112,7 +118,8 @@ class GradientPair:
                     "assign to the policy that the pair was computed for"
                 )
         for name, grad in self.combine(keep).items():
-            parameters[name].grad = grad
+            if name not in self.physical:
+                parameters[name].grad = grad
 
     def __add__(self, other: "GradientPair") -> "GradientPair":
         """The pair of the worlds of both, as `gradient_pair` of the concatenated worlds would give it."""
@@ -193,17 +200,19 @@ def gradient_pair(
     decay: float = 1.0,
     checkpoint_every: int | None = None,
     inputs: Tensor | None = None,
+    parameters: Parameters = None,
 ) -> GradientPair:
     """Two gradients of one rollout, not yet compared: one forward sweep, one adjoint sweep that carries both.
 
     Args:
         base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
-        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every, inputs: As in
-            `rollout`. A
-            callable loss should be a mean over worlds, or pairs do not add up to the pair of all worlds.
+        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every, inputs, parameters:
+            As in `rollout`. A callable loss should be a mean over worlds, or pairs do not add up to the pair
+            of all worlds; nor do they where `parameters` holds one number a world that requires a gradient.
 
     Returns:
-        `GradientPair` over the trainable parameters of the policy.
+        `GradientPair` over the trainable parameters of the policy, and the numbers of `parameters` that
+        require a gradient.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.
@@ -229,9 +238,13 @@ def gradient_pair(
         control_cost,
         checkpoint_every,
         inputs=inputs,
+        physics=parameters,
     )
     named = dict(policy.named_parameters())
+    numbers = () if parameters is None else tuple(parameters.values())
     trainable = [named[name].requires_grad for name in plan.names]
+    trainable += [isinstance(q, Tensor) and q.requires_grad for q in numbers]
+    every = plan.names + plan.physical
     # inference mode would keep a callable loss from being differentiated: its gradients would come out zero
     with torch.inference_mode(False), torch.no_grad():
         value, grads = _pair(plan, call)
@@ -240,9 +253,9 @@ def gradient_pair(
             parts = grads.split([q.numel() // members for q in plan.parameters], dim=-1)
             kept = [part for part, wanted in zip(parts, trainable) if wanted]
             grads = torch.cat(kept, dim=-1) if kept else grads[..., :0]
-    names = tuple(n for n, wanted in zip(plan.names, trainable) if wanted)
+    names = tuple(n for n, wanted in zip(every, trainable) if wanted)
     shapes = tuple(q.shape for q, wanted in zip(plan.parameters, trainable) if wanted)
-    return GradientPair(value, plan.x0.shape[-2], names, shapes, grads)
+    return GradientPair(value, plan.x0.shape[-2], names, shapes, grads, plan.physical)
 
 
 def _one_field(

@@ -77,6 +77,13 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         help="in place of SYSTEM: go on with the run in this folder, with the settings it was begun with; "
         "--epochs N continues it up to N",
     )
+    run.add_argument(
+        "--algorithm",
+        choices=("rollout", "shac"),
+        default="rollout",
+        help="rollout: backpropagation through whole rollouts, which these options are for; shac: "
+        "short-horizon actor-critic, whose options `warp-sims train SYSTEM --algorithm shac --help` shows",
+    )
     add_flag(run, "progress", True, "show a progress bar")
     policy = parser.add_argument_group("policy")
     add_policy(policy, preset.policy)

@@ -26,6 +26,7 @@ from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
 from .flows import MOST_STEPS, as_int, check_decay
+from .parameters import check_parameters
 from .policies import FusedNetwork, recognise
 from .probing import probe
 from .systems import System
@@ -57,13 +58,15 @@ class Plan:
     reason: str
     """Why torch evaluates the policy; empty where it runs fused."""
     names: tuple[str, ...]
-    """Of the parameters."""
+    """Of the policy's parameters."""
     parameters: tuple[Tensor, ...]
-    """Stacked for an ensemble."""
+    """Stacked for an ensemble; the policy's, and behind them numbers of the physics."""
     x0: Tensor
     """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None
     has_loss: bool
+    physical: tuple[str, ...] = ()
+    """Names of the numbers of the physics."""
 
     @property
     def fused(self) -> bool:
@@ -85,10 +88,13 @@ def make_plan(
     checkpoint_every: int | None,
     keep: bool = True,
     inputs: Any = None,
+    physics: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
     The system and the horizon come from `check_horizon`.
+
+    `physics` are numbers of the physics by name, which users know as `parameters`.
 
     Without `keep` there will be no backward pass, for which activations might be kept.
     """
@@ -150,17 +156,20 @@ def make_plan(
                 )
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
+    members = 0 if ensemble is None else len(ensemble)
+    physical, given = check_parameters(call, system, physics, x0, members, isinstance(loss, str))
     if network is not None:
-        path: FusedPath | TorchPath = FusedPath(
-            network, tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
-        )
+        constants = tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
+        path: FusedPath | TorchPath = FusedPath(network, constants, physical)
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
         whole = isinstance(system, Simulator) and not system.rowwise
-        path = TorchPath(policy, tuple(where[name] for name in names), half, whole, perceptron, inputs)
+        path = TorchPath(
+            policy, tuple(where[name] for name in names), half, whole, perceptron, inputs, physical
+        )
         if not perceptron:
-            probe(call, system, path, parameters, x0)
+            probe(call, system, path, parameters, x0)  # which are the policy's alone
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
@@ -180,7 +189,9 @@ def make_plan(
                 path = path._replace(by_steps=True, recorded=[] if kept else None)
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
-    return Plan(spec, path, reason, tuple(names), tuple(parameters), x0, own_loss, loss is not None)
+    numbers = () if physical is None else physical.names
+    named, passed = tuple(names), (*parameters, *given)
+    return Plan(spec, path, reason, named, passed, x0, own_loss, loss is not None, numbers)
 
 
 def _check_inputs(call: str, inputs: Any, x0: Tensor, horizon: int, ensemble: bool) -> Tensor | None:

@@ -12,9 +12,10 @@ class Bars:
 
     Args:
         show: Whether to show anything. Without the package rich nothing is shown either.
+        text: What stands between the count and the number that `update` is given.
     """
 
-    def __init__(self, show: bool = True) -> None:
+    def __init__(self, show: bool = True, text: str = "epochs  test loss") -> None:
         self._progress: Any = None
         if not show:
             return
@@ -26,7 +27,7 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("epochs  test loss {task.fields[loss]}"),
+            TextColumn(text + " {task.fields[loss]}"),
             TimeRemainingColumn(),
             refresh_per_second=4,
         )

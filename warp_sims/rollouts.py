@@ -10,6 +10,7 @@ from .bridge.autograd import rollout as _bridge
 from .bridge.runtime import arrays
 from .divergence import check_rollout
 from .flows import Flow, schedule
+from .parameters import Parameters, check_parameters
 from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
 from .systems import System
 
@@ -47,6 +48,7 @@ def rollout(
     checkpoint_every: int | None = None,
     locate_divergence: bool = False,
     inputs: Tensor | None = None,
+    parameters: Parameters = None,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -83,6 +85,10 @@ def rollout(
         inputs: (horizon, nworld, k), dtype and device of x0: what the policy is given beside the states, as
             policy(x, inputs[t]): references, time, noise. Torch evaluates the policy; no gradient is
             computed for it.
+        parameters: Numbers of the physics by name, `{"pole_mass": mass}`: one for all worlds, () or a float,
+            or one a world, (nworld,); dtype and device of x0. What is not named is the system's own. They
+            have gradients as the policy has: through the physics, by the cotangents of the flow, for
+            "combined" compared by component. The system's own loss reads the system's own numbers.
 
     Returns:
         `Rollout(states, controls, loss, fused, path)`. One `backward()` gives the gradient of every policy
@@ -118,6 +124,7 @@ def rollout(
         checkpoint_every,
         keep=_differentiated(),
         inputs=inputs,
+        physics=parameters,
     )
     states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:
@@ -128,13 +135,14 @@ def rollout(
     return Rollout(states, controls, value if plan.has_loss else None, plan.fused, path)
 
 
-def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
-    """Simulates under given controls (open loop), differentiable in both.
+def simulate(system: System, x0: Tensor, controls: Tensor, *, parameters: Parameters = None) -> Tensor:
+    """Simulates under given controls (open loop), differentiable in both, and in numbers of the physics.
 
     Args:
         system: The simulated system.
         x0: Initial states (nworld, state_size), float32 or float64.
         controls: (horizon, nworld, control_size), dtype and device of x0.
+        parameters: As of `rollout`.
 
     Returns:
         States (horizon + 1, nworld, state_size), the first of them x0.
@@ -157,16 +165,24 @@ def simulate(system: System, x0: Tensor, controls: Tensor) -> Tensor:
             f"(at least 1, {x0.shape[0]}, {system.control_size}), time first"
         )
     check_like(controls, x0, "simulate", "controls")
-    return _bridge.simulate(x0, controls, system.number)
+    return _simulated("simulate", system, x0, controls, parameters)
 
 
-def step(system: System, x: Tensor, u: Tensor) -> Tensor:
-    """One time step, differentiable in state and control.
+def _simulated(call: str, system: System, x0: Tensor, controls: Tensor, parameters: Parameters) -> Tensor:
+    if parameters is None:
+        return _bridge.simulate(x0, controls, system.number)
+    physical, given = check_parameters(call, system, parameters, x0)
+    return _bridge.simulate(x0, controls, system.number, physical, *given)
+
+
+def step(system: System, x: Tensor, u: Tensor, *, parameters: Parameters = None) -> Tensor:
+    """One time step, differentiable in state, control and numbers of the physics.
 
     Args:
         system: The simulated system.
         x: States (nworld, state_size), float32 or float64.
         u: Controls (nworld, control_size), dtype and device of x.
+        parameters: As of `rollout`.
 
     Returns:
         Next states (nworld, state_size).
@@ -184,7 +200,7 @@ def step(system: System, x: Tensor, u: Tensor) -> Tensor:
             f"{system.control_size})"
         )
     check_like(u, x, "step", "u")
-    return _bridge.simulate(x, u.unsqueeze(0), system.number)[1]
+    return _simulated("step", system, x, u.unsqueeze(0), parameters)[1]
 
 
 def empty_cache() -> None:

@@ -38,7 +38,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
         settings["loss"] = {"callable": _import_name(config.loss)}
     return {
         "format": FORMAT,
-        "system": {"class": system_name(type(config.system)), "fields": _fields(config.system)},
+        "system": system_json(config.system),
         "policy": {
             "class": _import_name(type(config.policy)),
             "arguments": _arguments(config.policy),
@@ -47,6 +47,11 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
         "training": settings,
         "versions": versions(),
     }
+
+
+def system_json(system: systems.System) -> dict[str, Any]:
+    """Returns a system as config.json holds it; `build_system` makes it again."""
+    return {"class": system_name(type(system)), "fields": _fields(system)}
 
 
 def from_json(

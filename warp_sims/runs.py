@@ -21,7 +21,7 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ OLDER_HEADERS = (",".join(LOG_COLUMNS[:8]),)
 CHECKPOINTS = ("first", "last", "best")
 PREVIOUS = "previous"
 OUTCOME = "outcome.json"
+ACTOR_CRITIC = "warp-sims actor-critic 1"
+"""Format of the runs of `ws.train_actor_critic`, whose log has columns of its own."""
+FORMATS = (run_config.FORMAT, ACTOR_CRITIC)
 
 Row = dict[str, float]
 Log = dict[str, np.ndarray]
@@ -65,6 +68,7 @@ class RunFolder:
     Args:
         path: The folder, made with its parents where missing.
         overwrite: Whether a run that stands there may be replaced. Only files that a run writes are removed.
+        columns: Of its log, the first of which counts.
 
     Raises:
         FileExistsError: Something stands there, and it is no run or `overwrite` is False.
@@ -72,8 +76,11 @@ class RunFolder:
         OSError: The folder cannot be made or written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], overwrite: bool = False, columns: Sequence[str] = LOG_COLUMNS
+    ) -> None:
         self.path = Path(path)
+        self._columns = tuple(columns)
         self._made: list[Path] = []
         self._log: Any = None
         self._lock: RunLock | None = None
@@ -135,7 +142,7 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def begin(self, config: TrainConfig) -> None:
+    def begin(self, settings: Mapping[str, Any]) -> None:
         """Removes the run that stands there, if any, and writes config.json and the header of the log."""
         # config.json is replaced, not removed: whenever this is stopped, it is known for a run's folder.
         for name in ("log.csv", "curves.png", OUTCOME, *map(checkpoint_name, (*CHECKPOINTS, PREVIOUS))):
@@ -143,7 +150,7 @@ class RunFolder:
         for left in (*self.path.glob("events.out.tfevents.*"), *self.path.glob("animation.*")):
             left.unlink()
         remove_partial(self.path)
-        write_json(self.path / "config.json", run_config.to_json(config))
+        write_json(self.path / "config.json", settings)
         self._open_log([])
 
     def resume(self, rows: list[Row], epochs: dict[str, int], settings: Mapping[str, Any] | None) -> None:
@@ -161,13 +168,14 @@ class RunFolder:
         self._open_log(rows)
 
     def _open_log(self, rows: list[Row]) -> None:
-        text = "".join(line + "\n" for line in (LOG_HEADER, *map(_line, rows)))
+        lines = (",".join(self._columns), *(_line(row, self._columns) for row in rows))
+        text = "".join(line + "\n" for line in lines)
         replace_file(self.path / "log.csv", lambda file: file.write(text.encode()))
         self._log = open(self.path / "log.csv", "a", encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def append(self, row: Row) -> None:
         """Appends a row to the log, at once in the file: NaN is an empty field."""
-        self._log.write(_line(row) + "\n")
+        self._log.write(_line(row, self._columns) + "\n")
         self._log.flush()
 
     def save_checkpoint(self, name: str, contents: Mapping[str, Any]) -> None:
@@ -207,15 +215,15 @@ def checkpoint_name(name: str) -> str:
 
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Returns whether a folder holds a run that this package wrote."""
-    try:
-        read_config(path)
-    except (OSError, ValueError):
-        return False
-    return True
+    for layout in FORMATS:
+        with contextlib.suppress(OSError, ValueError):
+            read_config(path, layout)
+            return True
+    return False
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the contents of a run's config.json."""
+def read_config(path: str | os.PathLike[str], layout: str = run_config.FORMAT) -> dict[str, Any]:
+    """Returns the contents of a run's config.json, which must be of this format."""
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
         raise FileNotFoundError(
@@ -231,18 +239,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise type(error)(f"{file} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}); give a folder that training wrote") from error
-    if not isinstance(data, dict) or data.get("format") != run_config.FORMAT:
-        raise ValueError(
-            f"{file} is not of the format {run_config.FORMAT!r}; give a folder that training wrote"
-        )
+    if not isinstance(data, dict) or data.get("format") != layout:
+        raise ValueError(f"{file} is not of the format {layout!r}; give a folder that training wrote")
     for part in run_config.PARTS:
         if not isinstance(data.get(part), dict):
             raise ValueError(f"{file} holds no {part!r}; give a folder that training wrote")
     return data
 
 
-def read_log(path: str | os.PathLike[str]) -> Log:
-    """Returns a run's log: one array per column, the epoch as integers, empty fields as NaN.
+def read_log(path: str | os.PathLike[str], expected: Sequence[str] = LOG_COLUMNS) -> Log:
+    """Returns a run's log: one array per column, the first (epochs) as integers, empty fields as NaN.
 
     Columns that an earlier version did not write are NaN.
     """
@@ -255,12 +261,13 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     except ValueError as error:
         raise ValueError(f"{file} is no text ({error}); {remedy}") from error
     header = lines[0].rstrip("\n") if lines else ""
-    if header not in (LOG_HEADER, *OLDER_HEADERS):
-        raise ValueError(f"{file} does not begin with {LOG_HEADER!r}; {remedy}")
+    counter, first = expected[0], ",".join(expected)
+    if header not in (first, *(OLDER_HEADERS if first == LOG_HEADER else ())):
+        raise ValueError(f"{file} does not begin with {first!r}; {remedy}")
     columns = header.split(",")
     # A line without its end is one that a killed process did not finish.
     fields = [line.rstrip("\n").split(",") for line in lines[1:] if line.endswith("\n")]
-    lacking = dict.fromkeys(LOG_COLUMNS, math.nan)
+    lacking = dict.fromkeys(expected, math.nan)
     try:
         rows = [
             lacking | {name: float(v) if v else math.nan for name, v in zip(columns, f, strict=True)}
@@ -268,20 +275,20 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         ]
     except ValueError as error:
         raise ValueError(f"{file} holds a row that cannot be read ({error}); {remedy}") from error
-    epochs = [row["epoch"] for row in rows]
+    epochs = [row[counter] for row in rows]
     wrong = [e for e in epochs if not (math.isfinite(e) and e == int(e))]
     if wrong or any(b <= a for a, b in zip(epochs, epochs[1:])):
         raise ValueError(
-            f"{file} holds the epochs {epochs[:8]}, expected ascending whole numbers from -1 on; {remedy}"
+            f"{file} holds the {counter}s {epochs[:8]}, expected ascending whole numbers from -1 on; {remedy}"
         )
-    return as_log(rows)
+    return as_log(rows, expected)
 
 
-def as_log(rows: list[Row]) -> Log:
-    """Returns rows as one array per column."""
+def as_log(rows: list[Row], columns: Sequence[str] = LOG_COLUMNS) -> Log:
+    """Returns rows as one array per column, the first of integers."""
     return {
-        name: np.array([row[name] for row in rows], dtype=np.int64 if name == "epoch" else np.float64)
-        for name in LOG_COLUMNS
+        name: np.array([row[name] for row in rows], dtype=np.int64 if name == columns[0] else np.float64)
+        for name in columns
     }
 
 
@@ -353,13 +360,13 @@ def load_run(
     return config, config.policy, log
 
 
-def _line(row: Row) -> str:
-    return ",".join(_field(name, row[name]) for name in LOG_COLUMNS)
+def _line(row: Row, columns: Sequence[str]) -> str:
+    return ",".join(
+        str(int(row[name])) if i == 0 else _field(name, row[name]) for i, name in enumerate(columns)
+    )
 
 
 def _field(name: str, value: float) -> str:
-    if name == "epoch":
-        return str(int(value))
     if math.isnan(value):
         return ""
     return f"{value:.3f}" if name == "seconds" else f"{value:.9g}"

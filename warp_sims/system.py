@@ -12,9 +12,9 @@ import torch
 
 from .bridge.runtime import registry as _numbers
 from .bridge.runtime.contract import functions_of
-from .kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions
+from .kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions
 
-__all__ = ["BlockFunctions", "DeviceFunctions", "MemoryFunctions", "System"]
+__all__ = ["BlockFunctions", "DeviceFunctions", "MemoryFunctions", "ParameterFunctions", "System"]
 
 
 @dataclasses.dataclass(frozen=True)

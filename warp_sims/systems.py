@@ -10,7 +10,7 @@ from .quantum import QuantumControl
 from .robots.hopper import Hopper
 from .robots.linked_pendulum import LinkedPendulum
 from .robots.robot import Robot
-from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, System
+from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions, System
 
 __all__ = [
     "BlockFunctions",
@@ -20,6 +20,7 @@ __all__ = [
     "Hopper",
     "LinkedPendulum",
     "MemoryFunctions",
+    "ParameterFunctions",
     "QuantumControl",
     "Robot",
     "System",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import run_config
 from .divergence import first_lost, time_step
 from .flows import Flow
 from .interruption import uninterrupted
@@ -190,7 +191,7 @@ class TrainingRun:
         if folder is None:
             return
         if stopped is None:
-            folder.begin(self.config)
+            folder.begin(run_config.to_json(self.config))
         else:
             folder.resume(stopped.rows, stopped.epochs, stopped.settings)
         self._folder = folder

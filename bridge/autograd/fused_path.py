@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..passes.physical import Physical, split_physical, with_physical
 from ..passes.spec import Cotangents, Saved, Spec
 from . import operators
 
@@ -20,10 +21,14 @@ class FusedPath(NamedTuple):
     """Description of the policy, see kernels/policy/layout.py."""
     constants: tuple[Tensor, ...] = ()
     """Vectors that the policy has besides its parameters."""
+    physical: Physical | None = None
+    """Numbers of the physics that stand behind the policy's parameters."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
-        out = operators.fused_rollout(*spec.arguments(), self.network, [*parameters, *self.constants], x0)
+        policy, values = split_physical(self.physical, parameters)
+        inputs = [*policy, *self.constants]
+        out = operators.fused_rollout(*spec.arguments(), self.network, inputs, x0, values)
         states, controls, loss, hidden, packed = out
         return Saved(states, controls, (hidden, packed)), loss
 
@@ -34,6 +39,10 @@ class FusedPath(NamedTuple):
         compared; with a member axis behind the fields of an ensemble.
         """
         hidden, packed = saved.kept
-        return operators.fused_backward(
-            *spec.arguments(), self.network, packed, hidden, saved.states, saved.controls, *g
-        )
+        given = self.network, packed, hidden, saved.states, saved.controls
+        if self.physical is None:
+            return operators.fused_backward(*spec.arguments(), *given, *g)[:2]
+        _, values = split_physical(self.physical, parameters)
+        wanted = self.physical.wanted
+        grads, adj_x0, adj = operators.fused_backward(*spec.arguments(), *given, *g, values, wanted)
+        return with_physical(self.physical, grads, adj, parameters), adj_x0

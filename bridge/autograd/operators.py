@@ -18,10 +18,12 @@ from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
 from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
+from ..passes import physical_check as physical_check  # likewise
 from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
-from ..passes.spec import Cotangents, described
+from ..passes.spec import Cotangents, Spec, described
 from ..runtime.arrays import capturing
+from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 from ..runtime.tracing import span
 
@@ -95,20 +97,26 @@ def check_finite(x0: Tensor) -> None:
 
 
 @_operator("simulate")
-def simulate(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
-    """States (horizon + 1, nworld, state_size) under given controls."""
+def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Tensor | None = None) -> Tensor:
+    """States (horizon + 1, nworld, state_size) under given controls; `values` (1 or nworld, count) are
+    numbers of the physics, as in all that follows.
+    """
     if check:
         check_finite(x0)
     simulator = foreign.foreign(system)
     if simulator is not None:
+        controls = foreign.with_values(simulator, controls, values)
         if check:
             foreign_check.verify(simulator, x0, controls[0])
         return foreign.simulate(simulator, x0, controls)
-    return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
+    if values is None or not x0.shape[0]:
+        return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
+    with prepared_with(system, values, x0.shape[0], False) as own:
+        return sweeps.simulate(own.prepared, _dense(x0), _dense(controls))
 
 
 @simulate.register_fake
-def _(system: int, x0: Tensor, controls: Tensor, check: bool) -> Tensor:
+def _(system: int, x0: Tensor, controls: Tensor, check: bool, values: Tensor | None = None) -> Tensor:
     return x0.new_empty((controls.shape[0] + 1, *x0.shape))
 
 
@@ -151,6 +159,7 @@ def fused_rollout(
     network: str,
     parameters: list[Tensor],
     x0: Tensor,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
 
@@ -162,12 +171,16 @@ def fused_rollout(
     p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):
         packed = fused.pack(network, parameters, x0.shape[:-2])
-    return *fused.rollout(p, network, packed, _dense(x0), own.horizon, own.weights, own.segment), packed
+    shape = own.horizon, own.weights, own.segment
+    if values is None or not x0.numel():
+        return *fused.rollout(p, network, packed, _dense(x0), *shape), packed
+    with prepared_with(own.system, values, x0.shape[:-1].numel(), False) as w:
+        return *fused.rollout(w.prepared, network, packed, _dense(x0), *shape), packed
 
 
 @fused_rollout.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    network, _, x0 = arguments[_SPEC:]
+    network, _, x0 = arguments[_SPEC : _SPEC + 3]
     own = with_segment(described(*arguments[:_SPEC]), network, x0)
     lay = layout(network, x0.element_size())
     return (
@@ -196,25 +209,47 @@ def fused_backward(
     adj_loss: Tensor | None,
     adj_states: Tensor | None,
     adj_controls: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    values: Tensor | None = None,
+    wanted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
-    state_size), with a member axis behind the fields for an ensemble.
+    state_size), with a member axis behind the fields for an ensemble, and, where they are wanted, of the
+    numbers of the physics (fields, nworld, count).
     """
     own = described(system, flows, decay, final, running, control, segment)
     if segment < 0:
         own = with_segment(own, network, states[0])
-    p = prepare(own.system, states.dtype, states.device)
     g = Cotangents(adj_loss, adj_states, adj_controls)
-    return backward(p, own, network, packed, hidden, states, controls, g)
+    given = network, packed, hidden, states, controls, g
+    if values is None or not states.numel():
+        p = prepare(own.system, states.dtype, states.device)
+        return *backward(p, own, *given), _no_adjoint(own, states, values, wanted)
+    with prepared_with(own.system, values, states.shape[1:-1].numel(), wanted) as w:
+        return *backward(w.prepared, own, *given), w.adjoint(len(own.schedules))
 
 
 @fused_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     network, _, _, states = arguments[_SPEC : _SPEC + 4]
-    fields = len(described(*arguments[:_SPEC]).schedules)
+    values, wanted = _given(arguments[_SPEC + 8 :])
+    own = described(*arguments[:_SPEC])
+    fields = len(own.schedules)
     parameters = layout(network, states.element_size()).unpack.size
     grads = states.new_empty((fields, *states.shape[1:-2], parameters))
-    return grads, states.new_empty((fields, *states.shape[1:]))
+    adj_values = _no_adjoint(own, states, values, wanted)
+    return grads, states.new_empty((fields, *states.shape[1:])), adj_values
+
+
+def _given(last: tuple[Any, ...]) -> tuple[Tensor | None, bool]:
+    """The last arguments of an operator, which can be left out."""
+    return (last[0], last[1] if len(last) > 1 else False) if last else (None, False)
+
+
+def _no_adjoint(spec: Spec, states: Tensor, values: Tensor | None, wanted: bool) -> Tensor:
+    """Cotangents of numbers of the physics before anything has reached them."""
+    if values is None or not wanted:
+        return states.new_empty((0, 0, 0))
+    return states.new_zeros((len(spec.schedules), states.shape[1:-1].numel(), values.shape[1]))
 
 
 @_operator("adjoint")
@@ -237,8 +272,11 @@ def adjoint(
     t0: int = 0,
     carried: Tensor | None = None,
     loss_worlds: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of x0.
+    values: Tensor | None = None,
+    wanted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size), of x0 and, where they
+    are wanted, of the numbers of the physics (fields, nworld, count).
 
     `recomputed` are the controls as the policy gives them for all stored states at once; they must be the
     stored ones. Over a segment of a rollout everything begins with its step `t0`, schedules excepted, and
@@ -246,25 +284,40 @@ def adjoint(
     over `loss_worlds` worlds, those of the trajectory where that is 0.
     """
     if recomputed is not None:
-        _check_recomputed(recomputed, controls, tolerance, t0)
+        check_recomputed(recomputed, controls, tolerance, t0)
     own = described(system, flows, decay, final, running, control, segment)
     g = Cotangents(adj_loss, adj_states, adj_controls)
     simulator = foreign.foreign(own.system)
     if simulator is not None:
-        return foreign.adjoint(simulator, own, states, controls, jac, g, t0, carried, loss_worlds)
-    p = prepare(own.system, states.dtype, states.device)
+        m, more = controls.shape[-1], foreign.with_values(simulator, controls, values)
+        sweep = own, states, more, jac, g, t0, carried, loss_worlds
+        mu, adj_x0 = foreign.adjoint(simulator, *sweep)
+        if values is None or not wanted:
+            return mu[..., :m], adj_x0, _no_adjoint(own, states, values, wanted)
+        return mu[..., :m].contiguous(), adj_x0, mu[..., m:].sum(1)
     jac = None if jac is None else jac.contiguous()
-    return sweeps.adjoint(p, own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds)
+    sweep = own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds
+    if values is None or not states.numel():
+        p = prepare(own.system, states.dtype, states.device)
+        return *sweeps.adjoint(p, *sweep), _no_adjoint(own, states, values, wanted)
+    with prepared_with(own.system, values, states.shape[1:-1].numel(), wanted) as w:
+        return *sweeps.adjoint(w.prepared, *sweep), w.adjoint(len(own.schedules))
 
 
 @adjoint.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     states, controls = arguments[_SPEC : _SPEC + 2]
-    fields = len(described(*arguments[:_SPEC]).schedules)
-    return states.new_empty((fields, *controls.shape)), states.new_empty((fields, *states.shape[1:]))
+    values, wanted = _given(arguments[_SPEC + 11 :])
+    own = described(*arguments[:_SPEC])
+    adj_x0 = states.new_empty((len(own.schedules), *states.shape[1:]))
+    mu = states.new_empty((len(own.schedules), *controls.shape))
+    return mu, adj_x0, _no_adjoint(own, states, values, wanted)
 
 
-def _check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
+    """Raises ValueError where controls (steps, nworld, control_size), of steps from `t0` on, are not those
+    that a rollout stored.
+    """
     if controls.numel() == 0 or capturing(controls.device):
         return
     if torch.allclose(

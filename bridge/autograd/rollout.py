@@ -14,6 +14,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch._utils import _unflatten_dense_tensors
 
 from ...kernels.flow import Flow
+from ..passes.physical import Physical
 from ..passes.spec import Cotangents, Saved, Spec
 from . import operators
 
@@ -168,40 +169,61 @@ class Rollout(torch.autograd.Function):
 
 
 class SimulateBackward(BackwardPass):
-    """Backward pass of `Simulate`."""
+    """Backward pass of `Simulate`: cotangents of the controls, of x0 and of the numbers, flat."""
 
     @staticmethod
-    def forward(system: int, states: Tensor, controls: Tensor, adj_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        system: int,
+        physical: Physical | None,
+        states: Tensor,
+        controls: Tensor,
+        adj_states: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         spec = Spec(system, Flow.MODIFIED.value * controls.shape[0])
-        mu, adj_x0 = operators.adjoint(
-            *spec.arguments(), states, controls, None, 0.0, None, None, adj_states, None
-        )
-        return mu[0], adj_x0[0]
+        values = None if physical is None else physical.table(given)
+        wanted = physical is not None and physical.wanted
+        sweep = states, controls, None, 0.0, None, None, adj_states, None, 0, None, 0, values, wanted
+        mu, adj_x0, adj = operators.adjoint(*spec.arguments(), *sweep)
+        flat = adj if physical is None or not wanted else physical.gradients(adj, given)[0]
+        return mu[0], adj_x0[0], flat
 
 
 _simulate_backward = differentiable(SimulateBackward, backward_pass=True)
 
 
 class Simulate(torch.autograd.Function):
-    """Open loop: (x0, controls, system) -> states. Without a policy only the physics edges exist."""
+    """Open loop: (x0, controls, system, physical, *numbers) -> states. Without a policy only the physics
+    edges exist.
+    """
 
     @staticmethod
-    def forward(x0: Tensor, controls: Tensor, system: int) -> Tensor:
-        return operators.simulate(system, x0, controls, True)
+    def forward(
+        x0: Tensor, controls: Tensor, system: int, physical: Physical | None = None, *given: Tensor
+    ) -> Tensor:
+        values = None if physical is None else physical.table(given)
+        return operators.simulate(system, x0, controls, True, values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, controls, ctx.system = inputs
-        ctx.save_for_backward(output, controls)
+        _, controls, ctx.system, *more = inputs
+        ctx.physical, given = (more[0], more[1:]) if more else (None, ())
+        ctx.inputs = len(inputs)
+        ctx.save_for_backward(output, controls, *given)
 
     @staticmethod
     def backward(ctx: Any, adj_states: Any) -> Any:
-        states, controls = ctx.saved_tensors
-        adj_controls, adj_x0 = _simulate_backward(ctx.system, states, controls, adj_states)
-        return adj_x0, adj_controls, None
+        states, controls, *given = ctx.saved_tensors
+        adj_controls, adj_x0, flat = _simulate_backward(
+            ctx.system, ctx.physical, states, controls, adj_states, *given
+        )
+        found: list[Any] = [None] * len(given)
+        if ctx.physical is not None and ctx.physical.wanted:
+            found = split(flat, given)
+        return (adj_x0, adj_controls, None, None, *found)[: ctx.inputs]
 
 
 rollout = differentiable(Rollout)
 """(x0, spec, path, *parameters) -> states, controls, loss, and tensors that only the backward pass reads."""
 simulate = differentiable(Simulate)
-"""(x0, controls, number of the system) -> states."""
+"""(x0, controls, number of the system, physical, *numbers) -> states; the last two can be left out."""

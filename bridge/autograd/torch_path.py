@@ -17,8 +17,9 @@ from torch.nn.functional import linear
 
 from ...kernels.flow import NETWORK, Flow
 from ..passes import sweeps
-from ..passes.foreign import foreign, stepped
+from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
+from ..passes.physical import Physical, split_physical, with_physical
 from ..passes.segments import pieces
 from ..passes.spec import Cotangents, Saved, Spec
 from ..runtime.arrays import empty
@@ -105,6 +106,8 @@ class TorchPath(NamedTuple):
 
     inputs: Tensor | None = None
     """(horizon, nworld, k) that the policy is given beside the states."""
+    physical: Physical | None = None
+    """Numbers of the physics that stand behind the policy's parameters."""
     by_steps: bool = False
     """Whether the steps go back one by one."""
     recorded: list[_Recording] | None = None
@@ -163,17 +166,20 @@ class TorchPath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; the policy is evaluated step by step."""
-        if foreign(spec.system) is None and not operators.watched(x0, list(parameters)):
+        plain = foreign(spec.system) is None and self.physical is None
+        if plain and not operators.watched(x0, list(parameters)):
             return self._forward_in_place(spec, x0, parameters)
         x, states, controls = x0, [x0], []
+        parameters, values = split_physical(self.physical, parameters)
         simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
                 u = self._control(parameters, x0.clone() if t == 0 else x, t)
             if simulator is None or t == 0 or not x0.shape[0]:
-                x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0)[1]
+                x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0, values)[1]
             else:
-                x = stepped(simulator, x, u).clone()  # it may write there again
+                given = with_values(simulator, u.unsqueeze(0), values)[0]
+                x = stepped(simulator, x, given).clone()  # it may write there again
             controls.append(u)
             states.append(x)
         saved = Saved(torch.stack(states), torch.stack(controls))
@@ -223,22 +229,40 @@ class TorchPath(NamedTuple):
         """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
         compared: in blocks of worlds whose Jacobians of a segment are not too large.
         """
-        if self.by_steps and not operators.watched(saved.states, list(parameters)) and recording_here():
+        watched = operators.watched(saved.states, list(parameters))
+        if self.by_steps and self.physical is None and not watched and recording_here():
             return self._steps_back(spec, saved, parameters, g)
+        if self.physical is None:
+            return self._pull(spec, saved, parameters, None, g)[:2]
+        policy, values = split_physical(self.physical, parameters)
+        grads, adj_x0, adj = self._pull(spec, saved, policy, values, g)
+        return with_physical(self.physical, grads, adj, parameters), adj_x0
+
+    def _pull(
+        self,
+        spec: Spec,
+        saved: Saved,
+        parameters: Sequence[Tensor],
+        values: Tensor | None,
+        g: Cotangents,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the policy's parameters, and the cotangents of the numbers of the physics (fields,
+        nworld, count).
+        """
         horizon, nworld, m = saved.controls.shape
         per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
         block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
         if block >= nworld or self.whole:
-            return self._block(spec, saved.states, saved.controls, parameters, g, nworld)
-        grads, adj_x0 = [], []
+            return self._block(spec, saved.states, saved.controls, parameters, values, g, nworld)
+        found = []
         for first in range(0, nworld, block):
             part = slice(first, min(first + block, nworld))
             states, controls = saved.states[:, part], saved.controls[:, part]
             path = self if self.inputs is None else self._replace(inputs=self.inputs[:, part])
-            own, adj = path._block(spec, states, controls, parameters, g.worlds(part), nworld)
-            grads.append(own)
-            adj_x0.append(adj)
-        return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1)
+            row = values if values is None or values.shape[0] == 1 else values[part]
+            found.append(path._block(spec, states, controls, parameters, row, g.worlds(part), nworld))
+        grads, adj_x0, adj_values = zip(*found)
+        return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1), torch.cat(adj_values, dim=1)
 
     def _steps_back(
         self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
@@ -262,7 +286,7 @@ class TorchPath(NamedTuple):
                     own = self._record(parameters, saved.states[t], given)
                     again = own.controls.detach().unsqueeze(0)
             tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
-            mu, adj_x0 = operators.adjoint(
+            mu, adj_x0, _ = operators.adjoint(
                 *physics.arguments(),
                 states,
                 controls,
@@ -298,27 +322,30 @@ class TorchPath(NamedTuple):
         states: Tensor,
         controls: Tensor,
         parameters: Sequence[Tensor],
+        values: Tensor | None,
         g: Cotangents,
         loss_worlds: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Those of some of the `loss_worlds` worlds over which the loss is a mean, over one segment of steps
         after the other.
         """
-        grads = adj_x0 = None
+        grads = adj_x0 = adj_values = None
         for t0, t1 in pieces(spec.horizon, spec.segment or spec.horizon):
-            own, adj_x0 = self._segment(
+            own, adj_x0, adj = self._segment(
                 spec,
                 states[t0 : t1 + 1],
                 controls[t0:t1],
                 parameters,
+                values,
                 g.steps(t0, t1),
                 t0,
                 adj_x0,
                 loss_worlds,
             )
             grads = own if grads is None else grads + own
-        assert grads is not None and adj_x0 is not None
-        return grads, adj_x0
+            adj_values = adj if adj_values is None else adj_values + adj
+        assert grads is not None and adj_x0 is not None and adj_values is not None
+        return grads, adj_x0, adj_values
 
     def _segment(
         self,
@@ -326,13 +353,14 @@ class TorchPath(NamedTuple):
         states: Tensor,
         controls: Tensor,
         parameters: Sequence[Tensor],
+        values: Tensor | None,
         g: Cotangents,
         t0: int,
         carried: Tensor | None,
         loss_worlds: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state
-        t0.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state t0
+        and of the numbers of the physics.
         """
         steps, nworld, m = controls.shape
         points = states[:-1].reshape(steps * nworld, states.shape[2])
@@ -359,9 +387,9 @@ class TorchPath(NamedTuple):
                 jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
         tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
         recomputed = recomputed.view(steps, nworld, m)
-        mu, adj_x0 = operators.adjoint(
-            *spec.arguments(), states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
-        )
+        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        wanted = self.physical is not None and self.physical.wanted
+        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
         fields = []
         for f in range(mu.shape[0]):
             with span("policy_weight_grad"):
@@ -370,4 +398,4 @@ class TorchPath(NamedTuple):
             fields.append(
                 torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
             )
-        return torch.stack(fields), adj_x0
+        return torch.stack(fields), adj_x0, adj_values

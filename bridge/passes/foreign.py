@@ -69,6 +69,18 @@ class Simulator(abc.ABC):
         return self.rowwise
 
     @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Of the numbers of the physics that a rollout may be given: they come as further columns of the
+        controls, behind control_size.
+        """
+        return ()
+
+    @property
+    def parameter_values(self) -> tuple[float, ...]:
+        """The same numbers where none are given; the controls then have no further columns."""
+        return ()
+
+    @property
     @abc.abstractmethod
     def has_loss(self) -> bool: ...
 
@@ -110,6 +122,14 @@ def foreign(number: int) -> Simulator | None:
     """The foreign simulator that has this number; None where it is a system with kernels."""
     system = find(number)
     return system if isinstance(system, Simulator) else None
+
+
+def with_values(simulator: Simulator, controls: Tensor, values: Tensor | None) -> Tensor:
+    """Controls (steps, nworld, control_size) with numbers of the physics (1 or nworld, count) behind them."""
+    if values is None:
+        return controls
+    steps, nworld, _ = controls.shape
+    return torch.cat((controls, values.expand(steps, nworld, -1)), dim=2)
 
 
 def name_of(simulator: Any) -> str:
@@ -202,13 +222,16 @@ def adjoint(
     loss_worlds: int,
 ) -> tuple[Tensor, Tensor]:
     """Cotangents of the controls (fields, steps, nworld, control_size) and of the first state (fields,
-    nworld, state_size); see `sweeps.adjoint`.
+    nworld, state_size); see `sweeps.adjoint`. Numbers of the physics can stand behind the controls, and then
+    do so in their cotangents.
     """
     steps, nworld, m = controls.shape
+    own = simulator.control_size
     fields, n = len(spec.schedules), states.shape[2]
     if nworld == 0:
         return states.new_zeros((fields, *controls.shape)), states.new_zeros((fields, 0, n))
-    direct_x, direct_u = _direct(simulator, spec, states, controls, g, t0, carried is None, loss_worlds)
+    driven = controls[:, :, :own]
+    direct_x, direct_u = _direct(simulator, spec, states, driven, g, t0, carried is None, loss_worlds)
     if carried is not None:
         lam = carried.clone()
     elif direct_x is not None:
@@ -224,13 +247,15 @@ def adjoint(
             # a pull may write into its cotangent
             pulled = [pull(adj.clone()) for adj in lam.unbind()]
             through_x, through_u = (torch.stack(parts) for parts in zip(*pulled))
-            mu[:, t] = through_u if direct_u is None else through_u + direct_u[t]
+            mu[:, t] = through_u
+            if direct_u is not None:
+                mu[:, t, :, :own] += direct_u[t]
             for f, letters in enumerate(spec.schedules):
                 edges = Flow(letters[t0 + t]).edges
                 if spec.decay == 0.0:
                     edges &= ~PHYSICS
-                own = states.new_zeros((nworld, n)) if direct_x is None else direct_x[t]
-                lam[f] = _leave(edges, spec.decay, own, through_x[f], mu[f, t], jac, t)
+                direct = states.new_zeros((nworld, n)) if direct_x is None else direct_x[t]
+                lam[f] = _leave(edges, spec.decay, direct, through_x[f], mu[f, t, :, :own], jac, t)
         return mu, lam
     for first, end in pieces(steps, max(1, min(steps, JACOBIAN_ELEMENTS // elements))):
         points, given = states[first:end].flatten(0, 1), controls[first:end].flatten(0, 1)

@@ -44,6 +44,8 @@ class Source(NamedTuple):
     remedy: str
     output: str = ""
     """What is differentiated, where it is not a component of the next state."""
+    inputs: tuple[str, ...] = ()
+    """What it is differentiated by last, behind states and controls."""
 
 
 TOLERANCES = {
@@ -59,7 +61,7 @@ def verify(simulator: Simulator, x: Tensor, u: Tensor) -> None:
     Args:
         x, u: First states (nworld, state_size) and controls (nworld, control_size) it is to be used on.
     """
-    key = (x.dtype, x.device.type)
+    key = (x.dtype, x.device.type, u.shape[1])  # with and without numbers of the physics
     if key in simulator.verified or not x.shape[0]:
         return
     with torch.inference_mode(False), torch.no_grad():
@@ -139,7 +141,9 @@ def _check_gradient(simulator: Simulator, x: Tensor, u: Tensor) -> None:
     """Compares [dS/dx dS/du] with differences: of each row where rows do not mix, else of the first world by
     the inputs of the first and of the second.
     """
-    tolerance, n, source = TOLERANCES[x.dtype], x.shape[1], _source(simulator, "step")
+    tolerance, n = TOLERANCES[x.dtype], x.shape[1]
+    given = u.shape[1] > simulator.control_size
+    source = _source(simulator, "step", simulator.parameter_names if given else ())
     if simulator.rowwise:
         _, both = simulator.jacobians(x, u)
         found = differences(lambda q: stepped(simulator, q[:, :n], q[:, n:]), torch.cat((x, u), 1), tolerance)
@@ -163,12 +167,13 @@ def _check_gradient(simulator: Simulator, x: Tensor, u: Tensor) -> None:
         compare(source, torch.stack(rows).unsqueeze(0), found, tolerance, n)
 
 
-def _source(simulator: Simulator, role: str) -> Source:
+def _source(simulator: Simulator, role: str, inputs: tuple[str, ...] = ()) -> Source:
     return Source(
         f"{name_of(simulator)}: the gradient of {role} is wrong",
         "the simulator",
         "look for detach(), stop_gradient, numpy, values written over or arrays without gradients on the "
         "way, or say check=False if the gradient is meant to differ",
+        inputs=inputs,
     )
 
 
@@ -219,6 +224,8 @@ def compare(
     worst = torch.where(worst.isnan(), torch.inf, worst)
     row, i, j = (int(k) for k in torch.unravel_index(worst.argmax(), worst.shape))
     by = f"x[{j}]" if j < state_size else f"u[{j - state_size}]"
+    if source.inputs and j >= given.shape[2] - len(source.inputs):
+        by = source.inputs[j - given.shape[2]]
     raise ValueError(
         f"{source.head}: d {source.output or f'x_next[{i}]'} / d {by} is {float(given[row, i, j]):.6g} by "
         f"{source.by} and {float(best[row, i, j]):.6g} by finite differences, expected the same "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,12 @@ class TapeStep:
         inputs: Sequence[wp.array],
         controls: Sequence[wp.array],
         outputs: Sequence[wp.array],
+        parameters: Mapping[str, wp.array],
     ) -> None:
         self.name, self.load, self.launch = name, load, launch
         self.inputs, self.controls, self.outputs = tuple(inputs), tuple(controls), tuple(outputs)
-        self.dtype = _check_arrays(name, self.inputs + self.controls + self.outputs)
+        self.parameters = tuple(parameters.values())
+        self.dtype = _check_arrays(name, self.inputs + self.controls + self.outputs + self.parameters)
         self.nworld = _worlds(name, "inputs", self.inputs, state_size)
         for what, arrays, size in (
             ("controls", self.controls, control_size),
@@ -61,6 +63,9 @@ class TapeStep:
                     f"{name}: {what} hold {worlds} worlds of {size} numbers, inputs {self.nworld} of "
                     f"{state_size}, expected the same number of worlds"
                 )
+        self.numbers = {key: _number(name, key, a, self.nworld) for key, a in parameters.items()}
+        """What they hold now."""
+        self._control_size, self._own = control_size, [tensor_of(a).clone() for a in self.parameters]
         self._recording = 0
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ class TapeStep:
             with wp.Tape() as tape:
                 self.launch()
             self._check_inputs(x, u)
-            x_next, number = self._read(), self._recording
+            x_next, number, driven = self._read(), self._recording, self._driven(u)
 
         def pull(adj: Tensor) -> tuple[Tensor, Tensor]:
             if number != self._recording:
@@ -88,14 +93,13 @@ class TapeStep:
                 )
             with stream(x.device), off_tape():
                 # what launches on other tapes, or the pull before this one, have left
-                _clear(tape, (*self.inputs, *self.controls, *self.outputs))
+                _clear(tape, (*self.inputs, *driven, *self.outputs))
                 _split(adj, [grad_of(a) for a in self.outputs], self.nworld)
                 tape.backward()
                 found = tuple(
-                    _joined([grad_of(a) for a in arrays], self.nworld)
-                    for arrays in (self.inputs, self.controls)
+                    _joined([grad_of(a) for a in arrays], self.nworld) for arrays in (self.inputs, driven)
                 )
-                _clear(tape, (*self.inputs, *self.controls, *self.outputs))
+                _clear(tape, (*self.inputs, *driven, *self.outputs))
             return found[0], found[1]
 
         return x_next, pull
@@ -105,9 +109,16 @@ class TapeStep:
         self._recording += 1
         x, u = x.detach(), u.detach()
         _split(x, [tensor_of(a) for a in self.inputs], self.nworld)
-        _split(u, [tensor_of(a) for a in self.controls], self.nworld)
+        _split(u, [tensor_of(a) for a in self._driven(u)], self.nworld)
+        if u.shape[1] == self._control_size:
+            for array, number in zip(self.parameters, self._own):
+                tensor_of(array).copy_(number)
         if self.load is not None:
-            self.load(x, u)
+            self.load(x, u[:, : self._control_size])
+
+    def _driven(self, u: Tensor) -> tuple[wp.array, ...]:
+        """Arrays that these controls are written into: those of the parameters too where they come along."""
+        return self.controls if u.shape[1] == self._control_size else self.controls + self.parameters
 
     def _read(self) -> Tensor:
         return _joined([tensor_of(a) for a in self.outputs], self.nworld)
@@ -130,7 +141,7 @@ class TapeStep:
             )
 
     def _check_inputs(self, x: Tensor, u: Tensor) -> None:
-        for what, given, arrays in (("inputs", x, self.inputs), ("controls", u, self.controls)):
+        for what, given, arrays in (("inputs", x, self.inputs), ("controls", u, self._driven(u))):
             held = _joined([tensor_of(a) for a in arrays], self.nworld)
             # another's NaN is no change
             if not bool(((held == given) | (held != held)).all()):
@@ -173,6 +184,16 @@ def _worlds(name: str, what: str, arrays: Sequence[wp.array], size: int) -> int:
             "of some worlds, every array the same share of each world, world after world"
         )
     return worlds
+
+
+def _number(name: str, key: str, array: wp.array, nworld: int) -> float:
+    """The number of the physics that an array holds, the same for every world."""
+    held = tensor_of(array).reshape(-1)
+    if held.numel() != nworld:
+        raise ValueError(
+            f"{name}: parameters[{key!r}] holds {held.numel()} numbers, expected {nworld}, one a world"
+        )
+    return float(held[0])
 
 
 def _split(values: Tensor, targets: Sequence[Tensor], nworld: int) -> None:

@@ -104,26 +104,38 @@ class _Rollout:
         self.flat_controls = array(size, horizon * nworld * m)
         self.hidden = array(size, blocks * kept * BLOCK, lay.row)
         self.world_loss = array(size, nworld)
-        worlds = [nworld, member_worlds, *weights.per_world(member_worlds, horizon, m)]
+        values: dict[str, Any] = {
+            "x0": self.x0,
+            "p": p.params,
+            "params": self.packed,
+            "horizon": horizon,
+            "nworld": nworld,
+            "member_worlds": member_worlds,
+            "states": self.states,
+            "controls": self.controls,
+            "hidden": self.hidden,
+            "world_loss": self.world_loss,
+        }
+        values |= weights.arguments(member_worlds, horizon, m)
         plan = None if p.device.is_cpu else choose_plan(network, size, nworld)
         if plan is not None:
-            args = [self.x0, p.params, self.packed, horizon, *worlds]
-            args += [self.states, self.controls, self.hidden, self.world_loss]
             kernel = make_resident_rollout(p.functions, p.dtype, plan)
             dim = members * plan.blocks(member_worlds), plan.threads
-            self.run = Team([Launch(kernel, dim, args, p.device, block_dim=plan.threads)])
+            self.run = Team([Launch(kernel, dim, values, p.device, block_dim=plan.threads)])
             return
         lanes = 1 if p.device.is_cpu else GPU_LANES
-        before = [self.x0, p.params, self.packed, fixed(self.table), lay.layers, lay.row]
         parts, together = [range(blocks)], 1
         if p.device.is_cpu:
             parts, together = _groups(members, blocks // members, blocks_per_thread(lay, horizon))
-        before += [lay.column(0, Column.SECTION), horizon, kept, *worlds, together]
-        after = [lanes, self.states, self.controls, self.flat_controls, self.hidden, self.world_loss]
-        args = [([*before, part.start, *after], (len(part), lanes)) for part in parts]
-        self.run = Team(
-            [Launch(p.fused_rollout(lay.composed), dim, a, p.device, block_dim=lanes) for a, dim in args]
-        )
+        values |= {"table": fixed(self.table), "layers": lay.layers, "row": lay.row}
+        values |= {"section": lay.column(0, Column.SECTION), "kept": kept, "together": together}
+        values |= {"lanes": lanes, "flat_controls": self.flat_controls}
+        kernel = p.fused_rollout(lay.composed)
+        launches = [
+            Launch(kernel, (len(part), lanes), values | {"first": part.start}, p.device, lanes)
+            for part in parts
+        ]
+        self.run = Team(launches)
 
 
 _rollout = Pool(_Rollout)

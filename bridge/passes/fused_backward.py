@@ -128,25 +128,24 @@ def wide_backward(
 
 
 class _Pass:
-    """A prepared launch over some world blocks, or over their worlds; integer arguments go by their names."""
+    """A prepared launch over some world blocks, or over their worlds."""
 
-    def __init__(self, p: Prepared, kernel: Any, args: list[Any], by_block: bool) -> None:
-        self._launch = Launch(kernel, 1, args, p.device)
-        self._index = {a.label: i for i, a in enumerate(kernel.adj.args)}
+    def __init__(self, p: Prepared, kernel: Any, values: dict[str, Any], by_block: bool) -> None:
+        self._launch = Launch(kernel, 1, {"first": 0} | values, p.device)
         self._by_block = by_block
 
     def put(self, **values: int) -> None:
         """Sets those of these arguments that the kernel has."""
-        for index, value in self._own(values).items():
-            self._launch.put(index, value)
+        for name, value in self._own(values).items():
+            self._launch.put(name, value)
 
     def step(self, block: int, blocks: int, world: int, worlds: int, /, **values: int) -> Step:
         """A launch over the blocks, or over the worlds that these hold."""
         first, dim = (block, blocks) if self._by_block else (world, worlds)
         return Step(self._launch, dim, self._own({"first": first, **values}))
 
-    def _own(self, values: dict[str, int]) -> dict[int, int]:
-        return {self._index[name]: value for name, value in values.items() if name in self._index}
+    def _own(self, values: dict[str, int]) -> dict[str, int]:
+        return {name: value for name, value in values.items() if self._launch.takes(name)}
 
 
 class _Group:
@@ -179,29 +178,42 @@ class _Group:
         self._states = array(size, steps + 1, nworld, n)
         scalar_mu = array(size, fields, steps, nworld, m)
         scalar_mu.data = whole.mu.data_ptr()
-        lay_table = fixed(whole.table)
-        policy = [self._packed, lay_table, lay.layers, lay.row]
-        rows_of = [lay.row_adj, self._hidden, 0, steps if recomputed else spec.horizon]
+        policy: dict[str, Any] = {
+            "params": self._packed,
+            "table": fixed(whole.table),
+            "layers": lay.layers,
+            "row": lay.row,
+            "row_adj": lay.row_adj,
+            "hidden": self._hidden,
+            "hidden_first": 0,
+            "hidden_steps": steps if recomputed else spec.horizon,
+            "steps": steps,
+            "member_worlds": self._member_worlds,
+            "state_size": n,
+            "control_size": m,
+            "d": fixed(d),
+        }
 
         self._passes: list[_Pass] = []
         if recomputed:
-            args = [*policy, lay.column(0, Column.SECTION), self._states, steps, self._member_worlds, 0]
-            args += [fixed(unused), self._hidden]
-            self._passes.append(_Pass(p, kernels.activate, args, True))
+            section = lay.column(0, Column.SECTION)
+            values = policy | {"section": section, "states": self._states, "controls": fixed(unused)}
+            self._passes.append(_Pass(p, kernels.activate, values, True))
         if several:
             states_of_block = array(size, fields, BLOCK, n, components=1)
             states_of_block.data = pulled.data_ptr()
-            args = [*a.before[:2], *a.before[3:], *policy, *rows_of, 0, a.mu, fixed(whole.mu.view(-1))]
-            args += [a.adj_x0, fixed(d), states_of_block, fixed(pulled.view(-1))]
-            self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), args, True))
+            values = policy | a.values | {"flat_mu": fixed(whole.mu.view(-1))}
+            values |= {"pulled": states_of_block, "flat_pulled": fixed(pulled.view(-1))}
+            self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), values, True))
         else:
-            args = [*policy, *rows_of, steps, nworld, self._member_worlds, n, m, int(shape.jac), 0, 0]
-            args += [fixed(d), fixed(whole.jac.view(-1))]
-            self._passes.append(_Pass(p, kernels.linearize, args, True))
-            self._passes.append(_Pass(p, a.kernel, [*a.before, 0, *a.after], p.kernels.worlds > 1))
-        args = [lay_table, lay.layers, lay.row, *rows_of, fixed(d), scalar_mu, fields, int(several), steps]
-        args += [self._member_worlds, m, chunk, 0, 0, 0, 0, 0, fixed(mu_rows), fixed(scaled), whole.sums]
-        self._products = _Pass(p, kernels.weight_grad, args, True)
+            values = {"nworld": nworld, "want_jac": int(shape.jac), "d_first": 0}
+            values |= policy | {"jac": fixed(whole.jac.view(-1))}
+            self._passes.append(_Pass(p, kernels.linearize, values, True))
+            self._passes.append(_Pass(p, a.kernel, a.values, p.kernels.worlds > 1))
+        values = policy | {"mu": scalar_mu, "fields": fields, "scaled": int(several), "chunk": chunk}
+        values |= {"mu_rows": fixed(mu_rows), "scratch": fixed(scaled), "grads": whole.sums}
+        values |= dict.fromkeys(("blocks", "d_first", "slot", "fresh"), 0)
+        self._products = _Pass(p, kernels.weight_grad, values, True)
         self._all = [*self._passes, self._products]
         self._recomputed, self.pieces = recomputed, pieces(spec.horizon, steps)
         self._at = -1
@@ -314,9 +326,10 @@ class _Backward:
         for wave in waves:
             parts = shares(len(wave) * slots, least)
             tasks = [task(go, wave, part) for go, part in zip(self.groups, parts)]
-            args = [partial, fixed(self.parameter), wave.start]
+            values = {"partial": partial, "parameter": fixed(self.parameter), "grads": self.grads}
+            values |= {"first_member": wave.start}
             sums = [
-                Launch(sum_partial, len(part), [*args, part.start, self.grads], p.device)
+                Launch(sum_partial, len(part), values | {"first": part.start}, p.device)
                 for part in shares(len(wave) * fields * chunks, SUM_CHUNKS_PER_THREAD)
             ]
             self.waves.append((Team(tasks), Team(sums)))

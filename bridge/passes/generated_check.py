@@ -30,7 +30,7 @@ def verify(system: Any, number: int, p: Prepared) -> None:
     """
     name, tolerance = type(system).__name__, TOLERANCES[torch.float64]
     with torch.inference_mode(False), torch.no_grad():
-        q = _points(system, p)
+        q = drawn_points(system, p)
         n = p.state_size
 
         def step(q: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def verify(system: Any, number: int, p: Prepared) -> None:
 _FINAL = LossWeights(1.0, 0.0, 0.0)
 
 
-def _points(system: Any, p: Prepared) -> Tensor:
+def drawn_points(system: Any, p: Prepared) -> Tensor:
     """States and controls beside each other (points, state_size + control_size)."""
     generator = torch.Generator().manual_seed(0)
     size = p.state_size + p.control_size

@@ -26,6 +26,11 @@ class LossWeights(NamedTuple):
         """Factors on the per-world sums that the kernels take."""
         return self.final / nworld, self.running / nworld, self.control / (nworld * horizon * control_size)
 
+    def arguments(self, nworld: int, horizon: int, control_size: int) -> dict[str, float]:
+        """The same by their names in the kernels."""
+        names = ("w_final", "w_running", "w_control")
+        return dict(zip(names, self.per_world(nworld, horizon, control_size)))
+
 
 class Spec(NamedTuple):
     """Everything of a rollout that is no tensor."""

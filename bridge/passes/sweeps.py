@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import warp as wp
 
-from ...kernels.agreement import NSTATS, chunks, make_combine
+from ...kernels.agreement import CHUNK, GPU_CHUNK, NSTATS, chunks, make_combine
 from ...kernels.flow import PHYSICS, Flow
 from ..runtime.arrays import WARP_DTYPE, constant, empty, stream, warp_device
 from ..runtime.launches import Launch, Pool, array
@@ -50,16 +50,13 @@ def _launches(
     kernel: wp.Kernel,
     threads: int,
     steps: int,
-    before: list[Any],
-    after: list[Any],
+    values: dict[str, Any],
     worlds: int = 1,
 ) -> list[Launch]:
-    """Launches over some steps that share the threads, each of which has up to `worlds` worlds; the first
-    thread of a launch stands between the arguments `before` and `after`.
-    """
+    """Launches over some steps that share the threads, each of which has up to `worlds` worlds."""
     least = -(-WORLD_STEPS_PER_THREAD // (steps * worlds))
     parts = shares(threads, least) if p.device.is_cpu else [range(threads)]
-    return [Launch(kernel, len(part), [*before, part.start, *after], p.device) for part in parts]
+    return [Launch(kernel, len(part), values | {"first": part.start}, p.device) for part in parts]
 
 
 def _threads(p: Prepared, members: int, nworld: int) -> int:
@@ -92,18 +89,10 @@ class _Simulate:
         self.x0 = array(size, nworld, n, components=1)
         self.controls = array(size, horizon, nworld, m, components=1)
         self.states = array(size, horizon + 1, nworld, n, components=1)
-        before = [self.x0, self.controls, p.params, horizon]
-        self.run = Team(
-            _launches(
-                p,
-                p.open_loop.simulate,
-                _threads(p, 1, nworld),
-                horizon,
-                before,
-                [self.states],
-                p.open_loop.worlds,
-            )
-        )
+        values = {"x0": self.x0, "controls": self.controls, "states": self.states}
+        values |= {"p": p.params, "horizon": horizon}
+        over = _threads(p, 1, nworld)
+        self.run = Team(_launches(p, p.open_loop.simulate, over, horizon, values, p.open_loop.worlds))
 
 
 _simulate = Pool(_Simulate)
@@ -159,9 +148,10 @@ class _Loss:
         self.states = array(p.itemsize, horizon + 1, nworld, p.state_size, components=1)
         self.controls = array(p.itemsize, horizon, nworld, p.control_size, components=1)
         self.world_loss = array(p.itemsize, nworld)
-        factors = weights.per_world(member_worlds, horizon, p.control_size)
-        before = [self.states, self.controls, p.params, horizon, *factors]
-        self.run = Team(_launches(p, p.kernels.loss, nworld, horizon, before, [self.world_loss]))
+        values = {"states": self.states, "controls": self.controls, "world_loss": self.world_loss}
+        values |= {"p": p.params, "horizon": horizon}
+        values |= weights.arguments(member_worlds, horizon, p.control_size)
+        self.run = Team(_launches(p, p.kernels.loss, nworld, horizon, values))
 
 
 _loss = Pool(_Loss)
@@ -199,7 +189,7 @@ class Shape(NamedTuple):
 
 
 class AdjointArguments:
-    """Arguments of the adjoint kernel around the first world of a launch."""
+    """What the adjoint kernels take, but for the first world of a launch."""
 
     def __init__(self, p: Prepared, spec: Spec, shape: Shape) -> None:
         steps, nworld, n, m, size = shape.steps, shape.nworld, p.state_size, p.control_size, p.itemsize
@@ -216,15 +206,24 @@ class AdjointArguments:
         self.adj_controls = array(size, *((steps, nworld) if shape.adj_controls else (0, 0)), m, components=1)
         self.mu = array(size, fields, steps, nworld, m, components=1)
         self.adj_x0 = array(size, fields, nworld, n, components=1)
-        self.before = [self.states, self.controls, self.jac, p.params, edges, spec.decay, steps, 0, 0]
-        self.before += [
-            *spec.weights.per_world(shape.loss_worlds or nworld // shape.members, horizon, m),
-            self.adj_loss,
-            self.adj_states,
-            self.adj_controls,
-            nworld // shape.members,
-        ]
-        self.after = [self.mu, self.adj_x0]
+        self.values: dict[str, Any] = {
+            "states": self.states,
+            "controls": self.controls,
+            "jac": self.jac,
+            "p": p.params,
+            "edges": edges,
+            "decay": spec.decay,
+            "steps": steps,
+            "t0": 0,
+            "carried": 0,
+            "adj_loss": self.adj_loss,
+            "adj_states": self.adj_states,
+            "adj_controls": self.adj_controls,
+            "member_worlds": nworld // shape.members,
+            "mu": self.mu,
+            "adj_x0": self.adj_x0,
+        }
+        self.values |= spec.weights.arguments(shape.loss_worlds or nworld // shape.members, horizon, m)
         self._trajectories: list[tuple[Any, int, int]] = []
 
     def point(self, states: torch.Tensor, controls: torch.Tensor, g: Cotangents) -> None:
@@ -265,7 +264,7 @@ class _Adjoint:
         self.arguments = a = AdjointArguments(p, spec, shape)
         over = _threads(p, shape.members, shape.nworld)
         kernel = p.open_loop.adjoint[len(spec.schedules) - 1]
-        self.launches = _launches(p, kernel, over, shape.steps, a.before, a.after, p.open_loop.worlds)
+        self.launches = _launches(p, kernel, over, shape.steps, a.values, p.open_loop.worlds)
         self.run = Team(self.launches)
         self._place = (0, 0)
 
@@ -273,10 +272,9 @@ class _Adjoint:
         """Sets the step of the rollout with which the sweep begins, and whether it goes on from another."""
         if self._place != (t0, int(carried)):
             self._place = (t0, int(carried))
-            names = [a.label for a in self.arguments.kernel.adj.args]
             for launch in self.launches:
-                for name, value in zip(("t0", "carried"), self._place):
-                    launch.put(names.index(name), value)
+                launch.put("t0", t0)
+                launch.put("carried", int(carried))
 
 
 _adjoint = Pool(_Adjoint)
@@ -320,6 +318,10 @@ def adjoint(
     return mu, adj_x0
 
 
+def _chunk(served: Any) -> int:
+    return CHUNK if served.is_cpu else GPU_CHUNK
+
+
 class _Combine:
     """Prepared comparison of two flat gradients."""
 
@@ -333,14 +335,17 @@ class _Combine:
         _threads: int,
         _served: int,
     ) -> None:
-        itemsize, threads = dtype.itemsize, members * chunks(size)
+        served = warp_device(device)
+        itemsize, chunk = dtype.itemsize, _chunk(served)
+        threads = members * chunks(size, chunk)
         self.base, self.check, self.combined = (array(itemsize, members, size) for _ in range(3))
         self.stats = array(8, threads, NSTATS)
-        before, after = [self.base, self.check, size, int(keep_check)], [self.combined, self.stats]
-        served = warp_device(device)
+        values = {"base": self.base, "check": self.check, "size": size, "chunk": chunk}
+        values |= {"keep_check": int(keep_check), "combined": self.combined, "stats": self.stats}
         kernel = make_combine(WARP_DTYPE[dtype], in_lanes=served.is_cpu)
         parts = shares(threads, CHUNKS_PER_THREAD) if served.is_cpu else [range(threads)]
-        self.run = Team([Launch(kernel, len(part), [*before, part.start, *after], served) for part in parts])
+        launches = [Launch(kernel, len(part), values | {"first": part.start}, served) for part in parts]
+        self.run = Team(launches)
 
 
 _combine = Pool(_Combine)
@@ -352,11 +357,11 @@ def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[
     """
     size = base.shape[-1]
     combined = torch.empty_like(base)
-    stats = base.new_empty((*base.shape[:-1], chunks(size), NSTATS), dtype=torch.float64)
+    served = warp_device(base.device)
+    stats = base.new_empty((*base.shape[:-1], chunks(size, _chunk(served)), NSTATS), dtype=torch.float64)
     if base.numel():
         key = (base.dtype, base.device, base.numel() // size, size, keep_check)
-        served = id(warp_device(base.device))
-        with _combine.borrow(*key, torch.get_num_threads(), served) as c, stream(base.device):
+        with _combine.borrow(*key, torch.get_num_threads(), id(served)) as c, stream(base.device):
             c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
             c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
             c.run()

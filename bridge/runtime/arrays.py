@@ -119,7 +119,15 @@ def stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Context in which Warp launches on torch's current stream of `device`."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    return wp.ScopedStream(wp.stream_from_torch(torch.cuda.current_stream(device)), sync_enter=False)
+    return wp.ScopedStream(warp_stream(torch.cuda.current_stream(device)), sync_enter=False)
+
+
+@functools.cache
+def warp_stream(stream: torch.cuda.Stream) -> wp.Stream:
+    """Warp's object for a stream of torch's, always the same: Warp forgets a stream, and a capture on it,
+    when any of its objects for that stream goes. Torch's streams are a few dozen, which live for ever.
+    """
+    return wp.stream_from_torch(stream)
 
 
 def capturing(device: torch.device) -> bool:

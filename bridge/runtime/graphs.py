@@ -35,7 +35,7 @@ class Graph:
             stream = torch.cuda.Stream(device)
             with torch.cuda.graph(self._graph, stream=stream), arrays.keeping(self._alive):
                 # Warp is told of the capture that torch has begun, and leaves its end to torch
-                warp_stream = wp.stream_from_torch(stream)
+                warp_stream = arrays.warp_stream(stream)
                 wp.capture_begin(stream=warp_stream, force_module_load=False, external=True)
                 try:
                     function()

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ class DirectCall:
         structure = type("Arguments", (ctypes.Structure,), {"_fields_": [*zip(labels, map(type, values))]})
         self._arguments = structure(*values)
         self._arrays = [(n, v) for n, v in zip(labels, values) if isinstance(v, _descriptor())]
-        self._labels, self._bounds, self._kernel = labels, command.bounds, command.hooks.forward
+        self._bounds, self._kernel = command.bounds, command.hooks.forward
         self._command = command
         self._references = ctypes.byref(command.bounds), ctypes.byref(self._arguments)
 
@@ -91,15 +91,15 @@ class DirectCall:
         bounds, base = type(self._bounds), ctypes.addressof(self._bounds)
         return [base + bounds.shape.offset, base + bounds.size.offset]
 
-    def address_of(self, index: int) -> int:
+    def address_of(self, name: str) -> int:
         """Of an integer argument."""
-        return ctypes.addressof(self._arguments) + getattr(type(self._arguments), self._labels[index]).offset
+        return ctypes.addressof(self._arguments) + getattr(type(self._arguments), name).offset
 
     def resize(self, dim: int) -> None:
         self._bounds.shape[0] = self._bounds.size = dim
 
-    def put(self, index: int, value: int) -> None:
-        setattr(self._arguments, self._labels[index], value)
+    def put(self, name: str, value: int) -> None:
+        setattr(self._arguments, name, value)
 
     @staticmethod
     def possible(command: Any) -> bool:
@@ -110,17 +110,33 @@ class DirectCall:
 
 
 class Launch:
-    """A kernel with its arguments, recorded; array arguments are descriptors from `array`."""
+    """A kernel with its arguments, recorded.
+
+    Args:
+        kernel: The kernel.
+        dim: Its threads, on one axis or more.
+        values: What it is given, by the names of its arguments, arrays as descriptors from `array`; others
+            may be there, for other kernels.
+        device: Warp's, or one that stands for it.
+        block_dim: Threads of a block on a GPU.
+
+    Raises:
+        TypeError: an argument of the kernel is not among the values.
+    """
 
     def __init__(
-        self, kernel: wp.Kernel, dim: Any, args: Sequence[Any], device: Any, block_dim: int = 256
+        self, kernel: wp.Kernel, dim: Any, values: Mapping[str, Any], device: Any, block_dim: int = 256
     ) -> None:
+        self._index = {a.label: i for i, a in enumerate(kernel.adj.args)}
+        missing = [name for name in self._index if name not in values]
+        if missing:
+            raise TypeError(f"{kernel.key}: no value for the argument {', '.join(missing)}")
         with cache_errors():
             # an empty launch records nothing; a device that is not Warp's records it itself
             self._command: Any = getattr(device, "record_launch", wp.launch)(
                 kernel,
                 dim=dim,
-                inputs=list(args),
+                inputs=[values[name] for name in self._index],
                 device=device,
                 record_cmd=True,
                 record_tape=False,
@@ -131,8 +147,15 @@ class Launch:
         self._run: Callable[[], None] = direct or self._command.launch
         self.resize: Callable[[int], None] = direct.resize if direct else self._command.set_dim
         """Sets the number of threads of a launch with one axis."""
-        self.put: Callable[[int, int], None] = direct.put if direct else self._command.set_param_at_index
-        """Replaces the integer argument of this index."""
+        self.put: Callable[[str, int], None] = direct.put if direct else self._put
+        """Replaces the integer argument of this name."""
+
+    def _put(self, name: str, value: int) -> None:
+        self._command.set_param_at_index(self._index[name], value)
+
+    def takes(self, name: str) -> bool:
+        """Whether the kernel has an argument of this name."""
+        return name in self._index
 
     @property
     def dim(self) -> int:

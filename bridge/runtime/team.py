@@ -92,12 +92,12 @@ class Step(NamedTuple):
     launch: Launch
     dim: int
     """Number of its threads, on one axis."""
-    values: dict[int, int]
-    """Integer arguments by index."""
+    values: dict[str, int]
+    """Integer arguments by name."""
 
     def __call__(self) -> None:
-        for index, value in self.values.items():
-            self.launch.put(index, value)
+        for name, value in self.values.items():
+            self.launch.put(name, value)
         self.launch.resize(self.dim)
         self.launch()
 
@@ -163,7 +163,7 @@ def _calls(task: Task) -> list[_Call] | None:
         direct = launch.direct
         if direct is None:
             return None
-        stores = {direct.address_of(index): value for index, value in values.items()}
+        stores = {direct.address_of(name): value for name, value in values.items()}
         calls.append(_Call(direct, launch, dim, stores | dict.fromkeys(direct.addresses_of_dim(), dim)))
     return calls
 
@@ -198,9 +198,10 @@ class _Job:
             words += [begin, len(instructions) // native.INSTRUCTION, 0]
         self._words = (ctypes.c_int64 * len(words))(*words)
         self._directs = list({id(call.direct): call.direct for calls in programs for call in calls}.values())
-        args = [ctypes.addressof(self._words), 0 if team is None else _pointer(team.start), 1]
+        start = 0 if team is None else _pointer(team.start)
         kernel: Any = native.run_programs
-        direct = Launch(kernel, 1, args, "cpu").direct
+        values = {"job": ctypes.addressof(self._words), "team": start, "threads": 1}
+        direct = Launch(kernel, 1, values, "cpu").direct
         assert direct is not None  # as of the programs' launches
         self._native = direct
 
@@ -230,13 +231,13 @@ class _Job:
 
     def _start(self) -> None:
         programs, run = len(self._programs), self._native
-        run.put(native.THREADS, 1)
+        run.put("threads", 1)
         if programs == 1 or _backoff.alone():
             run()
         elif _team() is None or os.getpid() != _HOME:
             _with_own_threads([run] * programs)
         else:
-            run.put(native.THREADS, programs)
+            run.put("threads", programs)
             start = time.perf_counter_ns()
             run()
             _backoff.report(time.perf_counter_ns() - start, self._words[native.CPU_TIME])

@@ -11,7 +11,7 @@ import warp as wp
 from ..policy.dense import make_load_rows, make_network_functions
 from ..policy.layout import BLOCK
 from ..system import DeviceFunctions
-from ..systems.elements import is_large, make_elements
+from ..systems.elements import make_elements, takes_memory
 from .blocks import group_worlds
 from .rollout import make_world_loss, sweep_kernel
 
@@ -32,7 +32,7 @@ def make_fused_rollout(
     step = functions.step
     blocked = block and functions.block is not None
     step_block = functions.block.step if functions.block else None
-    in_memory = not block and functions.memory is not None and is_large(State)
+    in_memory = not block and takes_memory(functions)
     step_in_memory = functions.memory.step if functions.memory else None
     control_size = Control._length_
     begin, load_rows = make_elements(State).begin, make_load_rows(State)

@@ -23,7 +23,7 @@ def complete(functions: DeviceFunctions) -> DeviceFunctions:
     """Returns the functions with a generated `step_vjp`, and `loss_vjp` where there is a loss without one."""
     loss_vjp = functions.loss_vjp
     if functions.loss is not None and loss_vjp is None:
-        loss_vjp = _make_loss_vjp(functions)
+        loss_vjp = make_loss_vjp(functions)
     return functions._replace(step_vjp=_make_step_vjp(functions), loss_vjp=loss_vjp)
 
 
@@ -37,13 +37,22 @@ def _marked(function: Any) -> Any:
     return function
 
 
-def _make_step_vjp(functions: DeviceFunctions) -> Any:
+@functools.cache
+def make_contraction(functions: DeviceFunctions) -> Any:
+    """Returns step(x, u, p) . adj, whose gradient is what a step's adjoint gives."""
     Params, State, Control, step = functions.Params, functions.State, functions.Control, functions.step
     dtype = State._wp_scalar_type_
 
     @wp.func
     def contraction(x: State, u: Control, p: Params, adj_x_next: State) -> dtype:
         return wp.dot(step(x, u, p), adj_x_next)
+
+    return contraction
+
+
+def _make_step_vjp(functions: DeviceFunctions) -> Any:
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    contraction = make_contraction(functions)
 
     @wp.func
     def generated_step_vjp(x: State, u: Control, p: Params, adj_x_next: State):
@@ -53,7 +62,8 @@ def _make_step_vjp(functions: DeviceFunctions) -> Any:
     return _marked(generated_step_vjp)
 
 
-def _make_loss_vjp(functions: DeviceFunctions) -> Any:
+def make_loss_vjp(functions: DeviceFunctions) -> Any:
+    """Returns the adjoint of a loss, generated."""
     Params, State, loss = functions.Params, functions.State, functions.loss
     dtype = State._wp_scalar_type_
 

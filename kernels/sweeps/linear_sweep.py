@@ -21,7 +21,9 @@ def make_linear_sweep(dtype: Any) -> wp.Kernel:
     @wp.kernel(module="unique", enable_backward=False, module_options={"max_unroll": 4})
     def linear_sweep(
         # In:
-        jac_step: wp.array4d(dtype=dtype),  # (steps, nworld, n, n + m) dS/dx and dS/du
+        # (steps, nworld, n, n + m) dS/dx and dS/du; of the m inputs the first ones can be a policy's controls
+        # and the others numbers of the physics, which nothing else reaches
+        jac_step: wp.array4d(dtype=dtype),
         jac_policy: wp.array4d(dtype=dtype),  # (steps, nworld, m, n) dN/dx; empty where no edge is open
         adj_states: wp.array3d(dtype=dtype),  # (steps + 1, nworld, n) dL/dx, or empty
         adj_controls: wp.array3d(dtype=dtype),  # (steps, nworld, m) dL/du, or empty
@@ -46,7 +48,8 @@ def make_linear_sweep(dtype: Any) -> wp.Kernel:
             for c in range(m):
                 direct = dtype(0.0)
                 if adj_controls.shape[0] > 0:
-                    direct = adj_controls[t, world, c]
+                    if c < adj_controls.shape[2]:
+                        direct = adj_controls[t, world, c]
                 mu[field, t, world, c] = direct
             for i in range(n):
                 lam_i = lam[field, world, i]
@@ -63,7 +66,7 @@ def make_linear_sweep(dtype: Any) -> wp.Kernel:
                 if edge & wp.static(PHYSICS):
                     lam_j += decay * through[field, world, j]
                 if edge & wp.static(NETWORK):
-                    for c in range(m):
+                    for c in range(jac_policy.shape[2]):
                         lam_j += mu[field, t, world, c] * jac_policy[t, world, c, j]
                 lam[field, world, j] = lam_j
 

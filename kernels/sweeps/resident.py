@@ -23,7 +23,7 @@ import warp as wp
 
 from ..policy.layout import BLOCK, Column, Layout, layout
 from ..system import DeviceFunctions
-from ..systems.elements import REGISTER_BYTES, is_large, make_elements
+from ..systems.elements import REGISTER_BYTES, is_large, make_elements, takes_memory
 from .blocks import block_worlds
 from .rollout import make_cost
 
@@ -268,8 +268,8 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
     step = functions.step
     size, _, put, begin = make_elements(State)
     # a small state stays in registers, a large one is read back from where it has been written
-    kept = not is_large(State)
-    in_memory = not kept and functions.memory is not None
+    in_memory = takes_memory(functions)
+    kept = not in_memory and not is_large(State)
     step_in_memory = functions.memory.step if functions.memory else None
     cost = make_cost(functions, dtype, in_memory)
     has_cost = cost is not None

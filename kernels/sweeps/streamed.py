@@ -16,26 +16,24 @@ import warp as wp
 
 from ..flow import NETWORK, PHYSICS
 from ..system import DeviceFunctions
-from ..systems.elements import is_large, make_elements, rolled
+from ..systems.elements import is_large, make_elements, rolled, takes_memory
 from .rollout import SystemKernels, make_loss, make_system_kernels
 
 
 def make_cuda_system_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels:
     """Returns the kernels of a system in the forms that a GPU takes."""
-    return (make_streamed_kernels if is_large(functions.State) else make_system_kernels)(functions, dtype)
+    streamed = is_large(functions.State) or takes_memory(functions)
+    return (make_streamed_kernels if streamed else make_system_kernels)(functions, dtype)
 
 
 @functools.cache
 def make_streamed_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels:
     """Returns the kernels of a system for large states."""
-    kernels = make_system_kernels(functions, dtype)
     one, two = (make_streamed_adjoint(functions, dtype, fields) for fields in (1, 2))
-    kernels = kernels._replace(adjoint=(one, two))
     if functions.memory is None:
-        return kernels
-    return kernels._replace(
-        simulate=_make_streamed_simulate(functions), loss=make_loss(functions, dtype, in_memory=True)
-    )
+        return make_system_kernels(functions, dtype)._replace(adjoint=(one, two))
+    loss = make_loss(functions, dtype, in_memory=True)
+    return SystemKernels(_make_streamed_simulate(functions), loss, (one, two), 1)
 
 
 def _make_streamed_simulate(functions: DeviceFunctions) -> wp.Kernel:

@@ -26,6 +26,13 @@ multi-body one. Reading it backwards, with adj_y the cotangent dL/dy, and everyt
     adj_w_i += 2 (m l / M) sin(q_i) w_i (adj_vd + aA)
     adj_q_i += cos(q_i) adj_sin - sin(q_i) adj_cos
 
+and to the numbers of the physics, with P the sum in vd, e_i = 4/3 - m cos(q_i)^2 / M and c_i = cos q_i:
+
+    adj_h += v' adj_x' + vd s + sum_i [w_i' adj_q_i' + wd_i s_i]      adj_g += sum_i sin(q_i) aN
+    adj_m += l P adj_vd / M + sum_i [l sin(q_i) w_i^2 aA / M - l c_i^2 aD / M]
+    adj_l += m P adj_vd / M + sum_i [m sin(q_i) w_i^2 aA / M + e_i aD]
+    adj_M -= vd adj_vd / M + sum_i [A_i aA / M - l m c_i^2 aD / M^2]
+
 State [x, v, q_1, w_1, q_2, w_2, ...], control [f]. Cost of a state: 1 - mean_i cos q_i.
 
 Source: Schnell and Thuerey, ICLR 2024, section 4 (cart-pole), after Barto, Sutton and Anderson (1983).
@@ -36,8 +43,11 @@ from typing import Any
 
 import warp as wp
 
-from ..system import DeviceFunctions
+from ..system import DeviceFunctions, ParameterFunctions
 from .cartpole_block import make_block_functions
+
+PARAMETERS = ("dt", "gravity", "pole_mass", "total_mass", "pole_length")
+"""Numbers that a rollout may be given, the order of their cotangents."""
 
 
 @functools.cache
@@ -63,6 +73,7 @@ def make_functions(poles: int, dtype: Any) -> DeviceFunctions:
     Params = make_params(dtype)
     State = wp.types.vector(length=2 + 2 * poles, dtype=dtype)
     Control = wp.types.vector(length=1, dtype=dtype)
+    Values = wp.types.vector(length=len(PARAMETERS), dtype=dtype)
 
     @wp.func
     def cartpole_step(x: State, u: Control, p: Params) -> State:
@@ -128,6 +139,47 @@ def make_functions(poles: int, dtype: Any) -> DeviceFunctions:
         return adj_x, Control(adj_f * inv_total)
 
     @wp.func
+    def cartpole_parameters_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> Values:
+        """Cotangents of `PARAMETERS` of `cartpole_step`."""
+        f = u[0]
+        inv_total = dtype(1.0) / p.total_mass
+        ml = p.pole_mass * p.pole_length
+        adj_v = adj_x_next[1] + p.dt * adj_x_next[0]
+        adj_vd = p.dt * adj_v
+        pull = dtype(0.0)
+        adj_dt = dtype(0.0)
+        adj_gravity = dtype(0.0)
+        adj_pole = dtype(0.0)
+        adj_total = dtype(0.0)
+        adj_length = dtype(0.0)
+        for i in range(poles):
+            q = x[2 + 2 * i]
+            w = x[3 + 2 * i]
+            s = wp.sin(q)
+            c = wp.cos(q)
+            sww = s * w * w
+            a = (f + ml * sww) * inv_total
+            e = dtype(4.0) / dtype(3.0) - p.pole_mass * c * c * inv_total
+            wd = (p.gravity * s - c * a) / (p.pole_length * e)
+            pull += sww - wd * c
+
+            adj_w = adj_x_next[3 + 2 * i] + p.dt * adj_x_next[2 + 2 * i]
+            adj_num = (p.dt * adj_w - ml * inv_total * c * adj_vd) / (p.pole_length * e)
+            adj_den = -wd * adj_num
+            adj_a = -c * adj_num
+            adj_dt += (w + p.dt * wd) * adj_x_next[2 + 2 * i] + wd * adj_w
+            adj_gravity += s * adj_num
+            adj_pole += p.pole_length * inv_total * (sww * adj_a - c * c * adj_den)
+            adj_length += p.pole_mass * inv_total * sww * adj_a + e * adj_den
+            adj_total += inv_total * (ml * c * c * inv_total * adj_den - a * adj_a)
+        vd = (f + ml * pull) * inv_total
+        adj_dt += (x[1] + p.dt * vd) * adj_x_next[0] + vd * adj_v
+        adj_pole += p.pole_length * pull * inv_total * adj_vd
+        adj_length += p.pole_mass * pull * inv_total * adj_vd
+        adj_total -= vd * inv_total * adj_vd
+        return Values(adj_dt, adj_gravity, adj_pole, adj_total, adj_length)
+
+    @wp.func
     def cartpole_loss(x: State, p: Params) -> dtype:
         """Cost of one state, 1 - mean cos q: 0 with every pole upright, 2 with every pole hanging."""
         total = dtype(0.0)
@@ -152,4 +204,5 @@ def make_functions(poles: int, dtype: Any) -> DeviceFunctions:
         cartpole_loss,
         cartpole_loss_vjp,
         make_block_functions(poles, dtype, Params, State, Control),
+        parameters=ParameterFunctions(PARAMETERS, Values, cartpole_parameters_vjp),
     )

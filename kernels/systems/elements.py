@@ -26,6 +26,13 @@ def is_large(State: Any) -> bool:
     return State._length_ * itemsize > REGISTER_BYTES
 
 
+def takes_memory(functions: Any) -> bool:
+    """Whether a GPU runs the form in memory of a system's step: of large states, and where there is no
+    other.
+    """
+    return functions.memory is not None and (functions.step is None or is_large(functions.State))
+
+
 @functools.cache
 def rolled(bound: int, State: Any) -> Any:
     """Returns a device function without arguments that returns `bound`, for loops over parts of a `State`."""

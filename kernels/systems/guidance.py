@@ -26,6 +26,12 @@ cotangent of an acceleration:
     adj_c0 = center_i . b_i        adj_c1 = perp(center_i) . b_i
     adj_center_i = c_0 b_i - c_1 perp(b_i)              to x_i with +1, to every x_j with -1
 
+To the numbers of the physics, with r the vector of each pair force on an agent of acceleration cotangent b_a:
+
+    adj_h += v . adj_x' + a . adj_v'        adj_drag -= v . b_a        adj_repulsion +-= r . b_a / d^2
+    adj_flocking += f(d) r . b_a            adj_flocking_length += flocking r . b_a / d^2
+    adj_softening += (strength) g'(d) r . b_a
+
 State per object, drivers first: [p_x, p_y, v_x, v_y]; control per driver [c_0, c_1]. Cost of a state: mean
 over evaders and axes of x_j^2.
 
@@ -37,9 +43,21 @@ from typing import Any
 
 import warp as wp
 
-from ..system import DeviceFunctions
+from ..system import DeviceFunctions, ParameterFunctions
 from .elements import rolled
 from .guidance_block import make_block_functions
+
+PARAMETERS = (
+    "dt",
+    "driver_drag",
+    "driver_repulsion",
+    "evader_drag",
+    "evader_repulsion",
+    "flocking",
+    "flocking_length",
+    "softening",
+)
+"""Numbers that a rollout may be given, the order of their cotangents."""
 
 
 @functools.cache
@@ -68,6 +86,7 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
     State = wp.types.vector(length=4 * objects, dtype=dtype)
     Control = wp.types.vector(length=2 * drivers, dtype=dtype)
     Vec = wp.types.vector(length=2, dtype=dtype)
+    Values = wp.types.vector(length=len(PARAMETERS), dtype=dtype)
     # In the adjoint, which a GPU has least registers for, vectors are read element by element: handed to a
     # function, they would be copied.
     count, driver_count = rolled(objects, State), rolled(drivers, State)
@@ -206,6 +225,51 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         return adj_x, adj_u
 
     @wp.func
+    def guidance_parameters_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> Values:
+        """Cotangents of `PARAMETERS` of `guidance_step`."""
+        adj = Values()
+        herd = evader_sum(x)
+        for i in range(objects):
+            xi = position(x, i)
+            vi = velocity(x, i)
+            adj_vi = Vec(adj_x_next[4 * i + 2], adj_x_next[4 * i + 3])
+            adj_a = p.dt * adj_vi
+            a = Vec()
+            repelled = dtype(0.0)  # sum of r . adj_a / d^2
+            softened = dtype(0.0)  # sum of r . adj_a / d^3
+            for k in range(drivers):
+                if k != i:
+                    r = position(x, k) - xi
+                    d = p.softening + wp.length(r)
+                    a -= r / (d * d)
+                    repelled -= wp.dot(r, adj_a) / (d * d)
+                    softened -= wp.dot(r, adj_a) / (d * d * d)
+            if i < drivers:
+                center = xi - herd
+                a = p.driver_repulsion * a + u[2 * i] * center + u[2 * i + 1] * perp(center)
+                a -= p.driver_drag * vi
+                adj[1] -= wp.dot(vi, adj_a)
+                adj[2] += repelled
+                adj[7] -= dtype(2.0) * p.driver_repulsion * softened
+            else:
+                a = p.evader_repulsion * a - p.evader_drag * vi
+                adj[3] -= wp.dot(vi, adj_a)
+                adj[4] += repelled
+                adj[7] -= dtype(2.0) * p.evader_repulsion * softened
+                for k in range(drivers, objects):
+                    if k != i:
+                        r = position(x, k) - xi
+                        d = p.softening + wp.length(r)
+                        along = wp.dot(r, adj_a)
+                        slope = dtype(1.0) / (d * d) - dtype(2.0) * p.flocking_length / (d * d * d)
+                        a += p.flocking * attraction(r, p.softening, p.flocking_length)
+                        adj[5] += (p.flocking_length / (d * d) - dtype(1.0) / d) * along
+                        adj[6] += p.flocking * along / (d * d)
+                        adj[7] += p.flocking * slope * along
+            adj[0] += wp.dot(vi, Vec(adj_x_next[4 * i], adj_x_next[4 * i + 1])) + wp.dot(a, adj_vi)
+        return adj
+
+    @wp.func
     def guidance_loss(x: State, p: Params) -> dtype:
         """Cost of one state: mean over evaders and axes of the squared position."""
         total = dtype(0.0)
@@ -232,4 +296,5 @@ def make_functions(drivers: int, evaders: int, dtype: Any) -> DeviceFunctions:
         guidance_loss,
         guidance_loss_vjp,
         make_block_functions(drivers, evaders, dtype, Params, State, Control),
+        parameters=ParameterFunctions(PARAMETERS, Values, guidance_parameters_vjp),
     )

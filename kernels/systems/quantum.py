@@ -23,6 +23,12 @@ unitary. Backwards, with g = adj_psi' as a complex vector (adj_re + i adj_im) an
 
 conj(M)^-1 g = conj(M^-1 conj(g)): both solves share one elimination of M.
 
+To the numbers of the physics, because A M^-1 psi = i (M^-1 psi - psi) = i (psi' - psi) / 2, and A's kinetic
+part goes with 1 / dx^2 and its potential with dx:
+
+    adj_h  = (1 / h) Re sum_j conj(y_j) (psi'_j - psi_j)
+    adj_dx = (1 / dx) [3 c adj_c - 2 h adj_h]           adj_L = adj_dx / (N + 1)
+
 State [Re psi_1, Im psi_1, Re psi_2, ...], normalised to sum |psi_j|^2 = 1 (no dx); control [c]. Cost of a
 state against eigenstate e_n(j) = sin(pi n j / (N + 1)) / norm, n = 1 the ground state: 1 - |<e_n, psi>|^2.
 
@@ -34,10 +40,13 @@ from typing import Any
 
 import warp as wp
 
-from ..system import DeviceFunctions
+from ..system import DeviceFunctions, ParameterFunctions
 from .elements import rolled
 from .quantum_block import make_block_functions
 from .quantum_memory import make_memory_functions
+
+PARAMETERS = ("dt", "length")
+"""Numbers that a rollout may be given, the order of their cotangents."""
 
 
 @functools.cache
@@ -57,12 +66,24 @@ def make_params(points: int, dtype: Any) -> Any:
 
 
 @functools.cache
+def make_fields(points: int) -> Any:
+    """Returns fields(numbers), the fields of the parameters for numbers by the names of `PARAMETERS`."""
+
+    def fields(numbers: dict[str, Any]) -> dict[str, Any]:
+        dt, dx = numbers["dt"], numbers["length"] / (points + 1)
+        return {"dt": dt, "dx": dx, "kappa": 2 * dx * dx / dt, "field": dx * dx * dx}
+
+    return fields
+
+
+@functools.cache
 def make_functions(points: int, dtype: Any) -> DeviceFunctions:
     """Returns the device functions for `points` grid points and `dtype` (wp.float32 or wp.float64)."""
     Params = make_params(points, dtype)
     State = wp.types.vector(length=2 * points, dtype=dtype)
     Control = wp.types.vector(length=1, dtype=dtype)
     Complex = wp.types.vector(length=2, dtype=dtype)
+    Values = wp.types.vector(length=len(PARAMETERS), dtype=dtype)
     count = rolled(points, State)
 
     @wp.func
@@ -152,6 +173,17 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         return adj_x, Control(p.dt * p.dx * adj_c)
 
     @wp.func
+    def quantum_parameters_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> Values:
+        """Cotangents of `PARAMETERS` of `quantum_step`; y = (adj_psi + adj_psi') / 2."""
+        x_next = quantum_step(x, u, p)
+        adj_x, adj_u = quantum_step_vjp(x, u, p, adj_x_next)
+        along = dtype(0.0)
+        for j in range(2 * points):
+            along += dtype(0.5) * (adj_x[j] + adj_x_next[j]) * (x_next[j] - x[j])
+        adj_dx = (dtype(3.0) * u[0] * adj_u[0] - dtype(2.0) * along) / p.dx
+        return Values(along / p.dt, adj_dx / dtype(points + 1))
+
+    @wp.func
     def overlap(x: State, p: Params) -> Complex:
         """<e_n, psi>."""
         total = Complex()
@@ -185,4 +217,5 @@ def make_functions(points: int, dtype: Any) -> DeviceFunctions:
         quantum_loss_vjp,
         make_block_functions(points, dtype, Params, State, Control),
         make_memory_functions(points, dtype, Params, State, Control),
+        parameters=ParameterFunctions(PARAMETERS, Values, quantum_parameters_vjp, make_fields(points)),
     )

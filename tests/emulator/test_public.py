@@ -4,6 +4,7 @@ import pytest
 import torch
 import warp as wp
 from cases import Evaluated, assert_close, make_net, make_states
+from test_generated_adjoints import Bare
 
 import warp_sims as ws
 
@@ -103,3 +104,38 @@ def test_no_worlds(members, emulator):
         out = ws.rollout(CART, policy, x0, horizon=HORIZON, flow="C", loss="final")
         out.loss.sum().backward()
     assert not out.loss.any() and all(not p.grad.any() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "system, names",
+    [
+        (CART, ("pole_mass", "dt")),
+        (HERD, ("softening", "evader_drag")),
+        (ws.QuantumControl(points=8), ("length", "dt")),
+        (Bare(), ("mass", "damping")),
+    ],
+    ids=["cart", "herd", "wave", "generated"],
+)
+def test_parameters(system, names, dtype, emulator):
+    """Numbers of the physics, one for all worlds and one a world, with a fused policy and one of torch's."""
+    net, x0 = make_net(system, dtype=dtype), make_states(system, WORLDS, dtype)
+    draw = torch.Generator().manual_seed(3)
+    factors = [1 + 0.1 * torch.rand(shape, generator=draw) for shape in ((), (WORLDS,))]
+    values = [getattr(system, name) * factor for name, factor in zip(names, factors)]
+
+    def run():
+        given = {n: v.to(dtype).requires_grad_() for n, v in zip(names, values)}
+        found = {}
+        for policy in (net, Evaluated(net)):
+            for flow in "RC":
+                out = ws.rollout(system, policy, x0, horizon=HORIZON, flow=flow, decay=0.9, parameters=given)
+                grads = torch.autograd.grad(out.loss, list(given.values()))
+                found |= {f"{name} {flow} {out.fused}": g for name, g in zip(names, grads)}
+                found[f"states {flow} {out.fused}"] = out.states.detach()
+        return found
+
+    found, expected = on_both(emulator, run)
+    # those of a wave are sums of large terms of both signs, of a condition of some 50
+    wave = dtype == torch.float32 and isinstance(system, ws.QuantumControl)
+    assert_close(found, expected, 1e-3 if wave else TOLERANCE[dtype])

@@ -28,6 +28,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..graphed import GraphedUpdate
+from ..optimizers import make_optimizer
 from ..rollouts import rollout
 from .case import FLOWS, Case, is_perceptron
 
@@ -47,22 +49,32 @@ class Contestant(Protocol):
 
 
 class WarpSims:
-    """Ours, by the calls that a user would write."""
+    """Ours, by the calls that a user would write, with the optimizer of `ws.train`; on a GPU the update is a
+    CUDA graph, as with its `graph=True`.
+    """
 
-    def __init__(self, case: Case):
-        self._system, self._policy = case.system, case.policy().to(case.device)
+    def __init__(self, case: Case, policy: torch.nn.Module | None = None):
+        self._system, self._policy = case.system, (policy or case.policy()).to(case.device)
         self._x0 = self._system.initial_states(case.batch).to(case.device)
         self._options = {**case.rollout_options(), "flow": FLOWS[case.flow]}
-        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=1e-3, fused=True)
+        on_gpu = self._x0.device.type == "cuda"
+        parameters = list(self._policy.parameters())
+        self._optimizer = make_optimizer("adam", parameters, lr=1e-3, capturable=on_gpu)
+        self._loss = self._x0.new_zeros(1)
+        self._step = GraphedUpdate(self._update) if on_gpu else self._update
+
+    def _update(self, x0: torch.Tensor, loss: torch.Tensor) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        out = rollout(self._system, self._policy, x0, **self._options)
+        assert out.loss is not None  # the cases have losses
+        out.loss.sum().backward()
+        self._optimizer.step()
+        loss[0] = out.loss.detach().reshape(-1)[0]
 
     def update(self) -> float:
         """One training update in place; returns the loss before it."""
-        self._optimizer.zero_grad()
-        out = rollout(self._system, self._policy, self._x0, **self._options)
-        assert out.loss is not None  # the cases have losses
-        out.loss.backward()
-        self._optimizer.step()
-        return out.loss.item()
+        self._step(self._x0, self._loss)
+        return self._loss.item()
 
     def gradients(self) -> list[np.ndarray]:
         """Gradients of the latest update."""

@@ -12,6 +12,7 @@ from ..systems import System
 from .compare import Tolerance, compare, exactly, names, settled
 from .differences import Derivative, differentiate
 from .forms import BY_VALUE, Form, Outputs, forms_of
+from .physical import check_parameters
 from .report import Comparison
 
 __all__ = [
@@ -392,4 +393,9 @@ def check_functions(
     checker = _Checker(system, device, count, seed)
     if not len(checker.points.x):
         return [no_finite_step()], list(checker.points.notes)
-    return list(checker.run(single)), list(checker.points.notes)
+    found, notes = list(checker.run(single)), list(checker.points.notes)
+    try:
+        found += check_parameters(system, checker.points.both, device, DOUBLE)
+    except ValueError as error:  # generated ones that are wrong are refused where they are used
+        notes.append(f"no physical parameters: {error}")
+    return found, notes

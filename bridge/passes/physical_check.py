@@ -1,0 +1,111 @@
+"""Whether the cotangents of numbers of the physics that Warp generated are right, and which numbers a
+system's loss reads: asked in float64 before their first use.
+
+Right for states and controls, Warp can still be wrong for the fields of a struct.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.sweeps.physical import has_generated_vjp
+from ..runtime.physical import (
+    VERIFIERS,
+    parameter_names,
+    parameter_values,
+    prepared_with,
+)
+from ..runtime.registry import find, prepare
+from . import sweeps
+from .foreign_check import TOLERANCES, Source, compare, differences
+from .generated_check import drawn_points
+from .spec import Cotangents, LossWeights, Spec
+
+SPREAD = 0.05
+"""Of the numbers that are tried, relative to those of the system."""
+
+
+def verify(number: int, device: torch.device) -> None:
+    """Raises ValueError where a generated cotangent of a number disagrees with finite differences."""
+    system: Any = find(number)
+    p = prepare(number, torch.float64, device)
+    if not has_generated_vjp(p.functions):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        q = drawn_points(system, p)
+        values = drawn_values(number, q)
+        source = Source(
+            f"{type(system).__name__}: the cotangents of its parameters that Warp generates are wrong",
+            "Warp's adjoint",
+            "Warp is right about straight code, branches and static loops of up to 4 turns; rewrite the "
+            "step, or give its device functions parameters=warp_sims.ParameterFunctions(...), by hand",
+            inputs=parameter_names(number),
+        )
+        given = pulled_back(number, q, values)
+        tolerance = TOLERANCES[torch.float64]
+        compare(source, given, differences(lambda v: stepped(number, q, v), values, tolerance), tolerance, 0)
+
+
+def drawn_values(number: int, q: Tensor, seed: int = 1) -> Tensor:
+    """Numbers near those of the system for every point, (points, count)."""
+    own = q.new_tensor(parameter_values(number))
+    draw = torch.Generator().manual_seed(seed)
+    off = torch.randn(q.shape[0], own.shape[0], generator=draw, dtype=q.dtype).to(q.device)
+    return own + SPREAD * torch.where(own == 0.0, off.abs(), own * off)
+
+
+def stepped(number: int, q: Tensor, values: Tensor) -> Tensor:
+    """Next states of points (points, state_size + control_size) by numbers (points, count)."""
+    n = find(number).state_size
+    with prepared_with(number, values, q.shape[0], False) as own:
+        x, u = q[:, :n].contiguous(), q[:, n:].unsqueeze(0).contiguous()
+        return sweeps.simulate(own.prepared, x, u)[1]
+
+
+def pulled_back(number: int, q: Tensor, values: Tensor) -> Tensor:
+    """Derivatives of the next state by the numbers (points, state_size, count), by the adjoint sweep."""
+    (points, _), n = q.shape, find(number).state_size
+    states, controls = q[:, :n].repeat(n, 1), q[:, n:].repeat(n, 1).unsqueeze(0)
+    both = torch.stack((states, states)).contiguous()
+    both[1] = stepped(number, q, values).repeat(n, 1)
+    adj = torch.zeros_like(both)
+    adj[1] = torch.eye(n, dtype=q.dtype, device=q.device).repeat_interleave(points, dim=0)
+    with prepared_with(number, values.repeat(n, 1), n * points, True) as own:
+        sweep = Spec(number, "M"), both, controls.contiguous(), None, Cotangents(None, adj, None)
+        sweeps.adjoint(own.prepared, *sweep)
+        return own.adjoint(1)[0].view(n, points, -1).transpose(0, 1)
+
+
+@functools.cache
+def names_in_loss(number: int, device: torch.device) -> frozenset[str]:
+    """Names of the numbers that the system's own loss reads, which is told them by the system alone."""
+    p = prepare(number, torch.float64, device)
+    if p.functions.loss is None:
+        return frozenset()
+    own = p.functions.parameters
+    numbers = dict(zip(parameter_names(number), parameter_values(number)))
+    with torch.inference_mode(False), torch.no_grad():
+        x = drawn_points(find(number), p)[:, : p.state_size].contiguous()
+        states = torch.stack((x, x))
+        controls = x.new_zeros(1, x.shape[0], p.control_size)
+
+        def cost(changed: dict[str, float]) -> Tensor:
+            params = p.functions.Params()
+            params.assign(p.params)
+            fields = own.fields(changed) if own is not None and own.fields is not None else changed
+            for name, value in fields.items():
+                setattr(params, name, value)
+            other = dataclasses.replace(p, params=params)
+            return sweeps.loss(other, states, controls, LossWeights(1.0, 0.0, 0.0))
+
+        before = cost(numbers)
+        moved = {name: cost(numbers | {name: 1.1 * value + 0.1}) for name, value in numbers.items()}
+        return frozenset(name for name, after in moved.items() if not torch.equal(after, before))
+
+
+VERIFIERS.append(verify)

@@ -1,0 +1,132 @@
+"""A system prepared with numbers of its physics that come as a tensor.
+
+Its parameter struct holds addresses, so that prepared launches serve every call: the numbers are copied to a
+place that belongs to the prepared system, and what their cotangents add up to is copied out. Whoever runs
+launches borrows it, so that neither threads nor nested calls share one.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import warp as wp
+from torch import Tensor
+
+from ...kernels.sweeps.physical import names_of, with_values
+from ...kernels.sweeps.rollout import make_system_kernels
+from ...kernels.sweeps.streamed import make_cuda_system_kernels
+from .arrays import stream, warp_device
+from .contract import functions_of
+from .launches import Pool
+from .registry import find, prepare
+
+
+def parameter_names(number: int) -> tuple[str, ...]:
+    """Names of the numbers that a system with kernels may be given, in the order of their columns."""
+    return names_of(functions_of(find(number), wp.float32))
+
+
+def parameter_values(number: int) -> tuple[float, ...]:
+    """The same numbers as the system has them."""
+    system: Any = find(number)
+    own, params = functions_of(system, wp.float64).parameters, system.parameters(wp.float64)
+    source = params if own is None or own.fields is None else system
+    return tuple(float(getattr(source, name)) for name in parameter_names(number))
+
+
+class WithValues:
+    """A prepared system, its parameters by world, and the place of their cotangents."""
+
+    def __init__(
+        self,
+        number: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        served: int,
+        queue: int,
+        rows: int,
+        nworld: int,
+        wanted: bool,
+    ) -> None:
+        base = prepare(number, dtype, device)
+        functions = with_values(base.functions, base.dtype)
+        own, self._dtype = base.functions.parameters, dtype
+        self._names, self._fields = names_of(base.functions), None if own is None else own.fields
+        row = bytearray(bytes(base.params.__ctype__()))
+        self._rows = torch.frombuffer(row, dtype=torch.uint8).to(device).repeat(rows, 1)
+        layout = type(base.params.__ctype__())
+        self._places = {name: getattr(layout, name) for name, *_ in layout._fields_}
+        shape = (2, nworld, len(self._names)) if wanted else (0, 0, 1)
+        self.adj = torch.zeros(shape, dtype=dtype, device=device)
+        """For one or two gradient fields; empty where nobody wants it."""
+        params = functions.Params()
+        params.base, params.adj = base.params, wp.from_torch(self.adj, requires_grad=False)
+        params.values = wp.array(
+            ptr=self._rows.data_ptr(),
+            dtype=base.functions.Params,
+            shape=(rows,),
+            device=wp.device_from_torch(device),
+        )
+        make = make_cuda_system_kernels
+        if base.device.is_cpu:
+            make = functools.partial(make_system_kernels, block=True)
+        kernels = make(functions, base.dtype)
+        self.prepared = dataclasses.replace(
+            base, functions=functions, params=params, kernels=kernels, wide=None
+        )
+
+    def put(self, values: Tensor) -> None:
+        """Takes numbers (1 or nworld, count) on, and sets their cotangents to zero."""
+        numbers = dict(zip(self._names, values.unbind(1)))
+        for name, number in (self._fields(numbers) if self._fields else numbers).items():
+            place = self._places[name]
+            self._rows[:, place.offset : place.offset + place.size].view(self._dtype)[:, 0] = number
+        self.adj.zero_()
+
+    def adjoint(self, fields: int) -> Tensor:
+        """A copy of the cotangents of the numbers, (fields, nworld, count)."""
+        return self.adj[:fields].clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its own memory."""
+        return self._rows.numel() + self.adj.numel() * self.adj.element_size()
+
+
+_with_values = Pool(WithValues)
+
+VERIFIERS: list[Callable[[int, torch.device], None]] = []
+"""What holds the cotangents of numbers against finite differences, see passes/physical_check.py."""
+
+_verified: set[tuple[int, int]] = set()
+
+
+def _verify(number: int, device: torch.device) -> None:
+    """Raises ValueError unless what Warp generated for the numbers is right."""
+    key = (number, id(warp_device(device)))
+    if key in _verified:
+        return
+    _verified.add(key)  # the check itself comes here
+    try:
+        for verify in VERIFIERS:
+            verify(number, device)
+    except BaseException:
+        _verified.discard(key)
+        raise
+
+
+@contextlib.contextmanager
+def prepared_with(number: int, values: Tensor, nworld: int, wanted: bool) -> Iterator[WithValues]:
+    """Lends a prepared system with these numbers (1 or nworld, count), `wanted`: and their cotangents,
+    zero.
+    """
+    device = values.device
+    _verify(number, device)
+    queue = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (number, values.dtype, device, id(warp_device(device)), queue, values.shape[0], nworld, wanted)
+    with _with_values.borrow(*key) as item, stream(device):
+        item.put(values)
+        yield item
