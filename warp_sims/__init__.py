@@ -34,6 +34,7 @@ from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
+from .environments import gymnasium_env
 from .episodes import Resets
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
@@ -95,6 +96,7 @@ __all__ = [
     "TrainResult",
     "WaveCNN",
     "empty_cache",
+    "gymnasium_env",
     "animate",
     "check",
     "explain",
