@@ -36,6 +36,7 @@ from .checking.run import check
 from .ensembles import Ensemble
 from .environments import gymnasium_env
 from .episodes import Resets
+from .estimators import Blend, PerSecond, project_conflicting
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Blend",
     "ActorCriticConfig",
     "ActorCriticResult",
     "BlockFunctions",
@@ -84,6 +86,7 @@ __all__ = [
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "PerSecond",
     "Quadrotor",
     "QuantumControl",
     "Resets",
@@ -105,6 +108,7 @@ __all__ = [
     "load_actor",
     "load_run",
     "profile",
+    "project_conflicting",
     "record_rollout",
     "rollout",
     "simulate",
