@@ -48,10 +48,12 @@ from .recording import record_rollout
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
 from .runs import load_run
 from .systems import (
+    Ant,
     BlockFunctions,
     CartPole,
     DeviceFunctions,
     GuidanceByRepulsion,
+    HalfCheetah,
     Hopper,
     LinkedPendulum,
     MemoryFunctions,
@@ -71,6 +73,7 @@ __all__ = [
     "Blend",
     "ActorCriticConfig",
     "ActorCriticResult",
+    "Ant",
     "BlockFunctions",
     "CartPole",
     "CheckReport",
@@ -81,6 +84,7 @@ __all__ = [
     "GaussianPolicy",
     "GradientPair",
     "GuidanceByRepulsion",
+    "HalfCheetah",
     "Hopper",
     "JaxSystem",
     "LinkedPendulum",

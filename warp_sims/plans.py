@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from .bridge.autograd.fused_path import FusedPath
 from .bridge.autograd.torch_path import TorchPath, places
 from .bridge.passes.foreign import Simulator
-from .bridge.passes.segments import CACHED_ROWS, fused_segment, torch_segment
+from .bridge.passes.segments import (
+    CACHED_ROWS,
+    MANY_WORLDS,
+    STORED_BYTES,
+    fused_segment,
+    recordings_bytes,
+    torch_segment,
+)
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
@@ -186,8 +193,12 @@ def make_plan(
         segment = by_size if traced else fused_segment(network, x0, horizon, keep)
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
-        if perceptron and x0.device.type == "cpu":
+        traced = torch.compiler.is_compiling()
+        if x0.device.type == "cpu" and not traced:
             segment = min(segment, max(1, CACHED_ROWS // max(x0.shape[-2], 1)))
+            if isinstance(path, TorchPath) and not foreign and x0.shape[0] >= MANY_WORLDS:
+                kept = keep and recordings_bytes(parameters, x0, horizon) <= STORED_BYTES["cpu"]
+                path = path._replace(by_steps=True, recorded=[] if kept else None)
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
     numbers = () if physical is None else physical.names

@@ -11,6 +11,7 @@ from .bridge.autograd.episodes import EpisodePath, Trajectory, episodes
 from .bridge.autograd.episodes import Resets as EpisodeResets
 from .bridge.autograd.torch_path import TorchPath
 from .bridge.runtime import arrays
+from .bridge.runtime.compat import transforming
 from .divergence import check_rollout
 from .episodes import Resets, checked_resets
 from .estimators import PerSecond
@@ -270,5 +271,5 @@ def empty_cache() -> None:
 
 def _differentiated() -> bool:
     """Whether a backward pass can follow; tracing or transforming, that is not known."""
-    known = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    known = not (torch.compiler.is_compiling() or transforming())
     return torch.is_grad_enabled() if known else True

@@ -8,16 +8,20 @@ from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
 from .quadrotor import Quadrotor
 from .quantum import QuantumControl
+from .robots.ant import Ant
+from .robots.half_cheetah import HalfCheetah
 from .robots.hopper import Hopper
 from .robots.linked_pendulum import LinkedPendulum
 from .robots.robot import Robot
 from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions, System
 
 __all__ = [
+    "Ant",
     "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
     "GuidanceByRepulsion",
+    "HalfCheetah",
     "Hopper",
     "LinkedPendulum",
     "MemoryFunctions",
@@ -36,6 +40,8 @@ registry: Mapping[str, type[System]] = MappingProxyType(
         "guidance": GuidanceByRepulsion,
         "quantum": QuantumControl,
         "hopper": Hopper,
+        "cheetah": HalfCheetah,
+        "ant": Ant,
         "links": LinkedPendulum,
         "quadrotor": Quadrotor,
     }

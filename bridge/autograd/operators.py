@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
@@ -23,6 +22,7 @@ from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
 from ..passes.spec import Cotangents, Spec, described
 from ..runtime.arrays import capturing
+from ..runtime.compat import dispatch_mode, transforming
 from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 from ..runtime.tracing import span
@@ -47,8 +47,8 @@ def watched(*args: Any) -> bool:
         any(type(a) not in _PLAIN for a in args)
         or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
         or torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
+        or dispatch_mode() is not None
+        or transforming()
     )
 
 
@@ -75,7 +75,8 @@ def _dense(x: Tensor) -> Tensor:
     return x.resolve_neg().contiguous()
 
 
-def _check_finite(x0: Tensor) -> None:
+def check_finite(x0: Tensor) -> None:
+    """Raises ValueError where initial states are NaN or infinite."""
     if x0.numel() == 0 or capturing(x0.device):
         return
     # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they
@@ -101,7 +102,7 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Ten
     numbers of the physics, as in all that follows.
     """
     if check:
-        _check_finite(x0)
+        check_finite(x0)
     simulator = foreign.foreign(system)
     if simulator is not None:
         controls = foreign.with_values(simulator, controls, values)
@@ -174,7 +175,7 @@ def fused_rollout(
     With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. Where
     the description has a segment, the activations are not kept: they have no rows.
     """
-    _check_finite(x0)
+    check_finite(x0)
     own = with_segment(described(system, flows, decay, final, running, control, segment), network, x0)
     p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):

@@ -136,7 +136,7 @@ def _sweep(
         if clip is not None:
             behind = behind * (clip / behind.norm(dim=-1, keepdim=True)).clamp(max=1.0)
         one = spec._replace(base=spec.base[t], check=spec.check[t : t + 1])
-        at, behind = operators.adjoint(
+        at, behind, *_ = operators.adjoint(
             *one.arguments(),
             torch.stack([run.states[t], run.arrivals[t]]),
             run.controls[t : t + 1],

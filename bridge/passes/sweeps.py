@@ -8,6 +8,8 @@ see them as one, member after member.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,6 +108,28 @@ def simulate(p: Prepared, x0: torch.Tensor, controls: torch.Tensor) -> torch.Ten
             sweep.states.data = states.data_ptr()
             sweep.run()
     return states
+
+
+@contextlib.contextmanager
+def advancing(p: Prepared, states: torch.Tensor, controls: torch.Tensor) -> Iterator[Callable[[int], None]]:
+    """Lends a function that simulates step t of a trajectory in place, from states[t] to states[t + 1] under
+    controls[t]: the open-loop sweep over one step, prepared once for all of them.
+    """
+    nworld = controls.shape[1]
+    if not nworld:
+        yield lambda t: None
+        return
+    with _simulate.borrow(p, 1, nworld, torch.get_num_threads()) as sweep, stream(states.device):
+        x0, u0 = states.data_ptr(), controls.data_ptr()
+        state, control = (t.stride(0) * t.element_size() for t in (states, controls))
+
+        def advance(t: int) -> None:
+            # its first state is where it is to be written
+            sweep.x0.data = sweep.states.data = x0 + t * state
+            sweep.controls.data = u0 + t * control
+            sweep.run()
+
+        yield advance
 
 
 class _Loss:

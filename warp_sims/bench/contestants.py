@@ -6,6 +6,8 @@ A folder of peers is a Python package whose `PEERS` maps names to `module:Class`
 - `update()` does one whole training update in place, returns the loss before it, and is done when it returns;
 - `gradients()` returns, after the first update, the gradients of that update as numpy arrays in the order and
   layout of the weights given: what is timed is what is checked;
+- `policies` (optional) says which policies it takes besides the published ones: "mlp", of which it is given
+  `policy=` as `elu+layernorm`, and "module", which it is given itself;
 - `plans` (optional) names several ways to go, of which the fastest competes; `flows` those it offers;
 - `unavailable(device)` (optional, a class method) returns why it cannot run here, or None.
 
@@ -26,8 +28,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..graphed import GraphedUpdate
+from ..optimizers import make_optimizer
 from ..rollouts import rollout
-from .case import FLOWS, Case
+from .case import FLOWS, Case, is_perceptron
 
 OURS = "warp-sims"
 
@@ -45,22 +49,32 @@ class Contestant(Protocol):
 
 
 class WarpSims:
-    """Ours, by the calls that a user would write."""
+    """Ours, by the calls that a user would write, with the optimizer of `ws.train`; on a GPU the update is a
+    CUDA graph, as with its `graph=True`.
+    """
 
-    def __init__(self, case: Case):
-        self._system, self._policy = case.system, case.policy().to(case.device)
+    def __init__(self, case: Case, policy: torch.nn.Module | None = None):
+        self._system, self._policy = case.system, (policy or case.policy()).to(case.device)
         self._x0 = self._system.initial_states(case.batch).to(case.device)
         self._options = {**case.rollout_options(), "flow": FLOWS[case.flow]}
-        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=1e-3, fused=True)
+        on_gpu = self._x0.device.type == "cuda"
+        parameters = list(self._policy.parameters())
+        self._optimizer = make_optimizer("adam", parameters, lr=1e-3, capturable=on_gpu)
+        self._loss = self._x0.new_zeros(1)
+        self._step = GraphedUpdate(self._update) if on_gpu else self._update
+
+    def _update(self, x0: torch.Tensor, loss: torch.Tensor) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        out = rollout(self._system, self._policy, x0, **self._options)
+        assert out.loss is not None  # the cases have losses
+        out.loss.sum().backward()
+        self._optimizer.step()
+        loss[0] = out.loss.detach().reshape(-1)[0]
 
     def update(self) -> float:
         """One training update in place; returns the loss before it."""
-        self._optimizer.zero_grad()
-        out = rollout(self._system, self._policy, self._x0, **self._options)
-        assert out.loss is not None  # the cases have losses
-        out.loss.backward()
-        self._optimizer.step()
-        return out.loss.item()
+        self._step(self._x0, self._loss)
+        return self._loss.item()
 
     def gradients(self) -> list[np.ndarray]:
         """Gradients of the latest update."""
@@ -97,6 +111,13 @@ class Entrant:
     def flows(self) -> tuple[str, ...]:
         """The flows that it offers."""
         return tuple(FLOWS) if self.ours else tuple(getattr(self._made_by(), "flows", FLOWS))
+
+    def takes(self, case: Case) -> bool:
+        """Whether it offers the flow and the policy of a case."""
+        if self.ours or case.flow not in self.flows():
+            return self.ours
+        policies = getattr(self._made_by(), "policies", ())
+        return not case.kind or ("mlp" if is_perceptron(case.kind) else "module") in policies
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run on a device, or None."""

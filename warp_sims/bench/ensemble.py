@@ -7,36 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..ensembles import Ensemble
-from ..rollouts import rollout
-from .case import FLOWS, Case, errors, needed_operations, reference
+from .case import Case, errors, needed_operations, reference
 from .contestants import Contestant, Entrant, WarpSims
 from .settings import LEAST_ROUNDS, Settings
 from .timing import Runner, measure, spread, timed
 
 
-class Together:
-    """Ours, K members with the same worlds and different weights; the first is the policy of the case."""
+class Together(WarpSims):
+    """Ours, K members with the same worlds and different weights; the first is the policy of the case, and
+    its loss is returned.
+    """
 
     def __init__(self, case: Case, members: int):
-        policies = [case.policy() for _ in range(members)]
+        policies: list[Any] = [case.policy() for _ in range(members)]
         for seed, policy in enumerate(policies[1:], start=2):
             policy.reset_parameters(seed=seed)
-        self._system, self._policy = case.system, Ensemble(policies).to(case.device)
-        self._x0 = self._system.initial_states(case.batch).to(case.device)
-        self._options = {**case.rollout_options(), "flow": FLOWS[case.flow]}
-        self._optimizer = torch.optim.Adam(self._policy.parameters(), lr=1e-3, fused=True)
-
-    def update(self) -> float:
-        """One training update of all members in place; returns the loss of the first before it."""
-        self._optimizer.zero_grad()
-        out = rollout(self._system, self._policy, self._x0, **self._options)
-        assert out.loss is not None  # the cases have losses
-        out.loss.sum().backward()
-        self._optimizer.step()
-        return out.loss[0].item()
+        super().__init__(case, Ensemble(policies))
 
     def gradients(self) -> list[np.ndarray]:
         """Gradients of the first member of the latest update."""
