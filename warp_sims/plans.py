@@ -25,7 +25,8 @@ from .bridge.passes.segments import (
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
-from .flows import MOST_STEPS, as_int, check_decay
+from .estimators import clipped_number, decay_of
+from .flows import MOST_STEPS, as_int
 from .parameters import check_parameters
 from .policies import FusedNetwork, recognise
 from .probing import probe
@@ -82,7 +83,7 @@ def make_plan(
     horizon: int,
     base: str,
     check: str,
-    decay: float,
+    decay: Any,
     loss: Loss,
     control_cost: float,
     checkpoint_every: int | None,
@@ -90,10 +91,13 @@ def make_plan(
     inputs: Any = None,
     physics: Any = None,
     stepwise: bool = False,
+    clip: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
     The system and the horizon come from `check_horizon`.
+
+    `clip` is the largest norm of a cotangent, which users know as `clip_cotangent`.
 
     `stepwise`: torch evaluates the policy even if it could run inside the sweeps.
 
@@ -109,10 +113,10 @@ def make_plan(
         )
     ensemble = policy if isinstance(policy, Ensemble) else None
     x0 = check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
-    decay = check_decay(decay, call)
+    decay = decay_of(call, system, decay)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(system.number, base, check, decay, *weights)
+    spec = Spec(clipped_number(call, system, clip, physics), base, check, decay, *weights)
     foreign = isinstance(system, Simulator)
     if stepwise and ensemble is not None:
         raise ValueError(f"{call}: resets for an Ensemble, expected None; roll out its members() one by one")

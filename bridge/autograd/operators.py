@@ -147,6 +147,15 @@ def _(*arguments: Any) -> Tensor:
     return states.new_empty(())
 
 
+def costs(system: int, x: Tensor) -> Tensor:
+    """The system's own cost of states (nworld, state_size), one a world; nothing is differentiated."""
+    simulator = foreign.foreign(system)
+    with torch.no_grad():
+        if simulator is not None:
+            return simulator.cost(x)
+        return sweeps.costs(prepare(system, x.dtype, x.device), _dense(x))
+
+
 @_operator("fused_rollout")
 def fused_rollout(
     system: int,
