@@ -156,3 +156,24 @@ def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
         Bounded(False),
     ]
     return filled(nn.Sequential(*parts), seed)
+
+
+class Attention(nn.Module):
+    """A token a pole, attending to the others: a policy that torch evaluates."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, width), nn.Linear(width, 1)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        poles = x[:, 2:].unflatten(-1, (-1, 2))
+        cart = x[:, None, :2].expand_as(poles)
+        h = torch.tanh(self.embed(torch.cat((cart, poles), -1)))
+        scores = self.query(h) @ self.key(h).transpose(1, 2) / h.shape[-1] ** 0.5
+        return self.out((scores.softmax(-1) @ self.value(h)).mean(1))
+
+
+def attention(system) -> nn.Module:
+    """For `bench --policy composed_nets:attention`."""
+    return Attention()
