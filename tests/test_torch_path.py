@@ -1,5 +1,5 @@
-"""Policies that torch evaluates: how often it does, and that many worlds, whose steps go back one by one, have
-the gradients of few.
+"""Policies that torch evaluates: how often it does, and that many worlds, whose steps go back one by one,
+have the gradients of few.
 """
 
 import pytest
@@ -15,10 +15,10 @@ from cases import (
     make_states,
 )
 from torch import nn
-from warp_sims import plans
 from warp_sims.bridge.autograd.torch_path import TorchPath
 
 import warp_sims as ws
+from warp_sims import plans
 
 CART = ws.CartPole(poles=2, dt=0.05)
 HERD = ws.GuidanceByRepulsion(drivers=2, evaders=2)
