@@ -17,7 +17,7 @@ SEED = 2  # with it, M and R differ in sign in some 10% of the components of mos
 
 
 class Evaluated(nn.Module):
-    """A policy that computes what a network does, in a way that torch evaluates: `atleast_2d` runs in no sweep."""
+    """A policy that computes what a network does, by a function that runs in no sweep: torch evaluates it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

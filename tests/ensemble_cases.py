@@ -2,6 +2,7 @@
 
 import torch
 from cases import make_net, make_states
+from composed_nets import filled, with_norms
 
 import warp_sims as ws
 
@@ -23,11 +24,18 @@ def make_cnn(seed, dtype):
     return net
 
 
+def make_bounded(seed, dtype):
+    sizes = HERD.state_size, (17, 9), HERD.control_size
+    return filled(ws.MLP(*sizes, activation="gelu", norm="rms", bound=(-0.5, 1.0)), seed, dtype)
+
+
 CASES = {
     "cart": (CART, lambda seed, dtype: make_net(CART, dtype=dtype, seed=seed)),
     "linear": (CART, lambda seed, dtype: make_net(CART, (), dtype=dtype, seed=seed, gain=1.0)),
     "herd": (HERD, lambda seed, dtype: make_net(HERD, (17,), dtype=dtype, seed=seed)),
     "box": (BOX, make_cnn),
+    "composed": (CART, lambda seed, dtype: with_norms(6, 1, seed).to(dtype)),
+    "composed herd": (HERD, make_bounded),
 }
 
 

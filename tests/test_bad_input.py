@@ -153,10 +153,11 @@ ROLLOUT = [
     ({"policy": nn.Linear(6, 1, device="meta")}, ValueError, "'weight' is on meta, expected cpu"),
     ({"policy": nn.Linear(6, 1).double()}, TypeError, "'weight' is torch.float64, expected torch.float32"),
     (
-        {"policy": nn.Linear(6, 2)},
+        {"policy": Returning(lambda x: x[:, :2])},
         ValueError,
         r"policy returned shape \(\d, 2\) for \d states, expected \(\d, 1\)",
     ),
+    ({"policy": nn.Linear(6, 2)}, ValueError, r"policy maps 6 inputs to 2 outputs, expected 6 .* to 1"),
     ({"policy": nn.Linear(5, 1)}, (TypeError, ValueError), "policy.*expected"),
     (
         {"policy": nn.Flatten(0)},

@@ -12,6 +12,7 @@ from composed_nets import (
     Features,
     Gain,
     Residual,
+    Skips,
     Standardized,
     filled,
     networks,
@@ -26,8 +27,8 @@ from warp_sims.bridge.passes.composed import evaluate
 import warp_sims as ws
 from warp_sims.policies import recognise
 
-# Relative to the norm of all gradients together: a bias before a normalisation has a gradient that is zero but
-# for rounding. Both sides round at every step, and the feedback amplifies it.
+# Relative to the norm of all gradients together: a bias before a normalisation has a gradient that is zero
+# but for rounding. Both sides round at every step, and the feedback amplifies it.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-4}
 UNDECIDED = 1e-9
 """Size, relative to all gradients, below which rounding decides the sign of a component."""
@@ -89,10 +90,11 @@ def test_gradients_of_random_compositions(data, system, nworld, horizon, flow, d
 
 
 ELEMENTS = {
-    **{name: make for name, make in ACTIVATIONS.items()},
+    **ACTIVATIONS,
     **{f"{name} norm": lambda make=make: make(20) for name, make in NORMS.items()},
     "gain": lambda: Gain(20),
     "residual": lambda: Residual(nn.Sequential(nn.Linear(20, 20), nn.SiLU()), minus=False),
+    "skips": lambda: Skips(20),
     "minus residual": lambda: Residual(nn.Linear(20, 20), minus=True),
     "scaled and shifted": lambda: Standardized(20),
     "bound": lambda: Bounded(smooth=True),
@@ -137,6 +139,7 @@ def test_large_inputs_of_activations():
             with torch.no_grad():
                 net[0].weight.zero_()
                 net[0].bias.copy_(points)
+                net[2].weight.copy_(torch.linspace(0.1, 1.0, 13))  # no two terms of the control cancel
             x0 = torch.zeros(3, 4, dtype=dtype)
             out = ws.rollout(CART, net, x0, horizon=1, flow="R", loss=None)
             (grad,) = torch.autograd.grad(out.controls.sum(), net[0].bias)

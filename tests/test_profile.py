@@ -388,7 +388,11 @@ def test_command_for_a_system_without_loss_and_states(empty_folder, capsys):
     arguments = ["profile", "own_systems:Unicycle", *SMALL, "--flow", "S", "--json", "-"]
     assert main([*arguments, "--policy", "test_profile:make_policy"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["loss"], found["policy"], found["fused"]) == ("mean_square", "Linear", False)
+    assert (found["loss"], found["policy"], found["fused"]) == (
+        "mean_square",
+        "composed:3|linear 0 2 p0 p1",
+        True,
+    )
     assert found["notes"] == ["Unicycle has no initial states: standard normal ones"]
 
 

@@ -34,7 +34,9 @@ from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
+from .environments import gymnasium_env
 from .episodes import Resets
+from .estimators import Blend, PerSecond, project_conflicting
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
@@ -68,6 +70,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Blend",
     "ActorCriticConfig",
     "ActorCriticResult",
     "Ant",
@@ -87,6 +90,7 @@ __all__ = [
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "PerSecond",
     "Quadrotor",
     "QuantumControl",
     "Resets",
@@ -99,6 +103,7 @@ __all__ = [
     "TrainResult",
     "WaveCNN",
     "empty_cache",
+    "gymnasium_env",
     "animate",
     "check",
     "explain",
@@ -107,6 +112,7 @@ __all__ = [
     "load_actor",
     "load_run",
     "profile",
+    "project_conflicting",
     "record_rollout",
     "rollout",
     "simulate",

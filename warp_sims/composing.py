@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional
 
 __all__ = ["Composition", "NotComposed", "compose"]
@@ -124,7 +125,7 @@ class _Translation:
         return self.described(result)
 
     def look_up(self, found: dict[fx.Node, Any], argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: found[node])
+        return map_arg(argument, lambda node: found[node])
 
     def translate(self, node: fx.Node, found: dict[fx.Node, Any]) -> Any:
         """A value, a constant, a parameter, or a tuple of values."""
@@ -155,7 +156,8 @@ class _Translation:
         values = [a for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, (_Value, _Parameter))]
         if not values:
             return self.constant(node, args, kwargs)
-        make_function = (FUNCTIONS if node.op == "call_method" else _TARGETS).get(node.target)
+        known: dict[Any, Callable[..., Any]] = FUNCTIONS if node.op == "call_method" else _TARGETS
+        make_function = known.get(node.target)
         if make_function is None or kwargs.pop("inplace", False):
             raise NotComposed(f"{name} does not run fused")
         try:
@@ -186,7 +188,7 @@ class _Translation:
         target: Any = node.target
 
         def value() -> Any:
-            now = fx.node.map_aggregate(args, _now), fx.node.map_aggregate(kwargs, _now)
+            now: Any = map_aggregate(args, _now), map_aggregate(kwargs, _now)
             if node.op == "call_method":
                 return getattr(now[0][0], target)(*now[0][1:], **now[1])
             return target(*now[0], **now[1])

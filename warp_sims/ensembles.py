@@ -13,6 +13,8 @@ from .recognition import is_changed
 
 __all__ = ["Ensemble", "fused_ensemble"]
 
+_KINDS = (MLP, WaveCNN, nn.Sequential)
+"""Types of members: their layers are children of their own, and nothing else of theirs has values."""
 _REMEDY = "take the members that do fit, or roll each policy out alone"
 
 
@@ -41,8 +43,9 @@ class Ensemble(nn.Module):
     would have alone, on a CPU to the last bit.
 
     Args:
-        policies: At least one `MLP` or `WaveCNN`, all of one type, with the same sizes, dtype, device and
-            frozen parameters. Their values are copied.
+        policies: At least one `MLP`, `WaveCNN`, or `nn.Sequential` of layers that run fused (see `explain`),
+            all of one type, with the same sizes, dtype, device and frozen parameters. Their values are
+            copied.
 
     Parameters have the names and the order of a member's, and its shapes with K in front: `0.weight` is (K,
     hidden[0], in_size). torch's optimizers act component by component, so one of them over these parameters
@@ -53,7 +56,7 @@ class Ensemble(nn.Module):
     policies and ensembles of their own with copies of the parameters.
 
     Raises:
-        TypeError: a policy is none of the two, not one that the fused sweeps serve, or of another type or
+        TypeError: a policy is none of these, not one that the fused sweeps serve, or of another type or
             dtype than the first.
         ValueError: there is no policy, or its sizes, device or frozen parameters are not those of the first.
     """
@@ -120,14 +123,14 @@ def _check_members(policies: Any) -> list[nn.Module]:
         raise ValueError("Ensemble: policies is empty, expected at least one policy")
     networks = []
     for k, policy in enumerate(members):
-        network = fused_network(policy) if isinstance(policy, nn.Module) else None
-        if network is None:
+        network = fused_network(policy) if type(policy) in _KINDS else None
+        if network is None or any(name.count(".") != 1 for name in network.parameters):
             what = f"of type {type(policy).__name__}"
-            if type(policy) in (MLP, WaveCNN):
+            if type(policy) in _KINDS:
                 what = f"a changed {type(policy).__name__} (hook, parametrization, replaced or shared layer)"
             raise TypeError(
-                f"Ensemble: policy {k} is {what}, expected a plain MLP or WaveCNN; {_REMEDY}: policies that "
-                f"torch evaluates cannot be stacked"
+                f"Ensemble: policy {k} is {what}, expected a plain MLP, WaveCNN or nn.Sequential of layers; "
+                f"{_REMEDY}: policies that torch evaluates cannot be stacked"
             )
         if type(policy) is not type(members[0]):
             raise TypeError(

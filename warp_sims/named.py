@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from .options import HIDDEN, POLICIES, WIDTH
-from .policies import MLP, WaveCNN
+from .policies import ACTIVATIONS, MLP, WaveCNN
 from .system import System
 from .systems import QuantumControl
 from .train_config import LOSSES
@@ -29,6 +29,28 @@ def _find(name: str, what: str) -> Any:
         ) from error
 
 
+_NORMS = {"layernorm": "layer", "rmsnorm": "rms"}
+
+
+def perceptron_options(name: str) -> dict[str, str]:
+    """Activation and norm of an `MLP` by a name such as `mlp`, `mlp:elu` or `mlp:elu+layernorm`.
+
+    Raises:
+        ValueError: there is no such activation or norm.
+    """
+    _, _, words = name.partition(":")
+    found: dict[str, str] = {}
+    for word in words.split("+") if words else ():
+        if word in ACTIVATIONS:
+            found["activation"] = word
+        elif word in _NORMS:
+            found["norm"] = _NORMS[word]
+        else:
+            known = ", ".join([*ACTIVATIONS, *_NORMS])
+            raise ValueError(f"policy {name!r}: {word!r} is unknown, expected mlp:A+N of {known}")
+    return found
+
+
 def make_policy(options: argparse.Namespace, system: System, seed: int, zero_last: bool) -> torch.nn.Module:
     """Returns the policy of --policy with its sizes, its weights drawn with `seed`.
 
@@ -39,14 +61,16 @@ def make_policy(options: argparse.Namespace, system: System, seed: int, zero_las
         ValueError: no such policy, or an option that is not for it.
     """
     name = options.network
-    if name not in POLICIES and ":" not in name:
+    kind = "mlp" if name.startswith("mlp:") else name
+    if kind not in POLICIES and ":" not in name:
         raise ValueError(
-            f"unknown policy {name!r}, expected {', '.join(POLICIES)}, or module:name for one of your own"
+            f"unknown policy {name!r}, expected {', '.join(POLICIES)}, mlp:elu+layernorm and the like, or "
+            "module:name for one of your own"
         )
     for option, of in (("hidden", "mlp"), ("width", "wavecnn")):
-        if getattr(options, option) is not None and name != of:
+        if getattr(options, option) is not None and kind != of:
             raise ValueError(f"--{option} is not for --policy {name}")
-    if name in POLICIES:
+    if kind in POLICIES:
         policy = _built_in(options, system)
         policy.reset_parameters(seed=seed, zero_last=zero_last)
         return policy
@@ -71,9 +95,10 @@ def own_policy(name: str, system: System) -> torch.nn.Module:
 
 
 def _built_in(options: argparse.Namespace, system: System) -> MLP | WaveCNN:
-    if options.network == "mlp":
+    if options.network.partition(":")[0] == "mlp":
         hidden = HIDDEN if options.hidden is None else tuple(options.hidden)
-        return MLP(system.state_size, hidden, system.control_size)
+        own: dict[str, Any] = perceptron_options(options.network)
+        return MLP(system.state_size, hidden, system.control_size, **own)
     if not isinstance(system, QuantumControl):
         raise ValueError(
             f"--policy wavecnn reads the wave function of a QuantumControl, not a {type(system).__name__}; "

@@ -14,11 +14,19 @@ from torch import Tensor, nn
 from .bridge.autograd.fused_path import FusedPath
 from .bridge.autograd.torch_path import TorchPath, places
 from .bridge.passes.foreign import Simulator
-from .bridge.passes.segments import CACHED_ROWS, fused_segment, torch_segment
+from .bridge.passes.segments import (
+    CACHED_ROWS,
+    MANY_WORLDS,
+    STORED_BYTES,
+    fused_segment,
+    recordings_bytes,
+    torch_segment,
+)
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
-from .flows import MOST_STEPS, as_int, check_decay
+from .estimators import clipped_number, decay_of
+from .flows import MOST_STEPS, as_int
 from .parameters import check_parameters
 from .policies import FusedNetwork, recognise
 from .probing import probe
@@ -75,7 +83,7 @@ def make_plan(
     horizon: int,
     base: str,
     check: str,
-    decay: float,
+    decay: Any,
     loss: Loss,
     control_cost: float,
     checkpoint_every: int | None,
@@ -83,10 +91,13 @@ def make_plan(
     inputs: Any = None,
     physics: Any = None,
     stepwise: bool = False,
+    clip: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
     The system and the horizon come from `check_horizon`.
+
+    `clip` is the largest norm of a cotangent, which users know as `clip_cotangent`.
 
     `stepwise`: torch evaluates the policy even if it could run inside the sweeps.
 
@@ -102,10 +113,10 @@ def make_plan(
         )
     ensemble = policy if isinstance(policy, Ensemble) else None
     x0 = check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
-    decay = check_decay(decay, call)
+    decay = decay_of(call, system, decay)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(system.number, base, check, decay, *weights)
+    spec = Spec(clipped_number(call, system, clip, physics), base, check, decay, *weights)
     foreign = isinstance(system, Simulator)
     if stepwise and ensemble is not None:
         raise ValueError(f"{call}: resets for an Ensemble, expected None; roll out its members() one by one")
@@ -182,8 +193,12 @@ def make_plan(
         segment = by_size if traced else fused_segment(network, x0, horizon, keep)
     else:
         segment = torch_segment(parameters, x0, system.control_size, spec.network_open, horizon)
-        if perceptron and x0.device.type == "cpu":
+        traced = torch.compiler.is_compiling()
+        if x0.device.type == "cpu" and not traced:
             segment = min(segment, max(1, CACHED_ROWS // max(x0.shape[-2], 1)))
+            if isinstance(path, TorchPath) and not foreign and x0.shape[0] >= MANY_WORLDS:
+                kept = keep and recordings_bytes(parameters, x0, horizon) <= STORED_BYTES["cpu"]
+                path = path._replace(by_steps=True, recorded=[] if kept else None)
     spec = spec._replace(segment=segment)
     own_loss = loss if callable(loss) else None
     numbers = () if physical is None else physical.names

@@ -1,17 +1,24 @@
 """A policy that torch evaluates, tried on a few rows before a rollout relies on it."""
 
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bridge.autograd import operators
 from .bridge.autograd.torch_path import TorchPath, call_with, places
 from .bridge.runtime.arrays import capturing
 from .bridge.runtime.compat import transforming
+from .recognition import record_of
 from .systems import System
 
 _PROBE_ROWS = 4
+_KEPT = 8
+"""Shapes and states of a module that are remembered as tried."""
+_tried: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+"""What each policy has been tried with."""
 
 
 def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Tensor], x0: Tensor) -> None:
@@ -19,12 +26,26 @@ def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Ten
     randomness.
 
     Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
-    in the backward pass, where all controls are recomputed. Tracing or capturing a graph, nothing can be
+    in the backward pass, where all controls are recomputed. A policy that has passed is not tried again with
+    states of the same shape while its attributes are the same. Tracing or capturing a graph, nothing can be
     read, so nothing is tried.
     """
     if torch.compiler.is_compiling() or x0.shape[0] == 0 or transforming():
         return
     if capturing(x0.device):
+        return
+    # what it depends on: tried once for each
+    key = (
+        system.control_size,
+        x0.shape,
+        x0.dtype,
+        x0.device,
+        policy.autocast,
+        None if policy.inputs is None else policy.inputs.shape,
+        record_of(policy.module),
+    )
+    tried = _tried.setdefault(policy.module, [])
+    if key in tried:
         return
     rows = x0[:_PROBE_ROWS].detach()
     given = None if policy.inputs is None else policy.inputs[0, :_PROBE_ROWS]
@@ -104,3 +125,5 @@ def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Ten
                 "all steps are recomputed at once in the backward pass; call policy.eval() or keep that "
                 "state outside"
             )
+    tried.append(key)
+    del tried[:-_KEPT]

@@ -63,14 +63,19 @@ class Quadrotor(System):
     rate_cost: float = 0.01
     """Weight of the squared body rates [m^2 s^2]."""
 
-    state_size = 13
-    control_size = 4
-
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("dt", "mass", "inertia", "inertia_z"):
             require(self, name, getattr(self, name) > 0, "a finite number above 0")
         super().__post_init__()
+
+    @property
+    def state_size(self) -> int:
+        return 13
+
+    @property
+    def control_size(self) -> int:
+        return 4
 
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return _quadrotor.make_functions(dtype)

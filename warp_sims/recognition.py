@@ -15,7 +15,7 @@ from .bridge.passes.composed import evaluate
 from .bridge.runtime.compat import transforming
 from .composing import MODULES, Composition, NotComposed, compose
 
-__all__ = ["composition_of", "is_changed"]
+__all__ = ["composition_of", "is_changed", "record_of", "tensors_of"]
 
 _ROWS = 5
 """Rows on which a module is tried."""
@@ -23,6 +23,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Accepted difference of a module and its operations, relative to the largest output."""
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 """Attributes that every module has, which are looked at one by one."""
+_LONG = 100
+"""Entries of a list or dictionary up to which a record holds them."""
 _DEPTH = 4
 """Levels of attributes of attributes that a record holds."""
 
@@ -42,12 +44,13 @@ def is_changed(module: nn.Module) -> bool:
 
 def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
     """A module as operations that run fused, or why it is evaluated by torch."""
-    for module in policy.modules():
+    modules = _modules_of(policy)
+    for module in modules:
         if is_changed(module):
             return f"{type(module).__name__} has a hook or a forward of its own"
         if type(module).__call__ is not nn.Module.__call__:
             return f"{type(module).__name__} has a __call__ of its own"
-    record = (in_size, *(_record(module) for module in policy.modules()))
+    record = in_size, *map(_record, modules)
     known = _known.get(policy)
     if known is not None and known[0] == record:
         return known[1]
@@ -55,14 +58,15 @@ def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
         return "it is called for the first time inside a transform of torch.func"
     kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in policy.modules()]
     found = _composed(policy, in_size)
-    if record != (in_size, *(_record(module) for module in policy.modules())):
+    if record != (in_size, *record_of(policy)):
         # what it was traced with must not stay there
         for module, own, parameters, buffers in kept:
             module.__dict__.clear()
             module.__dict__.update(own)
-            for tensors, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                tensors.clear()
-                tensors.update(before)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         return "its forward changes its attributes"
     _known[policy] = record, found
     return found
@@ -73,9 +77,9 @@ def tensors_of(policy: nn.Module, names: tuple[str, ...]) -> list[Tensor]:
     found = []
     for name in names:
         *path, last = name.split(".")
-        owner = policy
+        owner: Any = policy
         for part in path:
-            owner = owner._modules[part]  # type: ignore[assignment]
+            owner = owner._modules[part]
         found.append(owner._parameters[last])
     return found
 
@@ -135,8 +139,22 @@ def _try(policy: nn.Module, found: Composition) -> None:
         raise NotComposed(f"it gives other controls than its graph (by {float(off):.3g})")
 
 
+def record_of(policy: nn.Module) -> Any:
+    """What the forward of a module may depend on, without the values of its tensors: to be compared."""
+    return tuple(map(_record, _modules_of(policy)))
+
+
+def _modules_of(policy: nn.Module) -> list[nn.Module]:
+    """A module and all its parts: `modules()`, in less time than the rest of a record takes."""
+    found, last = [policy], 0
+    while last < len(found):
+        found += [part for part in found[last]._modules.values() if part is not None and part not in found]
+        last += 1
+    return found
+
+
 def _record(module: nn.Module) -> Any:
-    """What a module's forward may depend on, without the values of its tensors."""
+    """The same of a module without its parts."""
     own = module.__dict__
     return (
         type(module),
@@ -158,10 +176,12 @@ def _state(value: Any, depth: int) -> Any:
         return type(value), value
     if isinstance(value, (Tensor, nn.Module, type)) or callable(value) or depth == 0:
         return id(value)
+    if isinstance(value, (list, tuple, dict)) and len(value) > _LONG:
+        return id(value), len(value)
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_state(v, depth - 1) for v in value)
     if isinstance(value, dict):
         return tuple((repr(k), _state(v, depth - 1)) for k, v in value.items())
     if hasattr(value, "__dict__"):
         return id(value), tuple((k, _state(v, depth - 1)) for k, v in vars(value).items())
-    return id(value), repr(value)
+    return id(value), repr(value)[:1000]

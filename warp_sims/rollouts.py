@@ -14,6 +14,7 @@ from .bridge.runtime import arrays
 from .bridge.runtime.compat import transforming
 from .divergence import check_rollout
 from .episodes import Resets, checked_resets
+from .estimators import PerSecond
 from .flows import Flow, schedule
 from .parameters import Parameters, check_parameters
 from .plans import (
@@ -68,12 +69,13 @@ def rollout(
     loss: Loss = "final",
     control_cost: float = 0.0,
     window: int | None = None,
-    decay: float = 1.0,
+    decay: float | PerSecond = 1.0,
     checkpoint_every: int | None = None,
     locate_divergence: bool = False,
     inputs: Tensor | None = None,
     parameters: Parameters = None,
     resets: Resets | None = None,
+    clip_cotangent: float | None = None,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -96,7 +98,8 @@ def rollout(
             trajectories of one member after the other.
         control_cost: Weight of the mean squared control added to the loss.
         window: Truncation: closes both edges at t = window, 2 window, ...
-        decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
+        decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate. A
+            `PerSecond(factor)` is one in units of time, for systems with a field `dt`.
         checkpoint_every: Steps whose hidden activations the backward pass computes again at once, from the
             states, which are kept anyway; at least 1. Memory for activations then grows neither with the
             horizon nor, on a CPU, with the number of worlds. Of a fused policy, trajectories and the
@@ -116,6 +119,8 @@ def rollout(
             "combined" compared by component. The system's own loss reads the system's own numbers.
         resets: When worlds end and where they begin again, see `Resets`: several episodes in one horizon.
             Losses then see x0 and `next_states`, where the steps led. Torch evaluates the policy.
+        clip_cotangent: Largest Euclidean norm of what a step is given to pull back, in every world; of both
+            fields of "combined". What is above is scaled down to it, what is not finite stays so.
 
     Returns:
         `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the
@@ -153,6 +158,7 @@ def rollout(
         inputs=inputs,
         physics=parameters,
         stepwise=resets is not None,
+        clip=clip_cotangent,
     )
     if resets is not None:
         return _with_episodes(plan, system, checked_resets("rollout", system, plan.x0, horizon, resets))

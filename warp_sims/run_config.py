@@ -199,11 +199,12 @@ def _arguments(policy: torch.nn.Module) -> dict[str, Any] | None:
 def _options(policy: MLP) -> dict[str, Any]:
     """Activation, norm and bound of a perceptron where they are not the default."""
     found: dict[str, Any] = {}
-    for layer in policy:
-        found |= {"activation": name for name, kind in ACTIVATIONS.items() if type(layer) is kind}
-        found |= {"norm": name for name, kind in NORMS.items() if type(layer) is kind}
-        if isinstance(layer, Bound):
-            found["bound"] = [layer.low, layer.high]
+    for option, known in (("activation", ACTIVATIONS), ("norm", NORMS)):
+        for name, kind in known.items():
+            if any(type(layer) is kind for layer in policy):
+                found[option] = name
+    if isinstance(policy[-1], Bound):
+        found["bound"] = [policy[-1].low, policy[-1].high]
     return {name: value for name, value in found.items() if (name, value) != ("activation", "tanh")}
 
 

@@ -112,6 +112,51 @@ def mlp(params, x):
     return x @ kernel + bias
 
 
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+}
+
+
+def perceptron(kind: str):
+    """Policy, pack and unpack of a perceptron by its activation and norm, `elu+layernorm` for example.
+
+    Normalisations are those of flax: the variance from the mean of squares, scale and factor as one.
+    """
+    words = kind.split("+") if kind else []
+    norm = next((word for word in words if word in ("layernorm", "rmsnorm")), None)
+    activation = ACTIVATIONS[next((word for word in words if word in ACTIVATIONS), "tanh")]
+
+    def normalized(x, scale, shift=None):
+        square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        if norm == "rmsnorm":
+            return x * (jax.lax.rsqrt(square + jnp.finfo(x.dtype).eps) * scale)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-5)
+        return (x - mean) * (factor * scale) + shift
+
+    def policy(params, x):
+        for kernel, bias, *vectors in params[:-1]:
+            x = x @ kernel + bias
+            x = activation(normalized(x, *vectors) if vectors else x)
+        kernel, bias = params[-1]
+        return x @ kernel + bias
+
+    count = {None: 2, "rmsnorm": 3, "layernorm": 4}[norm]
+
+    def pack(weights):
+        layers = [weights[i : i + count] for i in range(0, len(weights) - 2, count)] + [weights[-2:]]
+        return [(layer[0].T, *layer[1:]) for layer in layers]
+
+    return policy, pack, unpack_mlp
+
+
 def wave_cnn(params, x):
     """Two convolutions of stride 2 over windows of three points, tanh, linear.
 
@@ -137,7 +182,7 @@ def pack_mlp(weights: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray
 
 def unpack_mlp(params) -> list[np.ndarray]:
     """To torch's layout."""
-    return [np.array(array.T) for layer in params for array in layer]
+    return [np.array(array.T) for layer in params for array in layer]  # that of a vector is itself
 
 
 def pack_cnn(weights: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .jax_problems import PROBLEMS
+from .jax_problems import PROBLEMS, perceptron
 
 # On a GPU JAX rounds the factors of float32 products to TF32 unless told otherwise: gradients were off by
 # 5e-4. Ours and torch's products are in float32.
@@ -77,9 +77,11 @@ class JaxScan:
         problem: One of `PROBLEMS`.
         control_cost: Weight of the mean squared control.
         device: ``"cpu"`` or ``"cuda"``.
+        policy: Activation and norm of another perceptron than the published, ``"elu+layernorm"`` for example.
     """
 
     plans = PLANS
+    policies = ("mlp",)
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
@@ -106,12 +108,16 @@ class JaxScan:
         problem: str = "cartpole",
         control_cost: float = 0.0,
         device: str = "cpu",
+        policy: str | None = None,
     ):
         if flow not in ("R", "M", "C") or loss not in ("final", "running") or plan not in PLANS:
             raise ValueError(f"JaxScan: flow={flow!r}, loss={loss!r}, plan={plan!r}")
-        if [w.shape[0] for w in weights[0:-2:2]] != list(widths):
+        if [w.shape[0] for w in weights[:-2] if w.ndim > 1] != list(widths):
             raise ValueError(f"JaxScan: weights do not belong to widths {tuple(widths)}")
         self._problem, self._control_cost = PROBLEMS[problem], control_cost
+        if policy is not None:
+            own = perceptron(policy)
+            self._problem = self._problem._replace(policy=own[0], pack=own[1], unpack=own[2])
         self._system = {name: float(value) for name, value in system.items()}
         self._device = jax.devices(device)[0]
         self._horizon, self._flow, self._loss, self._plan = horizon, flow, loss, plan
@@ -120,7 +126,8 @@ class JaxScan:
         with self._scope():
             # Copies, because the first update gives the buffers away.
             self._params = [
-                (jnp.array(w, dtype=dtype), jnp.array(b, dtype=dtype)) for w, b in self._problem.pack(weights)
+                tuple(jnp.array(array, dtype=dtype) for array in layer)
+                for layer in self._problem.pack(weights)
             ]
             self._x0 = jnp.array(x0, dtype=dtype)
             self._state = self._optimizer.init(self._params)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .torch_eager import TorchEager
-from .torch_problems import PROBLEMS
+from .torch_problems import PROBLEMS, perceptron
 
 # Complex products go to torch's own kernels, as in the eager program; constants are computed while tracing.
 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
@@ -26,6 +26,8 @@ warnings.filterwarnings("ignore", message="Torchinductor does not support code g
 class TorchCompiled(TorchEager):
     """One training problem and its update; arguments as those of `TorchEager`."""
 
+    policies = ("mlp",)
+
     def __init__(self, *args, **named):
         super().__init__(*args, **named)
         # The combined flow goes backwards twice through one graph, whose buffers must not be given away.
@@ -33,7 +35,9 @@ class TorchCompiled(TorchEager):
         # As every later state: else the first step would be another graph.
         self._x0.requires_grad_()
         problem = named.get("problem", "cartpole")
-        self._compiled = _compiled(problem, tuple(self._system.items()), self._x0.dtype, self._x0.device)
+        self._compiled = _compiled(
+            problem, named.get("policy"), tuple(self._system.items()), self._x0.dtype, self._x0.device
+        )
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
@@ -59,8 +63,11 @@ class TorchCompiled(TorchEager):
 
 
 @functools.cache
-def _compiled(problem: str, numbers: tuple, dtype: torch.dtype, device: torch.device) -> Callable:
-    policy, step = PROBLEMS[problem].policy, PROBLEMS[problem].step
+def _compiled(
+    problem: str, kind: str | None, numbers: tuple, dtype: torch.dtype, device: torch.device
+) -> Callable:
+    step = PROBLEMS[problem].step
+    policy = PROBLEMS[problem].policy if kind is None else perceptron(kind)
     system = dict(numbers)
 
     def advance(x: Tensor, seen: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,14 @@ The combined flow runs forward once and backward twice: a gate in the graph is c
 open for the second, which spares it the second rollout.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .torch_problems import PROBLEMS
+from .torch_problems import PROBLEMS, perceptron
 
 
 class _Valve:
@@ -48,7 +49,11 @@ class TorchEager:
         problem: One of `PROBLEMS`.
         control_cost: Weight of the mean squared control.
         device: ``"cpu"`` or ``"cuda"``.
+        policy: Activation and norm of another perceptron than the published, ``"elu+layernorm"`` for
+            example, or a module, whose parameters are those given.
     """
+
+    policies = ("mlp", "module")
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
@@ -72,15 +77,25 @@ class TorchEager:
         problem: str = "cartpole",
         control_cost: float = 0.0,
         device: str = "cpu",
+        policy: str | torch.nn.Module | None = None,
     ):
         if flow not in ("R", "M", "C") or loss not in ("final", "running"):
             raise ValueError(f"{type(self).__name__}: flow={flow!r}, loss={loss!r}")
-        if [w.shape[0] for w in weights[0:-2:2]] != list(widths):
+        own = isinstance(policy, torch.nn.Module)
+        if not own and [w.shape[0] for w in weights[:-2] if w.ndim > 1] != list(widths):
             raise ValueError(f"{type(self).__name__}: weights do not belong to widths {tuple(widths)}")
         self._problem, self._control_cost = PROBLEMS[problem], control_cost
         self._system, self._horizon, self._flow, self._loss = dict(system), horizon, flow, loss
         place = {"dtype": getattr(torch, dtype), "device": device}
-        self._params = [torch.tensor(w, requires_grad=True, **place) for w in weights]
+        if isinstance(policy, torch.nn.Module):
+            policy = copy.deepcopy(policy).to(**place)
+            self._params = list(policy.parameters())
+            module = policy
+            self._problem = self._problem._replace(policy=lambda params, x: module(x))
+        else:
+            self._params = [torch.tensor(w, requires_grad=True, **place) for w in weights]
+            if policy is not None:
+                self._problem = self._problem._replace(policy=perceptron(policy))
         self._x0 = torch.tensor(x0, **place)
         self._optimizer = torch.optim.Adam(self._params, lr=lr, fused=True)
 

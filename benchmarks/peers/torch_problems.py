@@ -124,6 +124,38 @@ def mlp(params: Sequence[Tensor], x: Tensor) -> Tensor:
     return functional.linear(x, *params[-2:])
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": functional.relu,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "sigmoid": torch.sigmoid,
+    "softplus": functional.softplus,
+}
+
+
+def perceptron(kind: str) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
+    """A perceptron by its activation and norm, `elu+layernorm` for example."""
+    words = kind.split("+") if kind else []
+    norm = next((word for word in words if word in ("layernorm", "rmsnorm")), None)
+    activation = ACTIVATIONS[next((word for word in words if word in ACTIVATIONS), "tanh")]
+    count = {None: 2, "rmsnorm": 3, "layernorm": 4}[norm]
+
+    def policy(params: Sequence[Tensor], x: Tensor) -> Tensor:
+        for i in range(0, len(params) - 2, count):
+            x = functional.linear(x, *params[i : i + 2])
+            if norm == "layernorm":
+                x = functional.layer_norm(x, x.shape[-1:], *params[i + 2 : i + 4])
+            elif norm == "rmsnorm":
+                x = functional.rms_norm(x, x.shape[-1:], params[i + 2])
+            x = activation(x)
+        return functional.linear(x, *params[-2:])
+
+    return policy
+
+
 def wave_cnn(params: Sequence[Tensor], x: Tensor) -> Tensor:
     """Two convolutions of stride 2, tanh, linear on the features as (position, channel)."""
     h = torch.tanh(functional.conv2d(x.view(x.shape[0], 1, -1, 2), *params[:2], stride=2)).squeeze(-1)

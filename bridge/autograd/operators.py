@@ -75,7 +75,8 @@ def _dense(x: Tensor) -> Tensor:
     return x.resolve_neg().contiguous()
 
 
-def _check_finite(x0: Tensor) -> None:
+def check_finite(x0: Tensor) -> None:
+    """Raises ValueError where initial states are NaN or infinite."""
     if x0.numel() == 0 or capturing(x0.device):
         return
     # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they
@@ -101,7 +102,7 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Ten
     numbers of the physics, as in all that follows.
     """
     if check:
-        _check_finite(x0)
+        check_finite(x0)
     simulator = foreign.foreign(system)
     if simulator is not None:
         controls = foreign.with_values(simulator, controls, values)
@@ -146,6 +147,15 @@ def _(*arguments: Any) -> Tensor:
     return states.new_empty(())
 
 
+def costs(system: int, x: Tensor) -> Tensor:
+    """The system's own cost of states (nworld, state_size), one a world; nothing is differentiated."""
+    simulator = foreign.foreign(system)
+    with torch.no_grad():
+        if simulator is not None:
+            return simulator.cost(x)
+        return sweeps.costs(prepare(system, x.dtype, x.device), _dense(x))
+
+
 @_operator("fused_rollout")
 def fused_rollout(
     system: int,
@@ -165,7 +175,7 @@ def fused_rollout(
     With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. Where
     the description has a segment, the activations are not kept: they have no rows.
     """
-    _check_finite(x0)
+    check_finite(x0)
     own = with_segment(described(system, flows, decay, final, running, control, segment), network, x0)
     p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):

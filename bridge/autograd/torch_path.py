@@ -2,10 +2,12 @@
 
 Forwards it is evaluated step by step. Backwards it is not: it is evaluated again for all stored states at
 once, its Jacobians are taken there before the adjoint sweep, and its weight gradients behind it. Where that
-would be large it happens in blocks of worlds and segments of time.
+would be large it happens in blocks of worlds and segments of time. With so many worlds that a step keeps a
+CPU busy, autograd's recordings of the forward steps are kept instead, and go back with the sweep step by
+step: no second evaluation, and one pull where Jacobians would be one and the weights another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +15,15 @@ from torch import Tensor
 from torch.func import functional_call, vjp
 from torch.nn.functional import linear
 
+from ...kernels.flow import NETWORK, Flow
+from ..passes import sweeps
 from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
 from ..passes.physical import Physical, split_physical, with_physical
 from ..passes.segments import pieces
 from ..passes.spec import Cotangents, Saved, Spec
+from ..runtime.arrays import empty
+from ..runtime.registry import prepare
 from ..runtime.tracing import span
 from . import operators
 
@@ -25,6 +31,10 @@ JACOBIAN_ELEMENTS = 1 << 26
 """Elements of the policy's Jacobians held at once on the torch path; worlds go through in blocks where those
 of a segment are more.
 """
+
+
+CLOSED = str.maketrans("RN", "MS")
+"""Flows with their network edges closed."""
 
 
 def places(module: torch.nn.Module, buffers: bool = False) -> dict[str, tuple[str, ...]]:
@@ -52,6 +62,12 @@ def call_with(
     return functional_call(module, tensors, arguments, tie_weights=False)
 
 
+def recording_here() -> bool:
+    """Whether autograd would record an evaluation, were it allowed to."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return recording()
+
+
 def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
     """The controls of an `MLP`, without putting its parameters into a module at every step."""
     last = len(parameters) - 2
@@ -60,6 +76,20 @@ def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         if i < last:
             x = x.tanh()
     return x
+
+
+class _Recording(NamedTuple):
+    """One evaluation of the policy, recorded by autograd."""
+
+    controls: Tensor
+    states: Tensor
+    parameters: tuple[Tensor, ...]
+
+    def pull(self, adj: Tensor, of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Cotangents of some of its tensors for one of the controls."""
+        if not of or not self.controls.requires_grad:  # nothing of the policy depends on these
+            return tuple(map(torch.zeros_like, of))
+        return torch.autograd.grad(self.controls, of, adj, retain_graph=True, materialize_grads=True)
 
 
 class TorchPath(NamedTuple):
@@ -78,36 +108,50 @@ class TorchPath(NamedTuple):
     """(horizon, nworld, k) that the policy is given beside the states."""
     physical: Physical | None = None
     """Numbers of the physics that stand behind the policy's parameters."""
+    by_steps: bool = False
+    """Whether the steps go back one by one."""
+    recorded: list[_Recording] | None = None
+    """Where the forward steps are then kept for the backward pass; None where they are evaluated again."""
 
-    def policy(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None) -> Tensor:
-        """Controls (n, control_size) for states (n, state_size), with these parameters in place."""
+    def policy(
+        self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None, own: bool = False
+    ) -> Tensor:
+        """Controls (n, control_size) for states (n, state_size), with these parameters in place, which are
+        the module's `own` or substitutes.
+        """
         if self.autocast is None and not torch.is_autocast_enabled(x.device.type):
-            return self._evaluate(parameters, x, given).to(x.dtype)
+            return self._evaluate(parameters, x, given, own).to(x.dtype)
         with torch.autocast(
             x.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         ):
-            u = self._evaluate(parameters, x, given)
+            u = self._evaluate(parameters, x, given, own)
         return u.to(x.dtype)
 
-    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None) -> Tensor:
+    def _evaluate(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None, own: bool) -> Tensor:
         if self.perceptron:
             return _perceptron(parameters, x)
+        if own:
+            return self.module(x) if given is None else self.module(x, given)
         return call_with(self.module, self.substitutes(parameters), x, given)
 
-    def _recorded(self, parameters: Sequence[Tensor], points: Tensor) -> tuple[Tensor, Any, Any]:
-        """Controls, and the pullbacks to parameters and points, of one recording."""
+    def _owns(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the module's own parameters: then it is called as it is, without substitutes."""
+        for names, q in zip(self.places, parameters):
+            for name in names:
+                *path, last = name.split(".")
+                owner: Any = self.module
+                for part in path:
+                    owner = owner._modules[part]
+                if owner._parameters.get(last) is not q:
+                    return False
+        return True
+
+    def _record(self, parameters: Sequence[Tensor], points: Tensor, given: Tensor | None) -> _Recording:
+        """An evaluation at points (n, state_size)."""
         with torch.inference_mode(False), torch.enable_grad():
             q = tuple(ordinary(p).requires_grad_() for p in parameters)
             x = ordinary(points).requires_grad_()
-            u = self.policy(q, x)
-
-        def pull(adj: Tensor) -> tuple[tuple[Tensor, ...]]:
-            return (torch.autograd.grad(u, q, adj, retain_graph=True),)
-
-        def pull_x(adj: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(u, x, adj, retain_graph=True)
-
-        return u.detach(), pull, pull_x
+            return _Recording(self.policy(q, x, given), x, q)
 
     def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Tensors in the order of the parameters, by the names of all places they take."""
@@ -122,6 +166,9 @@ class TorchPath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; the policy is evaluated step by step."""
+        plain = foreign(spec.system) is None and self.physical is None
+        if plain and not operators.watched(x0, list(parameters)):
+            return self._forward_in_place(spec, x0, parameters)
         x, states, controls = x0, [x0], []
         parameters, values = split_physical(self.physical, parameters)
         simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
@@ -138,13 +185,37 @@ class TorchPath(NamedTuple):
         saved = Saved(torch.stack(states), torch.stack(controls))
         return saved, operators.loss(*spec.arguments(), *saved[:2])
 
-    def control(self, parameters: Sequence[Tensor], x: Tensor, t: int) -> Tensor:
+    def _forward_in_place(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
+        """The same, with what torch's operators cost at every step spared: the trajectory is written where it
+        will stand, and a module with its own parameters is called as it is.
+        """
+        operators.check_finite(x0)
+        p = prepare(spec.system, x0.dtype, x0.device)
+        saved = Saved(
+            empty(x0, spec.horizon + 1, *x0.shape), empty(x0, spec.horizon, x0.shape[0], p.control_size)
+        )
+        saved.states[0].copy_(x0)
+        own = self._owns(parameters)
+        kept = self.recorded if recording_here() else None
+        with sweeps.advancing(p, saved.states, saved.controls) as advance:
+            for t, (x, u) in enumerate(zip(saved.states[:-1].unbind(), saved.controls.unbind())):
+                with span("policy"):
+                    if kept is None:
+                        u.copy_(self.control(parameters, x, t, own))
+                    else:
+                        given = None if self.inputs is None else self.inputs[t]
+                        kept.append(self._record(parameters, x, given))
+                        u.copy_(kept[-1].controls.detach())
+                advance(t)
+        return saved, operators.loss(*spec.arguments(), *saved[:2])
+
+    def control(self, parameters: Sequence[Tensor], x: Tensor, t: int, own: bool = False) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
         given = None if self.inputs is None else self.inputs[t]
         if torch.compiler.is_compiling() or x.is_inference():
-            return self.policy(parameters, x, given)
+            return self.policy(parameters, x, given, own)
         version = x._version
-        u = self.policy(parameters, x, given)
+        u = self.policy(parameters, x, given, own)
         if x._version != version:
             raise ValueError(
                 f"policy: it changed its input in place at step {t}, expected the states as they are: they "
@@ -158,6 +229,9 @@ class TorchPath(NamedTuple):
         """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
         compared: in blocks of worlds whose Jacobians of a segment are not too large.
         """
+        watched = operators.watched(saved.states, list(parameters))
+        if self.by_steps and self.physical is None and not watched and recording_here():
+            return self._steps_back(spec, saved, parameters, g)
         if self.physical is None:
             return self._pull(spec, saved, parameters, None, g)[:2]
         policy, values = split_physical(self.physical, parameters)
@@ -189,6 +263,58 @@ class TorchPath(NamedTuple):
             found.append(path._block(spec, states, controls, parameters, row, g.worlds(part), nworld))
         grads, adj_x0, adj_values = zip(*found)
         return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1), torch.cat(adj_values, dim=1)
+
+    def _steps_back(
+        self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
+    ) -> tuple[Tensor, Tensor]:
+        """The same, one step after the other: the sweep, with the network edges closed, then what crosses
+        them, with the weight gradients from the same pull.
+        """
+        physics = spec._replace(base=spec.base.translate(CLOSED), check=spec.check.translate(CLOSED))
+        horizon, nworld, _ = saved.controls.shape
+        recorded = self.recorded or ()
+        grads: list[list[Tensor]] = [[] for _ in spec.schedules]
+        adj_x0 = None
+        for t in reversed(range(horizon)):
+            states, controls = saved.states[t : t + 2], saved.controls[t : t + 1]
+            again = None
+            if len(recorded) == horizon:
+                own = recorded[t]
+            else:
+                with span("policy_again"):
+                    given = None if self.inputs is None else self.inputs[t]
+                    own = self._record(parameters, saved.states[t], given)
+                    again = own.controls.detach().unsqueeze(0)
+            tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
+            mu, adj_x0, _ = operators.adjoint(
+                *physics.arguments(),
+                states,
+                controls,
+                again,
+                tolerance,
+                None,
+                *g.steps(t, t + 1),
+                t,
+                adj_x0,
+                nworld,
+            )
+            for f, schedule in enumerate(spec.schedules):
+                is_open = Flow(schedule[t]).edges & NETWORK
+                with span("policy_weight_grad"):
+                    of = (own.states, *own.parameters) if is_open else own.parameters
+                    found = own.pull(mu[f, 0], of)
+                if is_open:
+                    adj_x0[f] += found[0]
+                    found = found[1:]
+                if grads[f]:
+                    for total, one in zip(grads[f], found, strict=True):
+                        total += one
+                else:
+                    grads[f] = [one.clone() for one in found]
+        assert adj_x0 is not None
+        flat = [[q.reshape(-1).to(saved.states.dtype) for q in field] for field in grads]
+        empty_one = saved.states.new_zeros(0)
+        return torch.stack([torch.cat(field) if field else empty_one for field in flat]), adj_x0
 
     def _block(
         self,
@@ -247,20 +373,21 @@ class TorchPath(NamedTuple):
 
     def linearised(
         self, spec: Spec, parameters: Sequence[Tensor], points: Tensor, steps: int, t0: int
-    ) -> tuple[Tensor, Any, Tensor | None]:
+    ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]], Tensor | None]:
         """Of the policy at the points (steps * nworld, state_size) of the steps from `t0` on: controls
         (steps, nworld, control_size), the pullback to the parameters, and dN/dx, None where no network edge
         is open.
         """
         nworld, size = points.shape[0] // steps, points.shape[1]
         given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
-        once = self.perceptron and not operators.watched(points, list(parameters)) and recording()
+        once = not operators.watched(points, list(parameters)) and recording_here()
         pull_x: Any = None
         with span("policy_again"):
             if once:
-                recomputed, pull, pull_x = self._recorded(parameters, points)
+                own = self._record(parameters, points, given)
+                recomputed = own.controls.detach()
             else:
-                recomputed, pull, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
+                recomputed, pull_q, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
         m, jac = recomputed.shape[1], None
         if spec.network_open:
             with span("policy_jacobians"):
@@ -271,18 +398,22 @@ class TorchPath(NamedTuple):
                 for c in range(m):
                     unit = torch.zeros_like(recomputed)
                     unit[:, c] = 1.0
-                    columns.append(pull_x(unit)[0])
+                    columns.append((own.pull(unit, (own.states,)) if once else pull_x(unit))[0])
                 jac = torch.stack(columns, dim=1).view(steps, nworld, m, size)
+
+        def pull(adj: Tensor) -> Sequence[Tensor]:
+            return own.pull(adj, own.parameters) if once else pull_q(adj)[0]
+
         return recomputed.view(steps, nworld, m), pull, jac
 
 
-def weight_gradients(pull: Any, mu: Tensor) -> Tensor:
+def weight_gradients(pull: Callable[[Tensor], Sequence[Tensor]], mu: Tensor) -> Tensor:
     """Flat gradients of the parameters (fields, parameters) of the cotangents of the controls (fields, steps,
     nworld, control_size).
     """
     fields = []
     for f in range(mu.shape[0]):
         with span("policy_weight_grad"):
-            (field,) = pull(mu[f].flatten(0, 1))
+            field = pull(mu[f].flatten(0, 1))
         fields.append(torch.cat([g.reshape(-1).to(mu.dtype) for g in field]) if field else mu.new_zeros(0))
     return torch.stack(fields)

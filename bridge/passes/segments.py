@@ -27,9 +27,15 @@ POINT_ELEMENTS = 1 << 25
 """Elements that a policy which torch evaluates holds at once, as far as they can be foreseen."""
 
 CACHED_ROWS = 1 << 12
-"""Rows that a perceptron of a foreign simulator's rollout takes at once on a CPU: of more, the pages of fresh
-memory cost as much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
+"""Rows that a policy which torch evaluates takes at once on a CPU: of more, the pages of fresh memory cost as
+much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
 """
+MANY_WORLDS = 192
+"""Worlds from which the steps of such a policy go back one by one on a CPU: what autograd costs a step is
+then less than what a second evaluation and a second pull would.
+"""
+RECORDED = 3
+"""Tensors that autograd keeps of a layer, about: before a norm, before and behind an activation."""
 
 
 def blocks_of(nworld: int) -> int:
@@ -87,6 +93,12 @@ def torch_segment(
     if jacobians:
         row += control_size * state_size
     return _even(horizon, POINT_ELEMENTS // (max(x0.shape[-2], 1) * row))
+
+
+def recordings_bytes(parameters: Sequence[torch.Tensor], x0: torch.Tensor, horizon: int) -> int:
+    """What autograd's recordings of all forward steps take, as far as it can be foreseen."""
+    row = RECORDED * sum(q.shape[0] for q in parameters if q.ndim > 1)
+    return horizon * x0.shape[0] * row * x0.element_size()
 
 
 def _even(horizon: int, most: int) -> int:

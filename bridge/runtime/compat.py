@@ -31,10 +31,10 @@ __all__ = [
     "unwrap_dead_wrappers",
 ]
 
-# unwrap_dead_wrappers: tensors of a transform of torch.func that is over, which a pullback may still be called
-# with. torch's own autograd functions do the same; without it they are refused.
+# unwrap_dead_wrappers: tensors of a transform of torch.func that is over, with which a pullback may still be
+# called. torch's own autograd functions do the same; without it they are refused.
 # dispatch_mode: whether somebody watches torch's operators, so that ours must go through the dispatcher.
-# unflatten_dense_tensors: a flat gradient as tensors like the parameters, by one call where views take one each.
+# unflatten_dense_tensors: a flat gradient as tensors like the parameters, by one call where views take many.
 
 
 def transforming() -> bool:

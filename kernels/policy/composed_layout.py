@@ -1,7 +1,7 @@
 """Where the parameters and activations of a composed policy lie: any chain of the operations below.
 
-A composed policy is written down as one line, its operations in order of evaluation, separated by `|`. Value 0
-is the state, and every operation makes the next value. With v, w numbers of values:
+A composed policy is written down as one line, its operations in order of evaluation, separated by `|`. Value
+0 is the state, and every operation makes the next value. With v, w numbers of values:
 
     composed:10|linear 0 100 p0 p1|normalize 1 layer 1e-05|affine 2 p2 p3|elu 3 1.0|linear 4 1 p4 p5
 

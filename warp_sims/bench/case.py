@@ -18,6 +18,7 @@ import torch
 from .. import work
 from ..gradients import GradientPair, gradient_pair
 from ..kernels.policy.layout import layout
+from ..named import own_policy, perceptron_options
 from ..policies import MLP, WaveCNN, fused_network
 from ..published import SETTINGS, Setting
 from ..systems import QuantumControl, System
@@ -56,6 +57,8 @@ class Case:
         widths: Hidden layers; for quantum the channels of both convolutions, which are equal.
         horizon: Number of steps.
         size: Poles or grid points where they are not the published ones, else 0.
+        kind: Policy where it is not the published one: `mlp:elu+layernorm` and the like with these widths, or
+            `module:name`.
     """
 
     problem: str
@@ -65,6 +68,7 @@ class Case:
     widths: tuple[int, ...] = ()
     horizon: int = 0
     size: int = 0
+    kind: str = ""
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -85,20 +89,24 @@ class Case:
 
     @property
     def network(self) -> str:
-        """Hidden layers as they are written in tables."""
-        return "x".join(map(str, self.widths))
+        """The policy as it is written in tables."""
+        return network_name(self.widths, self.kind)
 
-    def policy(self) -> MLP | WaveCNN:
+    def policy(self) -> torch.nn.Module:
         """The controller, Glorot-uniform with a fixed seed: with the published zero output layers M is R.
 
         That of guidance has a tenth of it: a full one drives the agents into collisions, where float32 keeps
         four digits.
         """
         system = self.system
+        if self.kind and not is_perceptron(self.kind):
+            torch.manual_seed(1)
+            return own_policy(self.kind, system)
+        own: dict[str, Any] = perceptron_options(self.kind)
         policy = (
             WaveCNN(system.points, self.widths[0])
             if isinstance(system, QuantumControl)
-            else MLP(system.state_size, self.widths, system.control_size)
+            else MLP(system.state_size, self.widths, system.control_size, **own)
         )
         policy.reset_parameters(seed=1)
         if self.problem == "guidance":
@@ -109,7 +117,12 @@ class Case:
     def peer_arguments(self) -> dict[str, Any]:
         """What a peer is built from: numbers and numpy arrays, no object of this package."""
         system = self.system
-        return {
+        own: dict[str, Any] = {}
+        if is_perceptron(self.kind):
+            own = {"policy": self.kind.partition(":")[2]}
+        elif self.kind:
+            own = {"policy": self.policy()}
+        return own | {
             "problem": self.problem,
             "system": {k: v for k, v in dataclasses.asdict(system).items() if k not in COUNTS},
             "widths": self.widths,
@@ -129,6 +142,19 @@ class Case:
             "loss": self.setting.loss,
             "control_cost": self.setting.control_cost,
         }
+
+
+def is_perceptron(kind: str) -> bool:
+    """Whether a kind of policy is an `MLP` with options."""
+    return kind.partition(":")[0] == "mlp"
+
+
+def network_name(widths: Sequence[int], kind: str) -> str:
+    """Hidden layers, and what the policy is besides, as they are written in tables."""
+    sizes = "x".join(map(str, widths))
+    if not kind:
+        return sizes
+    return f"{sizes} {kind.partition(':')[2] or 'tanh'}" if is_perceptron(kind) else kind
 
 
 def published_widths(problem: str) -> tuple[int, ...]:
@@ -223,11 +249,12 @@ def needed_operations(case: Case) -> int:
     product of activations and cotangents per gradient field (C has two), and cotangents pulled back through
     the layers, to the states too where the network edge is open. A field's cotangents of all units are linear
     in the controls' ones: no more are pulled than there are controls. The simulator, activation functions and
-    Adam are left out, so that a share of the ceiling is never flattered.
+    Adam are left out, so that a share of the ceiling is never flattered. 0 of a policy that torch evaluates.
     """
     policy, system = case.policy(), case.system
-    network = fused_network(policy)
-    assert network is not None  # every published policy is fused
+    network = fused_network(policy, system.state_size)
+    if network is None:
+        return 0
     problem = Problem(
         case.batch,
         case.horizon,

@@ -38,6 +38,12 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--widths", nargs="+", metavar="WxW", help="hidden layers, 32x32 for example (default: the published)"
     )
     add(
+        "--policy",
+        nargs="+",
+        metavar="POLICY",
+        help="instead of the published one, mlp:elu+layernorm and the like, or module:name",
+    )
+    add(
         "--device",
         nargs="+",
         metavar="DEVICE",
@@ -157,6 +163,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         "flows": tuple(dict.fromkeys(flow.upper() for flow in options.flows or ())),
         "batches": tuple(sorted(set(options.batch or ()))),
         "widths": tuple(_widths(text) for text in options.widths or ()),
+        "policies": tuple(dict.fromkeys(options.policy or ())),
         "devices": tuple(dict.fromkeys(options.device or ())),
         "contestants": tuple(options.contestants or ()),
         "peers": options.peers,

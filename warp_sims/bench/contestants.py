@@ -6,6 +6,8 @@ A folder of peers is a Python package whose `PEERS` maps names to `module:Class`
 - `update()` does one whole training update in place, returns the loss before it, and is done when it returns;
 - `gradients()` returns, after the first update, the gradients of that update as numpy arrays in the order and
   layout of the weights given: what is timed is what is checked;
+- `policies` (optional) says which policies it takes besides the published ones: "mlp", of which it is given
+  `policy=` as `elu+layernorm`, and "module", which it is given itself;
 - `plans` (optional) names several ways to go, of which the fastest competes; `flows` those it offers;
 - `unavailable(device)` (optional, a class method) returns why it cannot run here, or None.
 
@@ -29,7 +31,7 @@ import torch
 from ..graphed import GraphedUpdate
 from ..optimizers import make_optimizer
 from ..rollouts import rollout
-from .case import FLOWS, Case
+from .case import FLOWS, Case, is_perceptron
 
 OURS = "warp-sims"
 
@@ -109,6 +111,13 @@ class Entrant:
     def flows(self) -> tuple[str, ...]:
         """The flows that it offers."""
         return tuple(FLOWS) if self.ours else tuple(getattr(self._made_by(), "flows", FLOWS))
+
+    def takes(self, case: Case) -> bool:
+        """Whether it offers the flow and the policy of a case."""
+        if self.ours or case.flow not in self.flows():
+            return self.ours
+        policies = getattr(self._made_by(), "policies", ())
+        return not case.kind or ("mlp" if is_perceptron(case.kind) else "module") in policies
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run on a device, or None."""

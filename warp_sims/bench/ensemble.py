@@ -21,7 +21,7 @@ class Together(WarpSims):
     """
 
     def __init__(self, case: Case, members: int):
-        policies = [case.policy() for _ in range(members)]
+        policies: list[Any] = [case.policy() for _ in range(members)]
         for seed, policy in enumerate(policies[1:], start=2):
             policy.reset_parameters(seed=seed)
         super().__init__(case, Ensemble(policies))

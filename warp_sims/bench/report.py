@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .case import SIZES
+from .case import SIZES, network_name
 from .contestants import OURS
 from .timing import PAUSE, spread
 
@@ -203,6 +203,8 @@ def _rates(row: Row, report: dict[str, Any]) -> list[str]:
     seconds = row["contestants"][OURS]["seconds"]["median"]
     ceiling = report["ceilings"][row["case"]["device"]]
     flops = row["operations"] / seconds
+    if not flops:
+        return [_number(1e6 * _world_step(row, OURS)), "-", "-", "-"]
     return [
         _number(1e6 * _world_step(row, OURS)),
         _number(flops / 1e9),
@@ -406,7 +408,7 @@ def _title(row: Row) -> str:
 
 
 def _network(case: dict[str, Any]) -> str:
-    return "x".join(map(str, case["widths"]))
+    return network_name(case["widths"], case["kind"])
 
 
 def _number(value: float) -> str:

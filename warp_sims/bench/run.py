@@ -234,7 +234,7 @@ def _enter_all(
     truth = reference(case)
     runners = []
     for entrant in field:
-        if case.flow in entrant.flows():
+        if entrant.takes(case):
             runner = _enter(case, entrant, truth, settings, history, note, row)
             if runner is not None:
                 runners.append(runner)

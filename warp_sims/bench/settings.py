@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .case import BENCHED, FLOWS, SIZES, Case
+from ..named import perceptron_options
+from .case import BENCHED, FLOWS, SIZES, Case, is_perceptron
 
 BATCHES = (8, 64, 256, 1024, 4096, 16384)
 SCALES = {
@@ -33,6 +35,7 @@ class Settings:
         batches: Numbers of worlds, ascending.
         devices: `cpu`, `cuda` or `cuda:INDEX`.
         widths: Hidden layers of several networks; empty for the published one.
+        policies: Kinds of policies, see `Case.kind`; empty for the published one.
         contestants: Names, `name` or `name:plan`; None for all.
         peers: Folder of the peers; None for that of the repository, if there is one.
         rounds: Turns of every contestant, at most.
@@ -49,6 +52,7 @@ class Settings:
     batches: tuple[int, ...] = BATCHES
     devices: tuple[str, ...] = ("cpu",)
     widths: tuple[tuple[int, ...], ...] = ()
+    policies: tuple[str, ...] = ()
     contestants: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
     peers: Path | None = None
@@ -98,6 +102,22 @@ class Settings:
                     f"bench: widths {'x'.join(map(str, widths))} do not fit quantum, whose two convolutions "
                     "have one width; give 32x32 for example, or other problems"
                 )
+        for kind in self.policies:
+            if is_perceptron(kind):
+                perceptron_options(kind)
+            elif ":" not in kind:
+                raise ValueError(
+                    f"bench: policy is {kind!r}, expected mlp:elu+layernorm and the like, or module:name"
+                )
+            if self.ensemble and not is_perceptron(kind):
+                raise ValueError(
+                    f"bench: policy {kind} in an ensemble, expected mlp:elu+layernorm and the like"
+                )
+            if "quantum" in self.problems:
+                raise ValueError(
+                    f"bench: policy {kind} is not for quantum, whose policy is convolutional; name other "
+                    "problems"
+                )
         for device in self.devices:
             _check_device(device)
 
@@ -112,12 +132,12 @@ class Settings:
         """All rows, in the order in which they are measured: rows of one reference follow one another."""
         for device in self.devices:
             for problem in self.scaled_problems:
-                for widths in self.widths or ((),):
+                for widths, kind in itertools.product(self.widths or ((),), self.policies or ("",)):
                     for batch in SCALES["worlds"] if self.scaling == "worlds" else self.batches:
                         for value in SCALES[self.scaling] if self.scaling not in ("", "worlds") else (0,):
                             for flow in self.flows:
                                 horizon, size = (value, 0) if self.scaling == "horizon" else (0, value)
-                                yield Case(problem, flow, batch, device, widths, horizon, size)
+                                yield Case(problem, flow, batch, device, widths, horizon, size, kind)
 
 
 def _check_device(name: str) -> None:
