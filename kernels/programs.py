@@ -1,8 +1,8 @@
 """Prepared launches on a CPU, one after the other and on several threads, with no Python in between.
 
-On a CPU a kernel of Warp's is a function of two addresses, of its launch bounds and of its arguments. A `Call`
-is such a call, with the integers to store into bounds and arguments before it. A `Program` is calls one after
-the other, a `Job` programs that threads take, each the next one, until none is left.
+On a CPU a kernel of Warp's is a function of two addresses, of its launch bounds and of its arguments. A
+`Call` is one such call, with the integers to store into bounds and arguments before it. A `Program` is calls
+one after the other, a `Job` programs that threads take, each the next one, until none is left.
 """
 
 import ctypes

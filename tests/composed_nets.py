@@ -61,6 +61,18 @@ class Residual(nn.Module):
         return self.inner(x) - x if self.minus else x + self.inner(x)
 
 
+class Skips(nn.Module):
+    """The input, read again behind a sum that has read it already, and doubled."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x) + x)
+        return self.second(h) + x + (h + h)
+
+
 class Gain(nn.Module):
     """A trained scale and shift of every component."""
 
@@ -114,11 +126,13 @@ def networks(draw: st.DrawFn, state_size: int, control_size: int) -> nn.Module:
         parts.append(nn.Linear(width, units, bias=draw(st.booleans())))
         width = units
         for _ in range(draw(st.integers(0, 3))):
-            kind = draw(st.sampled_from(["activation", "activation", "norm", "residual", "gain"]))
+            kind = draw(st.sampled_from(["activation", "activation", "norm", "residual", "skips", "gain"]))
             if kind == "activation":
                 parts.append(ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]())
             elif kind == "norm" and width > 1:
                 parts.append(NORMS[draw(st.sampled_from(sorted(NORMS)))](width))
+            elif kind == "skips":
+                parts.append(Skips(width))
             elif kind == "gain":
                 parts.append(Gain(width))
             elif kind == "residual":
@@ -148,7 +162,7 @@ def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
         width = 9
     for norm in NORMS.values():
         parts += [nn.Linear(9, 9), norm(9)]
-    parts += [Gain(9), Residual(nn.Sequential(nn.Linear(9, 9), nn.SiLU()), minus=False)]
+    parts += [Gain(9), Skips(9), Residual(nn.Sequential(nn.Linear(9, 9), nn.SiLU()), minus=False)]
     parts += [
         Residual(nn.Linear(9, 9), minus=True),
         nn.Linear(9, control_size),
@@ -156,3 +170,24 @@ def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
         Bounded(False),
     ]
     return filled(nn.Sequential(*parts), seed)
+
+
+class Attention(nn.Module):
+    """A token a pole, attending to the others: a policy that torch evaluates."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, width), nn.Linear(width, 1)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        poles = x[:, 2:].unflatten(-1, (-1, 2))
+        cart = x[:, None, :2].expand_as(poles)
+        h = torch.tanh(self.embed(torch.cat((cart, poles), -1)))
+        scores = self.query(h) @ self.key(h).transpose(1, 2) / h.shape[-1] ** 0.5
+        return self.out((scores.softmax(-1) @ self.value(h)).mean(1))
+
+
+def attention(system) -> nn.Module:
+    """For `bench --policy composed_nets:attention`."""
+    return Attention()

@@ -5,7 +5,14 @@ from warp_sims.bench.report import BEGIN, END, against, summary, tables, write_p
 
 
 def fake_row(flow, batch, seconds, ratio=None, **case):
-    case = {"problem": "cartpole", "device": "cpu", "widths": [8, 8], "horizon": 100, "size": 0} | case
+    case = {
+        "problem": "cartpole",
+        "device": "cpu",
+        "widths": [8, 8],
+        "horizon": 100,
+        "size": 0,
+        "kind": "",
+    } | case
     found = {"plan": "", "seconds": {"median": seconds, "quartiles": [seconds, seconds]}}
     ratios = {} if ratio is None else {"peer": {"median": ratio, "quartiles": [ratio, ratio]}}
     contestants = {OURS: found} | ({"peer": found} if ratio else {})

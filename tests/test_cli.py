@@ -189,7 +189,7 @@ def test_help_lists_commands_and_the_numbers_of_a_system(capsys):
         ([], "COMMAND"),
         (["fly"], "'fly'"),
         (["train"], "SYSTEM"),
-        (["train", "cartpoll"], "unknown system 'cartpoll', expected cartpole"),
+        (["train", "cartpoll"], "unknown system 'cartpoll', expected ant, cartpole"),
         (["train", "no.such.module:Thing"], "no.such.module:Thing"),
         (["train", "warp_sims:Flow"], "derives from warp_sims.System"),
         (["train", "--poles", "3", "cartpole"], "before the system"),

@@ -16,6 +16,7 @@ import warp_sims as ws
 from benchmarks.peers.torch_compiled import TorchCompiled
 from benchmarks.peers.torch_eager import TorchEager
 from benchmarks.peers.warp_tape import WarpTape
+from warp_sims.bench.case import Case
 
 for package in ("jax", "optax"):
     pytest.importorskip(package, reason=f"the JAX peer needs {package}")
@@ -157,6 +158,29 @@ def check_peers(peers, name, loss, flow):
     for peer in peers:
         found = first_gradients(peer, *arguments, problem=name, control_cost=0.3)
         assert_close(found, [expected[key].numpy() for key in weights], TOLERANCE_64)
+
+
+@pytest.mark.parametrize("flow", ["R", "C"])
+@pytest.mark.parametrize(
+    "kind", ["mlp:elu+layernorm", "mlp:gelu+rmsnorm", "mlp:softplus", "mlp:silu+layernorm", "mlp"]
+)
+def test_peers_of_other_perceptrons(kind, flow):
+    case = Case("cartpole", flow, 5, widths=(9, 6), horizon=12, kind=kind)
+    policy, system, x0 = case.policy(), case.system, case.system.initial_states(5, dtype=torch.float64)
+    arguments = case.peer_arguments() | {"x0": x0.numpy()}
+    policy = policy.double()
+    expected = expected_gradients(system, policy, x0, 12, flow, loss=case.setting.loss)
+    for peer in PEERS.values():
+        found = first_gradients(peer, **arguments)
+        assert_close(found, [expected[key].numpy() for key, _ in policy.named_parameters()], TOLERANCE_64)
+
+
+def test_the_eager_peer_of_a_module():
+    case = Case("cartpole", "R", 5, horizon=12, kind="composed_nets:attention")
+    policy, x0 = case.policy().double(), case.system.initial_states(5, dtype=torch.float64)
+    expected = expected_gradients(case.system, policy, x0, 12, "R", loss=case.setting.loss)
+    found = first_gradients(TorchEager, **case.peer_arguments() | {"x0": x0.numpy()})
+    assert_close(found, [expected[key].numpy() for key, _ in policy.named_parameters()], TOLERANCE_64)
 
 
 @pytest.mark.parametrize("peer", PEERS)

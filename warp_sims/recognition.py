@@ -44,12 +44,13 @@ def is_changed(module: nn.Module) -> bool:
 
 def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
     """A module as operations that run fused, or why it is evaluated by torch."""
-    for module in policy.modules():
+    modules = _modules_of(policy)
+    for module in modules:
         if is_changed(module):
             return f"{type(module).__name__} has a hook or a forward of its own"
         if type(module).__call__ is not nn.Module.__call__:
             return f"{type(module).__name__} has a __call__ of its own"
-    record = in_size, record_of(policy)
+    record = in_size, *map(_record, modules)
     known = _known.get(policy)
     if known is not None and known[0] == record:
         return known[1]
@@ -57,7 +58,7 @@ def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
         return "it is called for the first time inside a transform of torch.func"
     kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in policy.modules()]
     found = _composed(policy, in_size)
-    if record != (in_size, record_of(policy)):
+    if record != (in_size, *record_of(policy)):
         # what it was traced with must not stay there
         for module, own, parameters, buffers in kept:
             module.__dict__.clear()
@@ -140,7 +141,16 @@ def _try(policy: nn.Module, found: Composition) -> None:
 
 def record_of(policy: nn.Module) -> Any:
     """What the forward of a module may depend on, without the values of its tensors: to be compared."""
-    return tuple(_record(module) for module in policy.modules())
+    return tuple(map(_record, _modules_of(policy)))
+
+
+def _modules_of(policy: nn.Module) -> list[nn.Module]:
+    """A module and all its parts: `modules()`, in less time than the rest of a record takes."""
+    found, last = [policy], 0
+    while last < len(found):
+        found += [part for part in found[last]._modules.values() if part is not None and part not in found]
+        last += 1
+    return found
 
 
 def _record(module: nn.Module) -> Any:

@@ -380,7 +380,7 @@ class TorchPath(NamedTuple):
         """
         nworld, size = points.shape[0] // steps, points.shape[1]
         given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
-        once = not operators.watched(points, list(parameters)) and recording()
+        once = not operators.watched(points, list(parameters)) and recording_here()
         pull_x: Any = None
         with span("policy_again"):
             if once:

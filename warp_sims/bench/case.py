@@ -154,7 +154,7 @@ def network_name(widths: Sequence[int], kind: str) -> str:
     sizes = "x".join(map(str, widths))
     if not kind:
         return sizes
-    return f"{sizes} {kind.partition(':')[2]}" if is_perceptron(kind) else kind
+    return f"{sizes} {kind.partition(':')[2] or 'tanh'}" if is_perceptron(kind) else kind
 
 
 def published_widths(problem: str) -> tuple[int, ...]:

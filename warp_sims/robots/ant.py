@@ -31,7 +31,7 @@ LEGS = (
     ((1, -1), (1, 1), (30, 70)),
 )
 MOTORS = (3, 0, 1, 2)  # legs in the order of the controls, hip and ankle of each
-HEIGHT, BENT = 0.55, 1.0  # where episodes begin: height [m], and ankles [rad]
+HEIGHT, BENT = 0.75, 1.0  # where episodes begin: height [m], above the ground with all feet; ankles [rad]
 
 
 def _bar(length: float, side: tuple[int, int]) -> tuple[Solid, Vector, float, Vector, Vector]:
@@ -123,13 +123,13 @@ class Ant(Runner):
     control_weight: ClassVar[float] = 0.5
     unseen: ClassVar[int] = 2
 
-    dt: float = 0.05
+    dt: float = 1 / 60
     """Control step [s]."""
-    substeps: int = 16
+    substeps: int = 6
     """Equal steps of the integrator in a control step."""
-    contact_stiffness: float = 2e3
+    contact_stiffness: float = 1e3
     """Normal force per depth [N/m]."""
-    contact_damping: float = 0.1
+    contact_damping: float = 0.3
     """Damping of the normal force of what comes nearer, in proportion to the depth [s/m]."""
     friction_stiffness: float = 30.0
     """Friction per slip speed below the bound of the undamped normal force [N s/m]."""

@@ -127,9 +127,9 @@ class HalfCheetah(Runner):
     control_weight: ClassVar[float] = 0.1
     unseen: ClassVar[int] = 1
 
-    dt: float = 0.05
+    dt: float = 1 / 60
     """Control step [s]."""
-    substeps: int = 16
+    substeps: int = 6
     """Equal steps of the integrator in a control step."""
     contact_stiffness: float = 1e4
     """Normal force per depth [N/m]."""
