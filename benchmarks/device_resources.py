@@ -23,6 +23,7 @@ from warp_sims.profiling.resources import device_resources, find_ptxas
 
 SYSTEMS = {
     "cartpole": (ws.CartPole(poles=4), "mlp:10,100,100,1"),
+    "quadrotor": (ws.Quadrotor(), "mlp:13,100,100,4"),
     "guidance": (ws.GuidanceByRepulsion(drivers=2, evaders=4), "mlp:24,100,100,4"),
     "quantum": (ws.QuantumControl(points=32), "wavecnn:64,60,1"),
     "hopper": (ws.Hopper(), "mlp:12,128,64,32,3"),

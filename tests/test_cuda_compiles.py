@@ -18,6 +18,12 @@ SPILLED = {
     # float64. Once a step, against some thousand accesses to local memory that the step makes anyway.
     ("hopper", "float64", "rollout, a world a block"): 16,
     ("hopper", "float64", "rollout, worlds share a block"): 32,
+    # In float64 alone: four points of Runge and Kutta, 26 registers each, and the cotangents of two fields or
+    # the weights of layers beside them. float32, in which policies are trained, spills none.
+    ("quadrotor", "float64", "adjoint, one field"): 96,
+    ("quadrotor", "float64", "adjoint, two fields"): 600,
+    ("quadrotor", "float64", "rollout, a world a block"): 320,
+    ("quadrotor", "float64", "rollout, worlds share a block"): 320,
 }
 """Bytes that a kernel may spill, where it is known why and what it costs."""
 

@@ -381,6 +381,9 @@ class TorchPath(NamedTuple):
         nworld, size = points.shape[0] // steps, points.shape[1]
         given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
         once = not operators.watched(points, list(parameters)) and recording_here()
+        # all are there for `pull`: a traced graph refuses a variable of it that has no value
+        own: Any = None
+        pull_q: Any = None
         pull_x: Any = None
         with span("policy_again"):
             if once:
