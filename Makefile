@@ -69,5 +69,5 @@ $(VENV)/.ready-cli: $(SETTINGS) | $(BIN)/python
 
 $(VENV)/.ready-dev: $(SETTINGS) | $(BIN)/python
 	@echo "installing torch, warp, jax and the tools of the tests into $(VENV) (a few minutes, once)"
-	$(PIP_INSTALL) -e ".[cli,tensorboard,bench,robots,dev]"
+	$(PIP_INSTALL) -e ".[cli,tensorboard,bench,robots,gymnasium,dev]"
 	@touch $@ $(VENV)/.ready-cli

@@ -54,7 +54,7 @@ PY
 train=("$python" -m warp_sims train cartpole --device cuda --epochs 12 --log-every 4 --no-progress)
 # only files that have such tests: others may need packages that are not there
 mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
-part tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider --junit-xml="$out/tests.xml" "${files[@]}"
+part tests 150 "$python" -m pytest -m gpu -q -n 8 -p no:cacheprovider --junit-xml="$out/tests.xml" "${files[@]}"
 bench=("$python" -m warp_sims bench --device cuda --batch 8 4096 --contestants warp-sims jax torch)
 part bench 120 "${bench[@]}" --rounds 5 --time-limit 2 --no-memory --json "$out/bench.json"
 for system in cartpole guidance quantum; do

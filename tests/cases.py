@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from own_systems import Pendulum, Unicycle
-from reference import cartpole, guidance, pendulum, quantum, unicycle
+from reference import cartpole, guidance, pendulum, quadrotor, quantum, unicycle
 from reference import rollout as oracle
 from torch import Tensor, nn
 
@@ -79,6 +79,11 @@ def step_of(system: ws.System) -> oracle.Step:
     if isinstance(system, ws.GuidanceByRepulsion):
         numbers = {name: value for name, value in vars(system).items() if isinstance(value, float)}
         return partial(guidance.step, **numbers)
+    if isinstance(system, ws.Quadrotor):
+        costs = ("velocity_cost", "rate_cost")
+        return partial(
+            quadrotor.step, **{k: v for k, v in vars(system).items() if k[0] != "_" and k not in costs}
+        )
     if isinstance(system, ws.QuantumControl):
         return partial(quantum.step, dt=system.dt, length=system.length)
     assert isinstance(system, Unicycle)
@@ -89,6 +94,8 @@ def cost_of(system: ws.System) -> oracle.StateLoss:
     """The torch reference of a system's cost of a state."""
     if isinstance(system, ws.GuidanceByRepulsion):
         return partial(guidance.loss, drivers=system.drivers)
+    if isinstance(system, ws.Quadrotor):
+        return partial(quadrotor.loss, velocity_cost=system.velocity_cost, rate_cost=system.rate_cost)
     if isinstance(system, ws.QuantumControl):
         return partial(quantum.loss, target=system.target)
     return {ws.CartPole: cartpole.loss, Pendulum: pendulum.loss}[type(system)]

@@ -30,6 +30,7 @@ KERNELS = Path(warp_sims.kernels.systems.cartpole.__file__).parent
 SYSTEMS: dict[str, list[ws.System]] = {
     "cartpole": [ws.CartPole(poles=2)],
     "guidance": [ws.GuidanceByRepulsion(drivers=2, evaders=3)],
+    "quadrotor": [ws.Quadrotor()],
     # an odd number of points leaves a row without a partner, an even one has the last meet
     "quantum": [ws.QuantumControl(points=7), ws.QuantumControl(points=6)],
 }
@@ -67,7 +68,8 @@ def all_mutants() -> tuple[Mutant, ...]:
     found: list[Mutant] = []
     for problem in SYSTEMS:
         found += _of_python(f"{problem}.py")
-        found += _of_text(f"{problem}_block.h", "in lanes", ("prelude", "step_vjp"))
+        if (KERNELS / f"{problem}_block.h").exists():
+            found += _of_text(f"{problem}_block.h", "in lanes", ("prelude", "step_vjp"))
     found += _of_text("quantum_memory.h", "in memory", ("prelude", "step_vjp"))
     found += _of_text("quantum_memory.h", "in memory", ("overlap", "loss_vjp"))
     return tuple(found)
@@ -111,6 +113,7 @@ def _functions(mutant: Mutant, system: ws.System, dtype: Any) -> ws.DeviceFuncti
         "CartPole": ("poles",),
         "GuidanceByRepulsion": ("drivers", "evaders"),
         "QuantumControl": ("points",),
+        "Quadrotor": (),
     }[type(system).__name__]
     numbers = [getattr(system, size) for size in sizes]
     if mutant.form == "by value":
@@ -173,6 +176,8 @@ def _terms_of_function(function: ast.FunctionDef) -> Iterator[Any]:
             target = statement.targets[0]
             if isinstance(target, ast.Name) and target.id in _INTEGERS:
                 continue
+            if isinstance(target, ast.Tuple):
+                continue  # several values are no number
             yield from _terms(statement.value)
         elif isinstance(statement, ast.AugAssign):
             yield from _terms(statement.value)

@@ -72,7 +72,7 @@ def reference_of(updates, flow, decay):
     config, task, worlds = updates.config, updates.task, updates.worlds
     actor, target = copy.deepcopy(updates.actor), copy.deepcopy(updates.target)
     step = functools.partial(cartpole.step, dt=task.dt)
-    fresh = worlds.restarts(updates.update)._fresh
+    fresh = worlds.fresh(updates.update)
     noise = worlds.noise(updates.update)
 
     def value(x):

@@ -11,7 +11,7 @@ import warp as wp
 from cases import Evaluated, make_net, make_states
 from own_systems import Unicycle
 from torch import nn
-from warp_sims.bridge.runtime.launches import DirectCall
+from warp_sims.bridge.runtime.compat import DirectCall
 from warp_sims.bridge.runtime.team import _Job
 
 import warp_sims as ws

@@ -194,7 +194,9 @@ def test_foreign_simulators_as_the_built_in_one(kind, flow):
     with contextlib.ExitStack() as stack:
         if kind == "jax":
             jax = pytest.importorskip("jax")
-            stack.enter_context(jax.enable_x64(True))
+            # of a GPU's work autograd runs the backward pass in a thread of its own
+            jax.config.update("jax_enable_x64", True)
+            stack.callback(jax.config.update, "jax_enable_x64", False)
             system = jax_cart(cart)
         elif kind == "tape":
             stack.enter_context(wp.ScopedDevice("cuda:0"))

@@ -3,9 +3,13 @@
 The graphs themselves are tested on a GPU, in test_gpu.py.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from warp_sims.bridge.runtime.arrays import constant, keeping
+from warp_sims.bridge.runtime.graphs import nothing_is_collected
 from warp_sims.bridge.runtime.launches import Pool
 
 import warp_sims as ws
@@ -132,3 +136,22 @@ def test_a_loaded_optimizer_has_no_graph_of_the_old_one():
         updates.step = GraphedUpdate(updates.update)
         updates.load_optimizer(updates.optimizer.state_dict())
         assert updates.step == updates.update
+
+
+def test_no_garbage_is_destroyed_during_a_capture():
+    """What is unreachable goes before; what becomes so during the capture goes behind it."""
+
+    class Old:
+        def __init__(self):
+            self.itself = self
+
+    before, during = Old(), Old()
+    seen = weakref.ref(before), weakref.ref(during)
+    del before
+    with nothing_is_collected():
+        assert seen[0]() is None and not gc.isenabled()
+        del during
+        kept = [Old() for _ in range(10_000)]
+        assert seen[1]() is not None
+    assert gc.isenabled()
+    del kept

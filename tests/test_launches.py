@@ -14,9 +14,9 @@ from cases import (
 )
 from torch import nn
 from warp_sims.bridge.passes import fused, fused_backward, sweeps
-from warp_sims.bridge.runtime import launches as bridge_launches
-from warp_sims.bridge.runtime import tracing
-from warp_sims.bridge.runtime.launches import DIRECT_CALLS, DirectCall, Launch
+from warp_sims.bridge.runtime import compat, tracing
+from warp_sims.bridge.runtime.compat import DIRECT_CALLS, DirectCall
+from warp_sims.bridge.runtime.launches import Launch
 from warp_sims.bridge.runtime.team import _Job
 from warp_sims.kernels import programs
 from warp_sims.kernels.agreement import make_combine
@@ -61,7 +61,7 @@ def launches(monkeypatch):
         return replay(self, *args, **kwargs)
 
     def counted_call(self):
-        if self._command.kernel is not programs.run_programs:
+        if self._command.kernel is not programs.run_job:
             counts[name(self._command.kernel)] += 1
         call(self)
 
@@ -118,7 +118,7 @@ def test_launches_through_warp_and_past_it(monkeypatch, launches, flow):
     found = []
     policy = make_net(CART)
     for versions in "none", DIRECT_CALLS:
-        monkeypatch.setattr(bridge_launches, "DIRECT_CALLS", versions)
+        monkeypatch.setattr(compat, "DIRECT_CALLS", versions)
         for pool in fused._rollout, fused_backward._backward, sweeps._combine:
             monkeypatch.setattr(pool, "_idle", OrderedDict())
         launches.clear()

@@ -12,7 +12,7 @@ def test_mutants_are_those_of_the_page():
     assert counts == {
         *(
             (f"{name}.py", what)
-            for name in ("cartpole", "guidance", "quantum")
+            for name in ("cartpole", "guidance", "quantum", "quadrotor")
             for what in ("step_vjp", "loss_vjp", "parameters_vjp")
         ),
         *((f"{name}_block.h", "step_vjp") for name in ("cartpole", "guidance", "quantum")),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import warp as wp
-from warp_sims.bridge.runtime import launches, team, tracing
+from warp_sims.bridge.runtime import compat, team, tracing
 from warp_sims.bridge.runtime.launches import Launch, array
 from warp_sims.bridge.runtime.team import Backoff, Program, Step, Team, in_parallel
 
@@ -66,9 +66,9 @@ def test_programs(monkeypatch, road):
     if road == "one thread":
         backoff.report(elapsed=10**9, work=0)
     if "own threads" in road:
-        monkeypatch.setattr(team, "_team", lambda: None)
+        monkeypatch.setattr(team, "openmp", lambda: None)
     if road == "another Warp":
-        monkeypatch.setattr(launches, "DIRECT_CALLS", "none")
+        monkeypatch.setattr(compat, "DIRECT_CALLS", "none")
     if "python" in road:
         monkeypatch.setattr(team, "_calls", lambda task: None)
     programs, expected, logs = make_programs()

@@ -34,6 +34,9 @@ from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
 from .ensembles import Ensemble
+from .environments import gymnasium_env
+from .episodes import Resets
+from .estimators import Blend, PerSecond, project_conflicting
 from .flows import Flow
 from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
 from .gaussian import GaussianPolicy
@@ -42,17 +45,21 @@ from .linearization import linearize
 from .policies import MLP, WaveCNN, explain
 from .profiling.run import profile
 from .recording import record_rollout
+from .repeated import repeat
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
 from .runs import load_run
 from .systems import (
+    Ant,
     BlockFunctions,
     CartPole,
     DeviceFunctions,
     GuidanceByRepulsion,
+    HalfCheetah,
     Hopper,
     LinkedPendulum,
     MemoryFunctions,
     ParameterFunctions,
+    Quadrotor,
     QuantumControl,
     Robot,
     System,
@@ -64,8 +71,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Blend",
     "ActorCriticConfig",
     "ActorCriticResult",
+    "Ant",
     "BlockFunctions",
     "CartPole",
     "CheckReport",
@@ -76,12 +85,16 @@ __all__ = [
     "GaussianPolicy",
     "GradientPair",
     "GuidanceByRepulsion",
+    "HalfCheetah",
     "Hopper",
     "JaxSystem",
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "PerSecond",
+    "Quadrotor",
     "QuantumControl",
+    "Resets",
     "Robot",
     "Rollout",
     "System",
@@ -91,6 +104,7 @@ __all__ = [
     "TrainResult",
     "WaveCNN",
     "empty_cache",
+    "gymnasium_env",
     "animate",
     "check",
     "explain",
@@ -99,7 +113,9 @@ __all__ = [
     "load_actor",
     "load_run",
     "profile",
+    "project_conflicting",
     "record_rollout",
+    "repeat",
     "rollout",
     "simulate",
     "step",

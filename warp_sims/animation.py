@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .actor_critic.folder import load_actor
 from .flows import Flow
 from .plots import COLOURS, need_matplotlib
 from .rollouts import Rollout, rollout
-from .runs import load_run, read_config
+from .runs import ACTOR_CRITIC, is_run, load_run, read_config
 from .systems import System
 
 PANEL_PIXELS = 480
@@ -28,6 +29,7 @@ HOLD_SECONDS = 1.0  # how long the last picture stays
 FREE_SHAPE = 0.62  # height by width of a picture whose axes have no common scale
 FIXED_VIEW = 1.8  # how much wider than one frame's view a picture may be before it follows the system instead
 FORMATS = (".gif", ".mp4")
+EPISODE_STEPS = 240  # steps of an episode that are drawn, unless more are asked for
 View = tuple[tuple[float, float], tuple[float, float]]  # limits of x, of y
 Source = Any  # a run folder, a rollout, a tensor of states, or a mapping of these; spelled out in `animate`
 
@@ -128,6 +130,8 @@ def _run_panel(
     horizon: int | None,
     checkpoint: str,
 ) -> _Panel:
+    if policy is None and is_run(path, ACTOR_CRITIC):
+        return _actor_panel(title, path, system, world, horizon, checkpoint)
     read_config(path)  # says what is wrong with the folder before anything is built
     config, policy, _ = load_run(path, checkpoint=checkpoint, system=system, policy=policy, loss=_no_loss)
     if not 0 <= world < config.samples:
@@ -142,6 +146,29 @@ def _run_panel(
         )
     name = config.flow.name.lower() if isinstance(config.flow, Flow) else "schedule"
     return _states_panel(title or f"flow {name}", out, config.system, 0)
+
+
+def _actor_panel(
+    title: str,
+    path: str | os.PathLike[str],
+    system: System | None,
+    world: int,
+    horizon: int | None,
+    checkpoint: str,
+) -> _Panel:
+    """The actor of `ws.train_actor_critic`, without noise, in an episode of the evaluation."""
+    config, actor, _ = load_actor(path, checkpoint=checkpoint, system=system)
+    if not 0 <= world < config.eval_worlds:
+        raise ValueError(
+            f"animate: world={world}, expected one of the {config.eval_worlds} episodes of an evaluation"
+        )
+    x0 = config.system.initial_states(
+        config.eval_worlds, seed=config.seed, split="test", dtype=config.torch_dtype
+    )[world : world + 1]
+    steps = horizon or min(config.system.episode_steps, EPISODE_STEPS)
+    with torch.no_grad():
+        out = rollout(config.system, actor, x0, horizon=steps, flow=Flow.REGULAR, loss=None)
+    return _states_panel(title or f"flow {config.settings()['flow']}", out, config.system, 0)
 
 
 def _no_loss(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:

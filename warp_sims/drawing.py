@@ -178,3 +178,36 @@ def draw_quantum(axes: Any, system: Any, state: np.ndarray) -> None:
     for side in ("left", "right"):
         axes.spines[side].set(color="0.25", linewidth=2.5)  # the walls
     axes.spines["bottom"].set_color("0.55")
+
+
+QUADROTOR_REACH = 2.6  # how far a picture shows the plane in every direction [m]
+ARM = 0.3  # drawn length of an arm [m], larger than life
+
+
+def draw_quadrotor(axes: Any, system: Any, state: np.ndarray) -> None:
+    """Draws a quadrotor from the side (x to the right, z up): arms, rotors, thrust, velocity, and the target.
+
+    Args:
+        axes: Matplotlib axes, cleared.
+        system: A `ws.Quadrotor`.
+        state: One state, shape (13,): position, velocity, quaternion (w, x, y, z), body rates.
+    """
+    px, _, pz, vx, _, vz, w, x, y, z = (float(k) for k in state[:10])
+    # where the body's axes point, seen from the side
+    forward = np.array([1 - 2 * (y * y + z * z), 2 * (x * z - w * y)])
+    left = np.array([2 * (x * y - w * z), 2 * (y * z + w * x)])
+    up = np.array([2 * (x * z + w * y), 1 - 2 * (x * x + y * y)])
+    middle = np.array([px, pz])
+    axes.plot(0, 0, marker="+", markersize=16, markeredgewidth=2, color=TARGET_COLOUR, zorder=1)
+    axes.arrow(*middle, ARROW_SECONDS * vx, ARROW_SECONDS * vz, color="0.6", width=0.01, zorder=2)
+    for i, (a, b) in enumerate(((1, 1), (1, -1), (-1, 1), (-1, -1))):
+        rotor = middle + ARM * (a * forward + b * left) / np.sqrt(2)
+        axes.plot(*zip(middle, rotor), color="0.25", linewidth=3, zorder=3)
+        disc = np.array([rotor - 0.4 * ARM * forward, rotor + 0.4 * ARM * forward]) + 0.06 * up
+        axes.plot(disc[:, 0], disc[:, 1], color=POLE_COLOURS[0 if i < 2 else 1], linewidth=4, zorder=4)
+    axes.plot(*zip(middle, middle + 0.5 * up), color=POLE_COLOURS[3], linewidth=1.5, zorder=2)
+    axes.set_xlim(-QUADROTOR_REACH, QUADROTOR_REACH)
+    axes.set_ylim(-QUADROTOR_REACH, QUADROTOR_REACH)
+    axes.set_aspect("equal")
+    axes.tick_params(labelsize=8, labelcolor="0.45", color="0.55")
+    axes.set_ylabel("z [m]", fontsize=8)

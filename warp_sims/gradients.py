@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .bridge.autograd import operators
 from .bridge.passes.spec import Cotangents
+from .estimators import Combiner, PerSecond
 from .flows import Flow, schedule
 from .parameters import Parameters
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
@@ -85,23 +86,54 @@ class GradientPair:
         """Euclidean norms of base and check, scalars."""
         return self.sums[..., 1].sqrt(), self.sums[..., 2].sqrt()
 
-    def combine(self, keep: Literal["base", "check"] = "base") -> dict[str, Tensor]:
+    def combine(
+        self, keep: Literal["base", "check"] = "base", *, combiner: Combiner | None = None
+    ) -> dict[str, Tensor]:
         """Per component the kept gradient where the signs agree, else 0; by parameter name.
 
         sign(0) = sign(0). What is NaN or infinite in the kept gradient stays so, and gives 0 in the other: an
         infinity is what an overflow left, not a sign. `nonfinite` counts both.
 
+        Args:
+            combiner: Another way to make one gradient of two: takes (2, components) to (components,), of an
+                ensemble each member's by itself. `project_conflicting`, `Blend(weight)`, or an aggregator of
+                `torchjd`.
+
         Raises:
-            ValueError: `keep` is neither "base" (the published rule) nor "check".
+            ValueError: `keep` is neither "base" (the published rule) nor "check", or `combiner` returns
+                another shape.
         """
         if keep not in ("base", "check"):
             raise ValueError(f'GradientPair.combine: keep is {keep!r}, expected "base" or "check"')
+        if combiner is not None:
+            return self._named(self._combined_by(combiner))
         # a copy: optimizers and clipping change gradients in place, and the pair keeps its own
         return self._named(self._compared(keep == "check")[0].clone())
 
-    def assign(self, policy: nn.Module, keep: Literal["base", "check"] = "base") -> None:
+    def _combined_by(self, combiner: Combiner) -> Tensor:
+        if self.flat.ndim == 3:
+            return torch.stack([self._member(combiner, pair) for pair in self.flat.unbind(1)])
+        return self._member(combiner, self.flat)
+
+    def _member(self, combiner: Combiner, pair: Tensor) -> Tensor:
+        found = combiner(pair.clone())
+        if not isinstance(found, Tensor) or found.shape != pair.shape[1:]:
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"GradientPair.combine: combiner returned {given} for gradients of shape "
+                f"{tuple(pair.shape)}, expected {tuple(pair.shape[1:])}"
+            )
+        return found
+
+    def assign(
+        self,
+        policy: nn.Module,
+        keep: Literal["base", "check"] = "base",
+        *,
+        combiner: Combiner | None = None,
+    ) -> None:
         """Puts the combined gradient into the `.grad` of the policy's parameters, replacing what is there;
-        that of numbers of the physics is left to `combine`.
+        that of numbers of the physics is left to `combine`, whose arguments these are.
 
         Raises:
             ValueError: the policy lacks a parameter of this pair, or has it with another shape.
@@ -117,7 +149,7 @@ class GradientPair:
                     f"{tuple(shape)}; "
                     "assign to the policy that the pair was computed for"
                 )
-        for name, grad in self.combine(keep).items():
+        for name, grad in self.combine(keep, combiner=combiner).items():
             if name not in self.physical:
                 parameters[name].grad = grad
 
@@ -197,18 +229,20 @@ def gradient_pair(
     loss: Loss = "final",
     control_cost: float = 0.0,
     window: int | None = None,
-    decay: float = 1.0,
+    decay: float | PerSecond = 1.0,
     checkpoint_every: int | None = None,
     inputs: Tensor | None = None,
     parameters: Parameters = None,
+    clip_cotangent: float | None = None,
 ) -> GradientPair:
     """Two gradients of one rollout, not yet compared: one forward sweep, one adjoint sweep that carries both.
 
     Args:
         base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
-        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every, inputs, parameters:
-            As in `rollout`. A callable loss should be a mean over worlds, or pairs do not add up to the pair
-            of all worlds; nor do they where `parameters` holds one number a world that requires a gradient.
+        system, policy, x0, horizon, loss, control_cost, window, decay, checkpoint_every, inputs, parameters,
+        clip_cotangent: As in `rollout`. A callable loss should be a mean over worlds, or pairs do not add up
+            to the pair of all worlds; nor do they where `parameters` holds one number a world that requires a
+            gradient, or cotangents are clipped.
 
     Returns:
         `GradientPair` over the trainable parameters of the policy, and the numbers of `parameters` that
@@ -239,6 +273,7 @@ def gradient_pair(
         checkpoint_every,
         inputs=inputs,
         physics=parameters,
+        clip=clip_cotangent,
     )
     named = dict(policy.named_parameters())
     numbers = () if parameters is None else tuple(parameters.values())

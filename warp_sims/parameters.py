@@ -10,6 +10,7 @@ from .bridge.passes.foreign import Simulator
 from .bridge.passes.physical import Physical
 from .bridge.passes.physical_check import names_in_loss
 from .bridge.runtime.arrays import capturing
+from .bridge.runtime.compat import transforming
 from .bridge.runtime.physical import parameter_names, parameter_values
 from .systems import System
 
@@ -99,6 +100,6 @@ def _checked(call: str, name: str, value: Any, x0: Tensor) -> Tensor:
     # tracing a compiled graph, values are not known; while a CUDA graph is captured, they cannot be read
     if torch.compiler.is_compiling() or capturing(value.device) or value.numel() == 0:
         return value
-    if not torch._C._are_functorch_transforms_active() and not bool(torch.isfinite(value.detach()).all()):
+    if not transforming() and not bool(torch.isfinite(value.detach()).all()):
         raise ValueError(f"{call}: {what} holds NaN or infinity, expected finite numbers")
     return value

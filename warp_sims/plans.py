@@ -25,7 +25,8 @@ from .bridge.passes.segments import (
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
 from .ensembles import Ensemble, fused_ensemble
-from .flows import MOST_STEPS, as_int, check_decay
+from .estimators import clipped_number, decay_of
+from .flows import MOST_STEPS, as_int
 from .parameters import check_parameters
 from .policies import FusedNetwork, recognise
 from .probing import probe
@@ -82,17 +83,23 @@ def make_plan(
     horizon: int,
     base: str,
     check: str,
-    decay: float,
+    decay: Any,
     loss: Loss,
     control_cost: float,
     checkpoint_every: int | None,
     keep: bool = True,
     inputs: Any = None,
     physics: Any = None,
+    stepwise: bool = False,
+    clip: Any = None,
 ) -> Plan:
     """Checks every argument and returns the plan; nothing has run and nothing has changed when it raises.
 
     The system and the horizon come from `check_horizon`.
+
+    `clip` is the largest norm of a cotangent, which users know as `clip_cotangent`.
+
+    `stepwise`: torch evaluates the policy even if it could run inside the sweeps.
 
     `physics` are numbers of the physics by name, which users know as `parameters`.
 
@@ -106,11 +113,13 @@ def make_plan(
         )
     ensemble = policy if isinstance(policy, Ensemble) else None
     x0 = check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
-    decay = check_decay(decay, call)
+    decay = decay_of(call, system, decay)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(system.number, base, check, decay, *weights)
+    spec = Spec(clipped_number(call, system, clip, physics), base, check, decay, *weights)
     foreign = isinstance(system, Simulator)
+    if stepwise and ensemble is not None:
+        raise ValueError(f"{call}: resets for an Ensemble, expected None; roll out its members() one by one")
     if foreign and ensemble is not None:
         raise ValueError(
             f"{call}: policy is an Ensemble on a {type(system).__name__}, expected a system with kernels: "
@@ -125,10 +134,13 @@ def make_plan(
             f"{system.control_size} (control_size) for {type(system).__name__}"
         )
     inputs = _check_inputs(call, inputs, x0, horizon, ensemble is not None)
-    perceptron = foreign and inputs is None and fused is not None and fused.description.startswith("mlp:")
-    if foreign or inputs is not None:
+    outside = foreign or stepwise
+    perceptron = outside and inputs is None and fused is not None and fused.description.startswith("mlp:")
+    if outside or inputs is not None:
         fused = None
         reason = "the simulator is not made of kernels" if foreign else "it is given inputs beside the states"
+        if stepwise:
+            reason = "worlds end and begin again"
     network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}

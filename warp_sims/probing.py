@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .bridge.autograd import operators
 from .bridge.autograd.torch_path import TorchPath, call_with, places
 from .bridge.runtime.arrays import capturing
+from .bridge.runtime.compat import transforming
 from .recognition import record_of
 from .systems import System
 
@@ -29,7 +30,7 @@ def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Ten
     states of the same shape while its attributes are the same. Tracing or capturing a graph, nothing can be
     read, so nothing is tried.
     """
-    if torch.compiler.is_compiling() or x0.shape[0] == 0 or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or x0.shape[0] == 0 or transforming():
         return
     if capturing(x0.device):
         return

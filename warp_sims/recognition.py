@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge.passes.composed import evaluate
+from .bridge.runtime.compat import transforming
 from .composing import MODULES, compose
 from .translation import Composition, NotComposed
 
@@ -54,7 +55,7 @@ def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
     known = _known.get(policy)
     if known is not None and known[0] == record:
         return known[1]
-    if not _is_plain(policy) and torch._C._are_functorch_transforms_active():
+    if not _is_plain(policy) and transforming():
         return "it is called for the first time inside a transform of torch.func"
     kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in policy.modules()]
     found = _composed(policy, in_size)

@@ -7,11 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from .bridge.autograd import rollout as _bridge
+from .bridge.autograd.episodes import EpisodePath, Trajectory, episodes
+from .bridge.autograd.episodes import Resets as EpisodeResets
+from .bridge.autograd.torch_path import TorchPath
 from .bridge.runtime import arrays
+from .bridge.runtime.compat import transforming
 from .divergence import check_rollout
+from .episodes import Resets, checked_resets
+from .estimators import PerSecond
 from .flows import Flow, schedule
 from .parameters import Parameters, check_parameters
-from .plans import Loss, check_horizon, check_like, check_states, check_system, custom_loss_value, make_plan
+from .plans import (
+    Loss,
+    Plan,
+    check_horizon,
+    check_like,
+    check_states,
+    check_system,
+    custom_loss_value,
+    make_plan,
+)
+from .repeated import repeat
 from .systems import System
 
 __all__ = ["Rollout", "empty_cache", "rollout", "simulate", "step"]
@@ -32,6 +48,16 @@ class Rollout(NamedTuple):
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
     path: str = "fused"
     """How the policy was evaluated: "fused", or "torch: ..." with the reason why it is not."""
+    next_states: Tensor | None = None
+    """With `resets`, where the steps led, (horizon, nworld, state_size), as the following; else None. Where a
+    world ended with step t, states[t + 1] is a fresh state.
+    """
+    done: Tensor | None = None
+    """(horizon, nworld) bool: worlds that ended with the step."""
+    truncated: Tensor | None = None
+    """(horizon, nworld) bool: worlds that had lived for as long as they may."""
+    ages: Tensor | None = None
+    """(nworld,) int64: steps that worlds have lived in the end."""
 
 
 def rollout(
@@ -44,11 +70,14 @@ def rollout(
     loss: Loss = "final",
     control_cost: float = 0.0,
     window: int | None = None,
-    decay: float = 1.0,
+    decay: float | PerSecond = 1.0,
     checkpoint_every: int | None = None,
     locate_divergence: bool = False,
     inputs: Tensor | None = None,
     parameters: Parameters = None,
+    resets: Resets | None = None,
+    clip_cotangent: float | None = None,
+    every: int = 1,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -71,7 +100,8 @@ def rollout(
             trajectories of one member after the other.
         control_cost: Weight of the mean squared control added to the loss.
         window: Truncation: closes both edges at t = window, 2 window, ...
-        decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate.
+        decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate. A
+            `PerSecond(factor)` is one in units of time, for systems with a field `dt`.
         checkpoint_every: Steps whose hidden activations the backward pass computes again at once, from the
             states, which are kept anyway; at least 1. Memory for activations then grows neither with the
             horizon nor, on a CPU, with the number of worlds. Of a fused policy, trajectories and the
@@ -89,14 +119,20 @@ def rollout(
             or one a world, (nworld,); dtype and device of x0. What is not named is the system's own. They
             have gradients as the policy has: through the physics, by the cotangents of the flow, for
             "combined" compared by component. The system's own loss reads the system's own numbers.
+        resets: When worlds end and where they begin again, see `Resets`: several episodes in one horizon.
+            Losses then see x0 and `next_states`, where the steps led. Torch evaluates the policy.
+        clip_cotangent: Largest Euclidean norm of what a step is given to pull back, in every world; of both
+            fields of "combined". What is above is scaled down to it, what is not finite stays so.
+        every: Steps of the simulator for which a control is held, see `repeat`. Horizon and states are those
+            that the policy sees.
 
     Returns:
-        `Rollout(states, controls, loss, fused, path)`. One `backward()` gives the gradient of every policy
-        parameter and of x0. The cotangents that arrive in it are summed before anything is compared. For
-        "combined" two separate `backward()` calls add two comparisons, and C(a) + C(b) is not C(a + b): for
-        micro-batches and processes use `gradient_pair`. Of an ensemble, `out.loss.sum().backward()` gives
-        each member the gradient it would have alone; where the members share x0, its gradient is the sum of
-        theirs, each compared before.
+        `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the
+        gradient of every policy parameter and of x0. The cotangents that arrive in it are summed before
+        anything is compared. For "combined" two separate `backward()` calls add two comparisons, and
+        C(a) + C(b) is not C(a + b): for micro-batches and processes use `gradient_pair`. Of an ensemble,
+        `out.loss.sum().backward()` gives each member the gradient it would have alone; where the members
+        share x0, its gradient is the sum of theirs, each compared before.
 
     Initial states are checked for NaN and infinity on the device, except while a CUDA graph is captured.
     Under autocast a fused policy runs in the dtype of x0, any other as torch runs it; a half-precision x0 is
@@ -108,6 +144,8 @@ def rollout(
             expected.
         FloatingPointError: with `locate_divergence`, a state, a control or the loss is NaN or infinite.
     """
+    if every != 1:
+        system = repeat(system, every)
     horizon = check_horizon(horizon, "rollout", system, x0)
     base, check = schedule(flow, horizon, window)
     plan = make_plan(
@@ -125,7 +163,11 @@ def rollout(
         keep=_differentiated(),
         inputs=inputs,
         physics=parameters,
+        stepwise=resets is not None,
+        clip=clip_cotangent,
     )
+    if resets is not None:
+        return _with_episodes(plan, system, checked_resets("rollout", system, plan.x0, horizon, resets))
     states, controls, value, *_ = _bridge.rollout(plan.x0, plan.spec, plan.path, *plan.parameters)
     if plan.custom_loss is not None:
         value = custom_loss_value("rollout", plan, states, controls) + value
@@ -133,6 +175,27 @@ def rollout(
         check_rollout(system, states, controls, value if plan.has_loss else None)
     path = "fused" if plan.fused else f"torch: {plan.reason}"
     return Rollout(states, controls, value if plan.has_loss else None, plan.fused, path)
+
+
+def _with_episodes(plan: Plan, system: System, resets: EpisodeResets) -> Rollout:
+    assert isinstance(plan.path, TorchPath)
+    path = EpisodePath(plan.path, resets)
+    found = Trajectory(*episodes(plan.x0, plan.spec, path, *plan.parameters))
+    value: Tensor | None = found.loss
+    if plan.custom_loss is not None:
+        whole = torch.cat((found.states[:1], found.next_states))
+        value = custom_loss_value("rollout", plan, whole, found.controls) + found.loss
+    return Rollout(
+        found.states,
+        found.controls,
+        value if plan.has_loss else None,
+        False,
+        f"torch: {plan.reason}",
+        found.next_states,
+        found.done,
+        found.truncated,
+        found.ages,
+    )
 
 
 def simulate(system: System, x0: Tensor, controls: Tensor, *, parameters: Parameters = None) -> Tensor:
@@ -214,5 +277,5 @@ def empty_cache() -> None:
 
 def _differentiated() -> bool:
     """Whether a backward pass can follow; tracing or transforming, that is not known."""
-    known = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    known = not (torch.compiler.is_compiling() or transforming())
     return torch.is_grad_enabled() if known else True

@@ -213,9 +213,9 @@ def checkpoint_name(name: str) -> str:
     return f"checkpoint_{name}.pt"
 
 
-def is_run(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a folder holds a run that this package wrote."""
-    for layout in FORMATS:
+def is_run(path: str | os.PathLike[str], *formats: str) -> bool:
+    """Returns whether a folder holds a run that this package wrote, of one of these formats if given."""
+    for layout in formats or FORMATS:
         with contextlib.suppress(OSError, ValueError):
             read_config(path, layout)
             return True
@@ -346,6 +346,8 @@ def load_run(
         The settings, the policy with the checkpoint's weights (on the CPU, unless given), and the log as one
         array per column.
     """
+    if is_run(path, ACTOR_CRITIC):
+        raise ValueError(f"{path} is a run of train_actor_critic; read it with ws.load_actor")
     data = read_config(path)
     log = read_log(path)
     weights = read_checkpoint(path, checkpoint)["policy"]

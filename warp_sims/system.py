@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -32,9 +32,9 @@ class System(abc.ABC):
     - `initial_states(n, seed, split)`, if it is to be trained from the command line.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
-    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls` and `train_defaults`. The
-    first call compiles the kernels, later ones load them from Warp's cache. `warp_sims.check(system)` says
-    whether the adjoint is that of the step.
+    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `train_defaults` and
+    `bench_defaults`. The first call compiles the kernels, later ones load them from Warp's cache.
+    `warp_sims.check(system)` says whether the adjoint is that of the step.
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
@@ -43,10 +43,21 @@ class System(abc.ABC):
     show_controls: ClassVar[bool] = False
     """Whether animations show the controls over time below the picture."""
 
+    done: ClassVar[Callable[..., torch.Tensor] | None] = None
+    """Which worlds end with a state, for episodes: done(states (nworld, state_size)) returns (nworld,), bool.
+    None where none do.
+    """
+
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What `warp-sims train` and `profile` start from: some of `horizon`, `loss`, `control_cost`, `zero_last`
     and `policy` ("mlp" or "wavecnn"). The rest is that of the cart-pole: 100 steps, the loss of the last
     state.
+    """
+
+    bench_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What `warp-sims bench` takes besides: some of `numbers`, those of the system that are not its defaults;
+    `scaled`, (name, values) of the one that `--scaling` varies; `tolerance` of a gradient in float32,
+    relative, by default 2e-5; `last_layer`, a factor on the last layer of the policy, by default 1.
     """
 
     _number: ClassVar[int | None] = None

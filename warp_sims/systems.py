@@ -6,21 +6,27 @@ from types import MappingProxyType
 
 from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
+from .quadrotor import Quadrotor
 from .quantum import QuantumControl
+from .robots.ant import Ant
+from .robots.half_cheetah import HalfCheetah
 from .robots.hopper import Hopper
 from .robots.linked_pendulum import LinkedPendulum
 from .robots.robot import Robot
 from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions, System
 
 __all__ = [
+    "Ant",
     "BlockFunctions",
     "CartPole",
     "DeviceFunctions",
     "GuidanceByRepulsion",
+    "HalfCheetah",
     "Hopper",
     "LinkedPendulum",
     "MemoryFunctions",
     "ParameterFunctions",
+    "Quadrotor",
     "QuantumControl",
     "Robot",
     "System",
@@ -34,7 +40,10 @@ registry: Mapping[str, type[System]] = MappingProxyType(
         "guidance": GuidanceByRepulsion,
         "quantum": QuantumControl,
         "hopper": Hopper,
+        "cheetah": HalfCheetah,
+        "ant": Ant,
         "links": LinkedPendulum,
+        "quadrotor": Quadrotor,
     }
 )
 """Systems by the name they have on the command line."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
@@ -23,6 +22,7 @@ from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
 from ..passes.spec import Cotangents, Spec, described
 from ..runtime.arrays import capturing
+from ..runtime.compat import dispatch_mode, transforming
 from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 from ..runtime.tracing import span
@@ -47,8 +47,8 @@ def watched(*args: Any) -> bool:
         any(type(a) not in _PLAIN for a in args)
         or any(type(q) not in _PLAIN for a in args if type(a) is list for q in a)
         or torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
+        or dispatch_mode() is not None
+        or transforming()
     )
 
 
@@ -145,6 +145,15 @@ def loss(
 def _(*arguments: Any) -> Tensor:
     states, _ = arguments[_SPEC:]
     return states.new_empty(())
+
+
+def costs(system: int, x: Tensor) -> Tensor:
+    """The system's own cost of states (nworld, state_size), one a world; nothing is differentiated."""
+    simulator = foreign.foreign(system)
+    with torch.no_grad():
+        if simulator is not None:
+            return simulator.cost(x)
+        return sweeps.costs(prepare(system, x.dtype, x.device), _dense(x))
 
 
 @_operator("fused_rollout")

@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch._utils import _unflatten_dense_tensors
 
 from ...kernels.flow import Flow
 from ..passes.physical import Physical
 from ..passes.spec import Cotangents, Saved, Spec
+from ..runtime.compat import transforming, unflatten_dense_tensors, unwrap_dead_wrappers
 from . import operators
 
 _NO_SECOND = (
@@ -78,7 +77,7 @@ def differentiable(
         if backward_pass and not torch.is_grad_enabled():
             # nobody can differentiate this again
             return plain(*args)
-        if torch._C._are_functorch_transforms_active():
+        if transforming():
             return reverse_only.apply(*args)
         return direct(*args)
 
@@ -101,7 +100,7 @@ def combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cuts a flat gradient, (members, parameters) of an ensemble, into tensors shaped like the parameters."""
     if flat.ndim == 1 and not torch.compiler.is_compiling():
-        return list(_unflatten_dense_tensors(flat, like))  # the same, by one call
+        return list(unflatten_dense_tensors(flat, like))  # the same, by one call
     members = flat.shape[:-1].numel()
     sizes = [q.numel() // members for q in like]
     return [part.view(q.shape) for part, q in zip(flat.split(sizes, dim=-1), like)]

@@ -7,7 +7,7 @@ CPU busy, autograd's recordings of the forward steps are kept instead, and go ba
 step: no second evaluation, and one pull where Jacobians would be one and the weights another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +174,7 @@ class TorchPath(NamedTuple):
         simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
-                u = self._control(parameters, x0.clone() if t == 0 else x, t)
+                u = self.control(parameters, x0.clone() if t == 0 else x, t)
             if simulator is None or t == 0 or not x0.shape[0]:
                 x = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0, values)[1]
             else:
@@ -201,7 +201,7 @@ class TorchPath(NamedTuple):
             for t, (x, u) in enumerate(zip(saved.states[:-1].unbind(), saved.controls.unbind())):
                 with span("policy"):
                     if kept is None:
-                        u.copy_(self._control(parameters, x, t, own))
+                        u.copy_(self.control(parameters, x, t, own))
                     else:
                         given = None if self.inputs is None else self.inputs[t]
                         kept.append(self._record(parameters, x, given))
@@ -209,7 +209,7 @@ class TorchPath(NamedTuple):
                 advance(t)
         return saved, operators.loss(*spec.arguments(), *saved[:2])
 
-    def _control(self, parameters: Sequence[Tensor], x: Tensor, t: int, own: bool = False) -> Tensor:
+    def control(self, parameters: Sequence[Tensor], x: Tensor, t: int, own: bool = False) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
         given = None if self.inputs is None else self.inputs[t]
         if torch.compiler.is_compiling() or x.is_inference():
@@ -364,6 +364,21 @@ class TorchPath(NamedTuple):
         """
         steps, nworld, m = controls.shape
         points = states[:-1].reshape(steps * nworld, states.shape[2])
+        recomputed, pull, jac = self.linearised(spec, parameters, points, steps, t0)
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
+        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        wanted = self.physical is not None and self.physical.wanted
+        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
+        return weight_gradients(pull, mu), adj_x0, adj_values
+
+    def linearised(
+        self, spec: Spec, parameters: Sequence[Tensor], points: Tensor, steps: int, t0: int
+    ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]], Tensor | None]:
+        """Of the policy at the points (steps * nworld, state_size) of the steps from `t0` on: controls
+        (steps, nworld, control_size), the pullback to the parameters, and dN/dx, None where no network edge
+        is open.
+        """
+        nworld, size = points.shape[0] // steps, points.shape[1]
         given = None if self.inputs is None else self.inputs[t0 : t0 + steps].flatten(0, 1)
         once = not operators.watched(points, list(parameters)) and recording_here()
         pull_x: Any = None
@@ -373,7 +388,7 @@ class TorchPath(NamedTuple):
                 recomputed = own.controls.detach()
             else:
                 recomputed, pull_q, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
-        jac = None
+        m, jac = recomputed.shape[1], None
         if spec.network_open:
             with span("policy_jacobians"):
                 if not once:
@@ -384,18 +399,21 @@ class TorchPath(NamedTuple):
                     unit = torch.zeros_like(recomputed)
                     unit[:, c] = 1.0
                     columns.append((own.pull(unit, (own.states,)) if once else pull_x(unit))[0])
-                jac = torch.stack(columns, dim=1).view(steps, nworld, m, states.shape[2])
-        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
-        recomputed = recomputed.view(steps, nworld, m)
-        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
-        wanted = self.physical is not None and self.physical.wanted
-        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
-        fields = []
-        for f in range(mu.shape[0]):
-            with span("policy_weight_grad"):
-                adj = mu[f].reshape(steps * nworld, m)
-                field = own.pull(adj, own.parameters) if once else pull_q(adj)[0]
-            fields.append(
-                torch.cat([g.reshape(-1).to(states.dtype) for g in field]) if field else mu.new_zeros(0)
-            )
-        return torch.stack(fields), adj_x0, adj_values
+                jac = torch.stack(columns, dim=1).view(steps, nworld, m, size)
+
+        def pull(adj: Tensor) -> Sequence[Tensor]:
+            return own.pull(adj, own.parameters) if once else pull_q(adj)[0]
+
+        return recomputed.view(steps, nworld, m), pull, jac
+
+
+def weight_gradients(pull: Callable[[Tensor], Sequence[Tensor]], mu: Tensor) -> Tensor:
+    """Flat gradients of the parameters (fields, parameters) of the cotangents of the controls (fields, steps,
+    nworld, control_size).
+    """
+    fields = []
+    for f in range(mu.shape[0]):
+        with span("policy_weight_grad"):
+            field = pull(mu[f].flatten(0, 1))
+        fields.append(torch.cat([g.reshape(-1).to(mu.dtype) for g in field]) if field else mu.new_zeros(0))
+    return torch.stack(fields)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +10,8 @@ import warp as wp
 from torch import Tensor
 
 from ..runtime.arrays import grad_of, stream, tensor_of
+from ..runtime.compat import off_tape
 from .foreign import Pull
-
-
-@contextlib.contextmanager
-def off_tape() -> Iterator[None]:
-    """Nothing is recorded on a tape of the user's in here, and a tape of our own may be opened.
-
-    Warp keeps the open tape in its runtime, which has no public name (1.19); it refuses a second one.
-    """
-    runtime: Any = importlib.import_module("warp._src.context").runtime
-    before, runtime.tape = runtime.tape, None
-    try:
-        yield
-    finally:
-        runtime.tape = before
 
 
 class TapeStep:

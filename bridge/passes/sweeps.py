@@ -159,17 +159,34 @@ _loss = Pool(_Loss)
 
 def loss(p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: LossWeights) -> torch.Tensor:
     """The built-in loss, a scalar, one of each member for an ensemble; 0 without worlds."""
-    horizon, (members, nworld) = controls.shape[0], members_of(controls.shape[1:])
     check_has_loss(p, weights)
-    if nworld == 0 or not any(weights):
+    if members_of(controls.shape[1:])[1] == 0 or not any(weights):
         return states.new_zeros(states.shape[1:-2])
+    return total(_world_loss(p, states, controls, weights))
+
+
+def costs(p: Prepared, x: torch.Tensor) -> torch.Tensor:
+    """Cost of states (nworld, state_size), one a world (nworld,)."""
+    check_has_loss(p, LossWeights(1.0, 0.0, 0.0))
+    if not x.shape[0]:
+        return x.new_zeros(0)
+    still = x.new_zeros((1, x.shape[0], p.control_size))
+    # a weight is divided by the number of worlds
+    return _world_loss(p, torch.stack((x, x)), still, LossWeights(float(x.shape[0]), 0.0, 0.0))
+
+
+def _world_loss(
+    p: Prepared, states: torch.Tensor, controls: torch.Tensor, weights: LossWeights
+) -> torch.Tensor:
+    """What each world adds to the loss."""
+    horizon, (members, nworld) = controls.shape[0], members_of(controls.shape[1:])
     world_loss = states.new_empty(states.shape[1:-1])
     key = (p, horizon, members, nworld, weights, torch.get_num_threads())
     with _loss.borrow(*key) as sweep, stream(states.device):
         sweep.states.data, sweep.controls.data = states.data_ptr(), controls.data_ptr()
         sweep.world_loss.data = world_loss.data_ptr()
         sweep.run()
-    return total(world_loss)
+    return world_loss
 
 
 class Shape(NamedTuple):

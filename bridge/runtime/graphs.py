@@ -5,13 +5,31 @@ existed before (prepared launches with their scratch and modules, tables) is kep
 even when the caches that it came from forget it.
 """
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import warp as wp
 
 from . import arrays
+
+
+@contextlib.contextmanager
+def nothing_is_collected() -> Iterator[None]:
+    """Python destroys no garbage in here. A graph that nobody holds any more, in a cycle of references, would
+    be destroyed in the middle of the capture of another, and CUDA ends that one then: on an H100, one of 32
+    captures in a process that made many.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graph:
@@ -30,7 +48,7 @@ class Graph:
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         self._graph = torch.cuda.CUDAGraph()
         self._alive: list[Any] = [function]
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), nothing_is_collected():
             # one of torch's own: a capture cannot take place on the default stream
             stream = torch.cuda.Stream(device)
             with torch.cuda.graph(self._graph, stream=stream), arrays.keeping(self._alive):

@@ -7,8 +7,6 @@ calls never share one. Several launches at once are the affair of team.py.
 """
 
 import contextlib
-import ctypes
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -19,6 +17,7 @@ import warp as wp
 
 from . import tracing
 from .arrays import cache_errors, keep
+from .compat import DirectCall, array_descriptor
 
 KEPT = 16
 """Shapes of one kind whose prepared launches are kept."""
@@ -27,19 +26,10 @@ KEPT_BYTES = 1 << 24
 work.
 """
 
-DIRECT_CALLS = "1.19."
-"""Versions of Warp whose CPU launches are made past Warp's Python, see `DirectCall`; others through it."""
-
 PREPARING = threading.RLock()
 """Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
 
 T = TypeVar("T")
-
-
-@functools.cache
-def _descriptor() -> Any:
-    """Warp's array descriptor; asked for late, because asking starts Warp's runtime."""
-    return type(wp.from_torch(torch.empty(1, device="cpu"), return_ctype=True))
 
 
 def array(itemsize: int, *shape: int, components: int = 0) -> Any:
@@ -50,63 +40,7 @@ def array(itemsize: int, *shape: int, components: int = 0) -> Any:
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * shape[i + 1]
     axes = len(shape) - components
-    return _descriptor()(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
-
-
-class DirectCall:
-    """A recorded launch on a CPU, called as Warp calls it, less what Warp makes anew each time: a structure
-    of all arguments, and its type looked up by theirs. That takes longer than a short kernel.
-    """
-
-    def __init__(self, command: Any) -> None:
-        labels = [a.label for a in command.kernel.adj.args]
-        values = command.params[1 : 1 + len(labels)]
-        structure = type("Arguments", (ctypes.Structure,), {"_fields_": [*zip(labels, map(type, values))]})
-        self._arguments = structure(*values)
-        self._arrays = [(n, v) for n, v in zip(labels, values) if isinstance(v, _descriptor())]
-        self._bounds, self._kernel = command.bounds, command.hooks.forward
-        self._command = command
-        self._references = ctypes.byref(command.bounds), ctypes.byref(self._arguments)
-
-    def __call__(self) -> None:
-        self.refresh()
-        self._kernel(*self._references)
-
-    def refresh(self) -> None:
-        """Takes the addresses that the descriptors have now."""
-        if self._command.device.is_capturing:
-            self._command.launch()  # which says that addresses of torch's cannot be recorded
-        arguments = self._arguments
-        for name, descriptor in self._arrays:
-            setattr(arguments, name, descriptor)
-
-    def addresses(self) -> tuple[int, int, int]:
-        """Of the kernel, its launch bounds and its arguments."""
-        kernel = ctypes.cast(self._kernel, ctypes.c_void_p).value
-        assert kernel is not None
-        return kernel, ctypes.addressof(self._bounds), ctypes.addressof(self._arguments)
-
-    def addresses_of_dim(self) -> list[int]:
-        """Where the number of threads of a launch with one axis stands; the lower 4 bytes of each."""
-        bounds, base = type(self._bounds), ctypes.addressof(self._bounds)
-        return [base + bounds.shape.offset, base + bounds.size.offset]
-
-    def address_of(self, name: str) -> int:
-        """Of an integer argument."""
-        return ctypes.addressof(self._arguments) + getattr(type(self._arguments), name).offset
-
-    def resize(self, dim: int) -> None:
-        self._bounds.shape[0] = self._bounds.size = dim
-
-    def put(self, name: str, value: int) -> None:
-        setattr(self._arguments, name, value)
-
-    @staticmethod
-    def possible(command: Any) -> bool:
-        """Whether a launch can be made in this way, which Warp does not promise to keep."""
-        if not wp.__version__.startswith(DIRECT_CALLS) or not command.device.is_cpu or command.adjoint:
-            return False
-        return command.block_dim == 1 and command.bounds.coord_mult == 1
+    return array_descriptor()(data=0, ndim=axes, shape=shape[:axes], strides=strides[:axes])
 
 
 class Launch:

@@ -6,7 +6,6 @@ one waits for the interpreter while another holds it, and that takes longer than
 37 us against 3 for two launches at once.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -15,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ...kernels import programs as native
 from . import tracing
-from .launches import DirectCall, Launch
+from .compat import TEAM_TASK, DirectCall, address, openmp
+from .launches import Launch
 
 
 class Backoff:
@@ -168,39 +167,26 @@ def _calls(task: Task) -> list[_Call] | None:
     return calls
 
 
-def _instructions(calls: Sequence[_Call]) -> list[int]:
-    """Words of the instructions that make the calls."""
-    words: list[int] = []
-    stored: dict[int, int] = {}
-    for call in calls:
-        for address, value in call.stores.items():
-            # all before the first call: what stands there is left by the end of the program
-            if stored.get(address) != value:
-                stored[address] = value
-                words += [0, address, value]
-        words += call.direct.addresses()
-    return words
-
-
 class _Job:
     """Programs as kernels/programs.py takes them."""
 
     def __init__(self, programs: Sequence[Sequence[_Call]]) -> None:
+        team, clock = openmp(), ctypes.CDLL(None).clock_gettime
         self._programs = programs
-        team = _team()
-        words = [0, len(programs), _address("clock_gettime"), time.CLOCK_MONOTONIC]
-        words += [time.CLOCK_THREAD_CPUTIME_ID, 0, 0 if team is None else _pointer(team.number)]
-        self._instructions = []
-        for calls in programs:
-            instructions = _instructions(calls)
-            self._instructions.append((ctypes.c_int64 * len(instructions))(*instructions))
-            begin = ctypes.addressof(self._instructions[-1])
-            words += [begin, len(instructions) // native.INSTRUCTION, 0]
-        self._words = (ctypes.c_int64 * len(words))(*words)
+        self._made = [_native_calls(calls) for calls in programs]
+        rows = [native.Program(made, len(made)) for made in self._made]
+        self._job = native.Job(
+            programs=(native.Program * len(rows))(*rows),
+            count=len(rows),
+            read_clock=address(clock),
+            number=None if team is None else address(team.number),
+            monotonic=time.CLOCK_MONOTONIC,
+            cpu=time.CLOCK_THREAD_CPUTIME_ID,
+        )
         self._directs = list({id(call.direct): call.direct for calls in programs for call in calls}.values())
-        start = 0 if team is None else _pointer(team.start)
-        kernel: Any = native.run_programs
-        values = {"job": ctypes.addressof(self._words), "team": start, "threads": 1}
+        start = 0 if team is None else address(team.start)
+        kernel: Any = native.run_job
+        values = {"job": ctypes.addressof(self._job), "team": start, "threads": 1}
         direct = Launch(kernel, 1, values, "cpu").direct
         assert direct is not None  # as of the programs' launches
         self._native = direct
@@ -208,51 +194,45 @@ class _Job:
     def __call__(self) -> None:
         for direct in self._directs:
             direct.refresh()
-        self._words[native.TAKEN] = self._words[native.CPU_TIME] = 0
-        tracer = tracing.active
-        if tracer is None:
-            self._start()
+        self._job.taken = self._job.cpu_time = 0
+        self._start()
+        if tracing.active is None:
             return
-        times = [(ctypes.c_int64 * (native.TIMES * len(calls)))() for calls in self._programs]
-        self._take_times([ctypes.addressof(t) for t in times])
-        try:
-            self._start()
-        finally:
-            self._take_times([0] * len(times))
-        for calls, found in zip(self._programs, times, strict=True):
-            for i, call in enumerate(calls):
-                thread, start, end = found[native.TIMES * i : native.TIMES * (i + 1)]
-                launch = call.launch
-                tracer.add(launch.name, launch.kernel, call.dim, threading.get_ident() + thread, start, end)
-
-    def _take_times(self, addresses: Sequence[int]) -> None:
-        for i, address in enumerate(addresses):
-            self._words[native.HEADER + native.PROGRAM * i + 2] = address
+        for calls, made in zip(self._programs, self._made, strict=True):
+            for call, done in zip(calls, made, strict=True):
+                name, kernel, thread = (
+                    call.launch.name,
+                    call.launch.kernel,
+                    threading.get_ident() + done.thread,
+                )
+                tracing.active.add(name, kernel, call.dim, thread, done.begin, done.end)
 
     def _start(self) -> None:
         programs, run = len(self._programs), self._native
         run.put("threads", 1)
         if programs == 1 or _backoff.alone():
             run()
-        elif _team() is None or os.getpid() != _HOME:
+        elif openmp() is None or os.getpid() != _HOME:
             _with_own_threads([run] * programs)
         else:
             run.put("threads", programs)
             start = time.perf_counter_ns()
             run()
-            _backoff.report(time.perf_counter_ns() - start, self._words[native.CPU_TIME])
+            _backoff.report(time.perf_counter_ns() - start, self._job.cpu_time)
 
 
-@functools.cache
-def _address(name: str) -> int:
-    """Of a function of the C library."""
-    return _pointer(getattr(ctypes.CDLL(None), name))
-
-
-def _pointer(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
+def _native_calls(calls: Sequence[_Call]) -> Any:
+    """The calls of a program as an array of structures. What it stores is left by its end, so it stores all
+    before its first call, and before others what has changed.
+    """
+    made = (native.Call * len(calls))()
+    stored: dict[int, int] = {}
+    for call, row in zip(calls, made):
+        new = {at: value for at, value in call.stores.items() if stored.get(at) != value}
+        stored |= new
+        row.kernel, row.bounds, row.arguments = call.direct.addresses()
+        row.stores, row.count = (native.Store * len(new))(*new.items()), len(new)
+    return made
 
 
 _HOME = os.getpid()
@@ -260,35 +240,9 @@ _pending: dict[int, _Work] = {}
 _backoff = Backoff()
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+@TEAM_TASK
 def _take_tasks(call: int | None) -> None:
     _pending[call or 0].take()
-
-
-class _Runtime(NamedTuple):
-    """Functions of an OpenMP runtime."""
-
-    start: Callable[..., None]
-    """Runs a function on all threads of a team: (function, its argument, threads, flags)."""
-    number: Callable[[], int]
-    """Of the calling thread in its team."""
-
-
-@functools.cache
-def _team() -> _Runtime | None:
-    """The GNU runtime, if torch brought it along.
-
-    Its threads spin for some milliseconds behind every parallel operation of torch's. Threads of our own
-    would wait for a core all that time; these are the ones that hold it.
-    """
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        with contextlib.suppress(OSError, AttributeError):
-            library = ctypes.CDLL(str(path))
-            start = library.GOMP_parallel
-            start.argtypes = (type(_take_tasks), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            start.restype = None
-            return _Runtime(start, library.omp_get_thread_num)
-    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -318,7 +272,7 @@ def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
         work.take()
         work.finish()
         return
-    team = _team()
+    team = openmp()
     # the runtime's threads do not survive a fork either, and it would wait for them for ever
     if team is None or os.getpid() != _HOME:
         _with_own_threads(tasks)

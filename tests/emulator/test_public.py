@@ -139,3 +139,25 @@ def test_parameters(system, names, dtype, emulator):
     # those of a wave are sums of large terms of both signs, of a condition of some 50
     wave = dtype == torch.float32 and isinstance(system, ws.QuantumControl)
     assert_close(found, expected, 1e-3 if wave else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("system", [CART, ws.QuantumControl(points=12)], ids=["cart", "wave"])
+def test_clipped_cotangents(system, emulator):
+    """In registers, and in memory, where the wave is large."""
+    net, x0 = make_net(system), make_states(system, WORLDS)
+
+    def run():
+        found = {}
+        for flow in "RC":
+            net.zero_grad()
+            out = ws.rollout(system, net, x0, horizon=HORIZON, flow=flow, loss="running", clip_cotangent=0.02)
+            out.loss.backward()
+            found |= {f"{name} {flow}": p.grad.clone() for name, p in net.named_parameters()}
+        return found
+
+    found, expected = on_both(emulator, run)
+    assert_close(found, expected, TOLERANCE[torch.float64])
+    net.zero_grad()
+    ws.rollout(system, net, x0, horizon=HORIZON, flow="R", loss="running").loss.backward()
+    for name, p in net.named_parameters():  # something was clipped
+        assert (p.grad - expected[f"{name} R"]).norm() > 1e-3 * p.grad.norm()

@@ -15,7 +15,7 @@ import torch
 from .. import systems
 from ..flows import Flow
 from ..options import add_flag, add_system_options, field_texts
-from ..runs import ACTOR_CRITIC, read_config
+from ..runs import ACTOR_CRITIC, is_run, read_config
 from .config import ALGORITHMS, ActorCriticConfig
 from .folder import from_json
 from .run import ActorCriticResult, train_actor_critic
@@ -26,13 +26,7 @@ def asks_for_actor_critic(words: Sequence[str]) -> bool:
     if _value(words, "--algorithm") in ALGORITHMS:
         return True
     run = _value(words, "--resume")
-    if run is None:
-        return False
-    try:
-        read_config(run, ACTOR_CRITIC)
-    except (OSError, ValueError):
-        return False
-    return True
+    return run is not None and is_run(run, ACTOR_CRITIC)
 
 
 def _value(words: Sequence[str], option: str) -> str | None:
@@ -134,10 +128,10 @@ def run_actor_critic(options: argparse.Namespace) -> None:
         time_limit=options.time_limit,
         progress=options.progress,
     )
-    _report(result, config)
+    _report(result)
 
 
-def _report(result: ActorCriticResult, config: ActorCriticConfig) -> None:
+def _report(result: ActorCriticResult) -> None:
     log, out = result.log, str(result.path)
     known = log["return_eval"] == log["return_eval"]
     returns, updates = log["return_eval"][known], log["update"][known]
@@ -147,5 +141,4 @@ def _report(result: ActorCriticResult, config: ActorCriticConfig) -> None:
     )
     if not result.finished:
         print(f"to go on: warp-sims train --resume {shlex.quote(out)}")
-    steps = min(config.system.episode_steps, 300)
-    print(f"to see it move: warp-sims animate {shlex.quote(out)} --horizon {steps}")
+    print(f"to see it move: warp-sims animate {shlex.quote(out)}")

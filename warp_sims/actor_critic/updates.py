@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bridge.autograd import operators, restarts
+from ..bridge.autograd import operators
+from ..bridge.autograd.episodes import Cotangents, EpisodePath, Resets, Trajectory
 from ..bridge.autograd.rollout import split
 from ..bridge.autograd.torch_path import TorchPath, places
 from ..bridge.passes.spec import Spec
@@ -77,19 +78,23 @@ class Updates:
         """Makes an update; returns what the log says of it, and returns of the episodes that ended in it."""
         config, worlds = self.config, self.worlds
         parameters = [p.detach() for p in self.actor.parameters()]
-        path = self._path._replace(inputs=worlds.noise(self.update))
-        restart = worlds.restarts(self.update)
-        with span("forward"):
-            run = restarts.forward(self._spec, path, worlds.states, parameters, restart)
-        ends = Ends(restart.failed, run.restarted)
+        fresh = worlds.fresh(self.update)
+        resets = Resets(fresh, self.task.fallen, self.task.episode_steps, worlds.ages)
+        path = EpisodePath(self._path._replace(inputs=worlds.noise(self.update)), resets, config.step_clip)
+        with span("forward"), torch.no_grad():
+            run = path.forward(self._spec, worlds.states, parameters)
+        ends = Ends(run.done, run.done | run.truncated)
         with span("targets"), torch.no_grad():
-            rewards = self.task.reward(run.states, run.controls)
-            targets = td_lambda(rewards, self._values(run.arrivals, ends), ends, config.gamma, config.trace)
+            rewards = self.task.reward(run.states[:-1], run.controls)
+            targets = td_lambda(
+                rewards, self._values(run.next_states, ends), ends, config.gamma, config.trace
+            )
         loss, direct = self._actor_loss(run, ends)
-        fields = restarts.backward(self._spec, path, run, parameters, *direct, config.step_clip)
+        with torch.no_grad():
+            fields, _ = path.backward(self._spec, run, parameters, direct)
         record = self._step_actor(fields) | {"actor_loss": loss}
         with torch.no_grad():
-            observed = self.task.observe(run.states).flatten(0, 1)
+            observed = self.task.observe(run.states[:-1]).flatten(0, 1)
             seen = self.actor.normaliser(observed)
         with span("critic"):
             record["critic_loss"] = self._train_critic(seen, targets.flatten())
@@ -98,30 +103,28 @@ class Updates:
             for own, other in zip(self.target.parameters(), self.critic.parameters()):
                 own.lerp_(other, 1.0 - keep)
         self.actor.normaliser.update(observed)
-        finished = worlds.end(run.last, restart.ages, rewards, run.restarted)
+        finished = worlds.end(run.states[-1], run.ages, rewards, ends.restarted)
         self.update += 1
         return record, finished
 
-    def _values(self, arrivals: Tensor, ends: Ends) -> Tensor:
+    def _values(self, led: Tensor, ends: Ends) -> Tensor:
         """The target critic's values (horizon, nworld) of the states behind the steps, 0 of failures."""
-        arrivals = torch.where(ends.failed.unsqueeze(-1), torch.zeros_like(arrivals), arrivals)
-        return self.target(self.actor.normaliser(self.task.observe(arrivals)))
+        led = torch.where(ends.failed.unsqueeze(-1), torch.zeros_like(led), led)
+        return self.target(self.actor.normaliser(self.task.observe(led)))
 
-    def _actor_loss(
-        self, run: restarts.Restarted, ends: Ends
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The actor's loss, and its direct cotangents of states, arrivals and controls."""
+    def _actor_loss(self, run: Trajectory, ends: Ends) -> tuple[Tensor, Cotangents]:
+        """The actor's loss, and its direct cotangents."""
         factor = discounts(ends, self.config.gamma, run.states.dtype)
         valued = ends.ended & ~ends.failed
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (run.states, run.arrivals, run.controls)]
-            states, arrivals, controls = leaves
-            earned = (factor * self.task.reward(states, controls)).sum()
-            ahead = self.target(self.actor.normaliser(self.task.observe(arrivals[valued])))
+            leaves = [x.detach().requires_grad_() for x in (run.states, run.next_states, run.controls)]
+            states, led, controls = leaves
+            earned = (factor * self.task.reward(states[:-1], controls)).sum()
+            ahead = self.target(self.actor.normaliser(self.task.observe(led[valued])))
             earned = earned + self.config.gamma * (factor[valued] * ahead).sum()
             loss = -earned / ends.failed.numel()
-            adj_x, adj_y, adj_u = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        return loss.detach(), (adj_x, adj_y, adj_u)
+            direct = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), Cotangents(*direct, loss=None)
 
     def _step_actor(self, fields: Tensor) -> dict[str, Any]:
         """Combines the gradient's fields, and takes a step with them; skips one that is not finite."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import ActorCriticConfig
-from .task import Task, lost
+from .task import Task
 
 BEGIN, RESTARTS, NOISE, ACTOR, CRITIC = range(5)
 """What is drawn at random; each has a stream of its own in every update, so that a run can go on anywhere."""
@@ -55,11 +55,10 @@ class Worlds:
         for name, value in state.items():
             setattr(self, name, value.to(getattr(self, name).device).clone())
 
-    def restarts(self, update: int) -> Restarts:
-        """What ends the episodes of an update, and begins new ones."""
+    def fresh(self, update: int) -> Tensor:
+        """States (horizon, nworld, state_size) with which episodes begin that follow others in an update."""
         horizon, n = self._config.horizon, self._config.worlds
-        fresh = self._draw(RESTARTS, update, horizon * n).view(horizon, n, -1)
-        return Restarts(self._task, self.ages, fresh)
+        return self._draw(RESTARTS, update, horizon * n).view(horizon, n, -1)
 
     def end(self, last: Tensor, ages: Tensor, rewards: Tensor, restarted: Tensor) -> list[float]:
         """Takes in an update; returns what the episodes that ended in it have earned.
@@ -77,33 +76,6 @@ class Worlds:
             finished += self.earned[ended].tolist()
             self.earned[ended] = 0.0
         return finished
-
-
-class Restarts:
-    """Ends episodes step by step: where they failed, and where their time is over.
-
-    Args:
-        task: The system.
-        ages: (nworld,), steps that the episodes have had.
-        fresh: (horizon, nworld, state_size), states for new ones.
-    """
-
-    def __init__(self, task: Task, ages: Tensor, fresh: Tensor) -> None:
-        self._task, self.ages, self._fresh = task, ages, fresh
-        self._failed: list[Tensor] = []
-
-    def __call__(self, t: int, states: Tensor, arrivals: Tensor) -> tuple[Tensor, Tensor]:
-        failed = self._task.fallen(arrivals) | lost(arrivals)
-        ages = self.ages + 1
-        ended = failed | (ages >= self._task.episode_steps)
-        self.ages = torch.where(ended, 0, ages)
-        self._failed.append(failed)
-        return ended, self._fresh[t]
-
-    @property
-    def failed(self) -> Tensor:
-        """(horizon, nworld), whether an episode failed behind a step."""
-        return torch.stack(self._failed)
 
 
 def as_numbers(values: Any) -> list[float]:

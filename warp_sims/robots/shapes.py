@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels.systems.articulated_tables import HINGE, SLIDE
+from ..kernels.systems.articulated_tables import BALL, HINGE, SLIDE, SLIDES
 from .build import axes_with_third, tuple_of
 from .model import Link
 
@@ -29,6 +31,38 @@ def capsule_mass(radius: float, half: float, density: float) -> tuple[float, flo
     return cylinder + ball, across, along
 
 
+class Solid(NamedTuple):
+    """A mass: [kg], centre [m], and inertia (3, 3) about the centre [kg m^2]."""
+
+    mass: float
+    centre: np.ndarray
+    inertia: np.ndarray
+
+
+def capsule(radius: float, half: float, along: Vector, centre: Vector, density: float) -> Solid:
+    """A solid capsule; `along` is the direction of its axis, of length 1."""
+    mass, across, own = capsule_mass(radius, half, density)
+    line = np.outer(along, along)
+    return Solid(mass, np.array(centre), across * (np.eye(3) - line) + own * line)
+
+
+def ball(radius: float, centre: Vector, density: float) -> Solid:
+    """A solid sphere."""
+    mass = 4 / 3 * math.pi * radius**3 * density
+    return Solid(mass, np.array(centre), 2 / 5 * mass * radius**2 * np.eye(3))
+
+
+def together(solids: Sequence[Solid]) -> Solid:
+    """Solids welded to each other."""
+    mass = sum(solid.mass for solid in solids)
+    centre = np.sum([solid.mass * solid.centre for solid in solids], axis=0) / mass
+    inertia = np.zeros((3, 3))
+    for solid in solids:
+        d = solid.centre - centre
+        inertia += solid.inertia + solid.mass * (d @ d * np.eye(3) - np.outer(d, d))
+    return Solid(mass, centre, inertia)
+
+
 class Chain:
     """Links put together one by one, in frames whose axes are those of the world at rest."""
 
@@ -46,8 +80,8 @@ class Chain:
         parent: int,
         offset: Vector,
         mass: float = 0.0,
-        centre: Vector = (0.0, 0.0, 0.0),
-        inertia: Vector = (0.0, 0.0, 0.0),
+        centre: Vector | np.ndarray = (0.0, 0.0, 0.0),
+        inertia: Vector | np.ndarray = (0.0, 0.0, 0.0),
     ) -> int:
         """Adds a hinge or a slide, and returns its number.
 
@@ -59,11 +93,24 @@ class Chain:
             offset: From the anchor before it, or the world's origin.
             mass: Of what moves with the joint [kg].
             centre: Of mass, from the anchor.
-            inertia: About the centre, of the x, y and z axis.
+            inertia: About the centre, of the x, y and z axis; or the whole matrix (3, 3).
         """
         assert kind in (HINGE, SLIDE)
-        before, own = self._axes[parent], axes_with_third(np.array(axis, np.float64))
-        i = own.T @ np.diag(inertia) @ own
+        own = axes_with_third(np.array(axis, np.float64))
+        matrix = np.diag(inertia) if np.ndim(inertia) == 1 else np.asarray(inertia)
+        return self._add(body, joint, kind, own, parent, offset, Solid(mass, np.array(centre), matrix))
+
+    def float(self, body: str, joint: str, solid: Solid) -> int:
+        """Adds a body that moves freely, and returns the number of its link."""
+        none = Solid(0.0, np.zeros(3), np.zeros((3, 3)))
+        slides = self._add(body, joint, SLIDES, np.eye(3), 0, (0.0, 0.0, 0.0), none)
+        return self._add(body, joint, BALL, np.eye(3), slides, (0.0, 0.0, 0.0), solid)
+
+    def _add(
+        self, body: str, joint: str, kind: int, own: np.ndarray, parent: int, offset: Vector, solid: Solid
+    ) -> int:
+        before = self._axes[parent]
+        i = own.T @ solid.inertia @ own
         self.links.append(
             Link(
                 body,
@@ -73,8 +120,8 @@ class Chain:
                 tuple_of(before.T @ own),
                 tuple_of(before.T @ np.array(offset)),
                 0.0,
-                mass,
-                tuple_of(own.T @ np.array(centre)),
+                solid.mass,
+                tuple_of(own.T @ solid.centre),
                 tuple_of([i[0, 0], i[1, 1], i[2, 2], i[0, 1], i[0, 2], i[1, 2]]),
             )
         )

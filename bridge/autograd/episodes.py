@@ -1,0 +1,282 @@
+"""Rollouts in which worlds end and begin again: several episodes in one horizon.
+
+    y_{t+1} = S(x_t, u_t)                        where the step leads
+    x_{t+1} = fresh where world ended, else y_{t+1}
+
+Backwards, with lam the cotangents of x and ups those of y, a reset is a gate of its own:
+
+    ups_{t+1} = dL/dy_{t+1} + [not ended] lam_{t+1}
+    mu_t      = (dS/du)^T ups_{t+1} + dL/du_t
+    lam_t     = dL/dx_t + decay [physics open] (dS/dx)^T ups_{t+1} + [network open] (dN/dx)^T mu_t
+
+Between two steps at which worlds end, the recursion is that of flow.py, and the adjoint sweep of any rollout
+runs over them; the policy is linearised at all points at once as ever. A world whose step is not finite has
+ended. If nothing arrives there, nothing comes back: its point is left out (a select, because 0 inf is NaN).
+If something does, what comes back is NaN.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..passes.foreign import foreign
+from ..passes.physical import split_physical, with_physical
+from ..passes.segments import pieces
+from ..passes.spec import Spec
+from . import operators
+from .rollout import BackwardPass, combined, differentiable, split, x0_is_wanted
+from .torch_path import TorchPath, weight_gradients
+
+
+class Resets(NamedTuple):
+    """When worlds end, and where they begin again; checked by warp_sims/episodes.py."""
+
+    fresh: Tensor
+    """States that worlds begin again with, (1 or horizon, nworld, state_size): of step t those of x_{t+1}."""
+    done: Callable[[Tensor], Tensor] | None
+    """Which worlds end with a state (nworld, state_size): (nworld,), bool."""
+    limit: int
+    """Steps after which a world begins again, 0 for none."""
+    ages: Tensor
+    """Steps that the worlds have already lived, (nworld,) int64."""
+
+
+class Trajectory(NamedTuple):
+    """What a rollout with episodes gives."""
+
+    states: Tensor
+    """(horizon + 1, nworld, state_size), what the policy sees."""
+    next_states: Tensor
+    """(horizon, nworld, state_size), where the steps lead."""
+    controls: Tensor
+    loss: Tensor
+    done: Tensor
+    """(horizon, nworld) bool, worlds that ended with the step, or were not finite behind it."""
+    truncated: Tensor
+    """The same of worlds that lived for as long as they may."""
+    ages: Tensor
+    """(nworld,) steps that the worlds have lived in the end."""
+
+
+class EpisodePath(NamedTuple):
+    """The way of a rollout with episodes; torch evaluates the policy."""
+
+    path: TorchPath
+    resets: Resets
+    clip: float | None = None
+    """Bound on the norm of a world's ups wherever it enters a step; None: no bound."""
+
+    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> Trajectory:
+        """The trajectory, step by step."""
+        policy, values = split_physical(self.path.physical, parameters)
+        resets, x, age = self.resets, x0, self.resets.ages
+        states, led, controls, ends, cuts = [x0], [], [], [], []
+        for t in range(spec.horizon):
+            u = self.path.control(policy, x.clone() if t == 0 else x, t)
+            y = operators.simulate(spec.system, x, u.unsqueeze(0), t == 0, values)[1]
+            done = ~torch.isfinite(y).all(1)
+            if resets.done is not None:
+                done = done | resets.done(y)
+            age = age + 1
+            cut = (age >= resets.limit) & ~done if resets.limit else torch.zeros_like(done)
+            over = done | cut
+            x = torch.where(over.unsqueeze(1), resets.fresh[min(t, resets.fresh.shape[0] - 1)], y)
+            age = torch.where(over, 0, age)
+            for kept, value in zip((led, controls, states, ends, cuts), (y, u, x, done, cut)):
+                kept.append(value)
+        next_states, all_controls = torch.stack(led), torch.stack(controls)
+        whole = torch.cat((x0.unsqueeze(0), next_states))
+        loss = operators.loss(*spec.arguments(), whole, all_controls)
+        return Trajectory(
+            torch.stack(states), next_states, all_controls, loss, torch.stack(ends), torch.stack(cuts), age
+        )
+
+    def backward(
+        self, spec: Spec, trajectory: Trajectory, parameters: Sequence[Tensor], g: "Cotangents"
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
+        compared.
+        """
+        policy, values = split_physical(self.path.physical, parameters)
+        states, controls = trajectory.states, trajectory.controls
+        direct_next = _reached(spec, trajectory, g)
+        spec = spec._replace(final=0.0, running=0.0)
+        bad = ~(torch.isfinite(trajectory.next_states).all(2) & torch.isfinite(controls).all(2))
+        over = trajectory.done | trajectory.truncated
+        ends = {t + 1 for t, ended in enumerate((over | bad).any(1).tolist()) if ended}
+        # a step that is not finite stands alone: another point takes its place
+        ends |= {t for t, lost in enumerate(bad.any(1).tolist()) if lost}
+        if self.clip is not None:
+            ends = set(range(1, spec.horizon))
+        fields = len(spec.schedules)
+        lam = states.new_zeros((fields, *states.shape[1:]))
+        if g.states is not None:
+            lam = lam + g.states[-1]
+        grads: Any = 0.0
+        adj_values: Any = 0.0
+        for t0, t1 in pieces(spec.horizon, spec.segment or spec.horizon):
+            x = torch.where(bad[t0:t1].unsqueeze(2), states[:1], states[t0:t1])
+            recomputed, pull, jac = self.path.linearised(spec, policy, x.flatten(0, 1), t1 - t0, t0)
+            self._check(recomputed, controls[t0:t1], bad[t0:t1], t0)
+            u = torch.where(bad[t0:t1].unsqueeze(2), recomputed, controls[t0:t1])
+            mu = states.new_empty((fields, t1 - t0, *controls.shape[1:]))
+            for first, end in _stretches(t0, t1, ends):
+                ups = torch.where(over[end - 1].unsqueeze(1), 0.0, lam)
+                if direct_next is not None:
+                    ups = ups + direct_next[end - 1]
+                if self.clip is not None:
+                    ups = ups * (self.clip / ups.norm(dim=2, keepdim=True)).clamp(max=1.0)
+                # what arrives behind a step that is not finite has no way back
+                lost = bad[end - 1] & (ups != 0.0).any(2)
+                ups = torch.where(lost.unsqueeze(2), torch.nan, ups)
+                part = torch.cat((x[first - t0 : end - t0], trajectory.next_states[end - 1 : end]))
+                own = u[first - t0 : end - t0]
+                if bool(bad[end - 1].any()):
+                    last = operators.simulate(spec.system, part[-2], own[-1:], False, values)[1]
+                    part[-1] = torch.where(bad[end - 1].unsqueeze(1), last, part[-1])
+                direct = _direct(states, g.states, direct_next, first, end)
+                direct_u = None if g.controls is None else g.controls[first:end]
+                found = operators.adjoint(
+                    *spec.arguments(),
+                    part,
+                    own,
+                    None,
+                    0.0,
+                    None if jac is None else jac[first - t0 : end - t0].contiguous(),
+                    g.loss,
+                    direct,
+                    direct_u,
+                    first,
+                    ups,
+                    0,
+                    values,
+                    self.path.physical is not None and self.path.physical.wanted,
+                )
+                mu[:, first - t0 : end - t0], lam = found[:2]
+                adj_values = adj_values + found[2]
+            grads = grads + weight_gradients(pull, mu)
+        if self.path.physical is not None:
+            grads = with_physical(self.path.physical, grads, adj_values, parameters)
+        return grads, lam
+
+    def _check(self, recomputed: Tensor, controls: Tensor, bad: Tensor, t0: int) -> None:
+        tolerance = self.path.tolerance or operators.CONTROL_TOLERANCE[controls.dtype]
+        seen = torch.where(bad.unsqueeze(2), controls, recomputed)
+        operators.check_recomputed(seen, controls, tolerance, t0)
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of the outputs; None where nothing arrived."""
+
+    states: Tensor | None
+    next_states: Tensor | None
+    controls: Tensor | None
+    loss: Tensor | None
+
+
+def _stretches(t0: int, t1: int, ends: set[int]) -> list[tuple[int, int]]:
+    """Steps t0 ... t1 - 1 from the last to the first in stretches that end where worlds end; of lengths that
+    are powers of two, so that few sizes of launches serve.
+    """
+    found, end = [], t1
+    marks = [t0, *sorted(t for t in ends if t0 < t < t1)]
+    while end > t0:
+        first = marks.pop()
+        while end > first:
+            length = 1 << ((end - first).bit_length() - 1)
+            found.append((end - length, end))
+            end -= length
+    return found
+
+
+def _direct(
+    states: Tensor, adj_states: Tensor | None, adj_next: Tensor | None, first: int, end: int
+) -> Tensor | None:
+    """What reaches the states `first` ... `end` of a stretch: inside it x_t is y_t. That of the last comes
+    with what is carried.
+    """
+    if adj_states is None and adj_next is None:
+        return None
+    direct = states.new_zeros((end - first + 1, *states.shape[1:]))
+    if adj_states is not None:
+        direct[:-1] += adj_states[first:end]
+    if adj_next is not None:
+        direct[1:-1] += adj_next[first : end - 1]
+    return direct
+
+
+def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None:
+    """What reaches the states that steps lead to: cotangents of theirs and of the system's own loss."""
+    direct, y = g.next_states, trajectory.next_states
+    if g.loss is None or not (spec.final or spec.running) or not y.shape[1]:
+        return direct
+    (horizon, nworld, n), m = y.shape, trajectory.controls.shape[2]
+    final, running, _ = spec.weights.per_world(nworld, horizon, m)
+    weights = y.new_full((horizon, 1, 1), running)
+    weights[-1] += final
+    simulator = foreign(spec.system)
+    if simulator is not None:
+        cost = simulator.cost_gradient(y.flatten(0, 1))
+    else:
+        # behind closed edges the running cost of a state is all that reaches it
+        rows = y.flatten(0, 1)
+        alone = Spec(spec.system, "SS", running=float(rows.shape[0]))
+        points, still = torch.stack((rows, rows)), y.new_zeros((1, rows.shape[0], m))
+        nothing = rows.new_zeros((1, *rows.shape))
+        sweep = points, still, None, 0.0, None, rows.new_ones(()), None, None, 1, nothing, rows.shape[0]
+        cost = operators.adjoint(*alone.arguments(), *sweep)[1][0]
+    own = g.loss * weights * cost.view(horizon, nworld, n)
+    own = torch.where(weights == 0.0, 0.0, own)
+    return own if direct is None else direct + own
+
+
+class EpisodesBackward(BackwardPass):
+    """Backward pass of `Episodes`: the (combined) flat gradient and the cotangent of x0."""
+
+    @staticmethod
+    def forward(spec: Spec, path: EpisodePath, wants_x0: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
+        trajectory = Trajectory(*tensors[:7])
+        g = Cotangents(*tensors[7:11])
+        grads, adj_x0 = path.backward(spec, trajectory, tensors[11:], g)
+        two = spec.check != ""
+        return combined(grads, two), combined(adj_x0, two, wants_x0)
+
+
+_episodes_backward = differentiable(EpisodesBackward, backward_pass=True)
+
+
+class Episodes(torch.autograd.Function):
+    """(x0, spec, path, *parameters) -> what `Trajectory` names."""
+
+    @staticmethod
+    def forward(x0: Tensor, spec: Spec, path: EpisodePath, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(path.forward(spec, x0, parameters))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.spec, ctx.path, *parameters = inputs
+        ctx.save_for_backward(*output, *parameters)
+        ctx.mark_non_differentiable(*output[4:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, adj_states: Any, adj_next: Any, adj_controls: Any, adj_loss: Any, *_: Any) -> Any:
+        tensors = ctx.saved_tensors
+        flat, adj_x0 = _episodes_backward(
+            ctx.spec,
+            ctx.path,
+            x0_is_wanted(ctx),
+            *tensors[:7],
+            adj_states,
+            adj_next,
+            adj_controls,
+            adj_loss,
+            *tensors[7:],
+        )
+        return adj_x0, None, None, *split(flat, tensors[7:])
+
+
+episodes = differentiable(Episodes)
+"""(x0, spec, path, *parameters) -> the tensors of a `Trajectory`."""

@@ -1,0 +1,157 @@
+"""What goes past the public interfaces of Warp and torch, all of it: checked with Warp 1.19 and torch 2.11 to
+2.13. Every item says what it brings, and what happens where it is not there.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import warp as wp
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch._utils import _unflatten_dense_tensors as unflatten_dense_tensors
+from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
+
+__all__ = [
+    "DIRECT_CALLS",
+    "DirectCall",
+    "TEAM_TASK",
+    "OpenMP",
+    "address",
+    "array_descriptor",
+    "dispatch_mode",
+    "off_tape",
+    "openmp",
+    "transforming",
+    "unflatten_dense_tensors",
+    "unwrap_dead_wrappers",
+]
+
+# unwrap_dead_wrappers: tensors of a transform of torch.func that is over, with which a pullback may still be
+# called. torch's own autograd functions do the same; without it they are refused.
+# dispatch_mode: whether somebody watches torch's operators, so that ours must go through the dispatcher.
+# unflatten_dense_tensors: a flat gradient as tensors like the parameters, by one call where views take many.
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func runs, in which values cannot be read. torch tells nobody else."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@contextlib.contextmanager
+def off_tape() -> Iterator[None]:
+    """Nothing is recorded on a tape of the user's in here, and a tape of our own may be opened.
+
+    Warp keeps the open tape in its runtime, which has no public name, and refuses a second one.
+    """
+    runtime: Any = importlib.import_module("warp._src.context").runtime
+    before, runtime.tape = runtime.tape, None
+    try:
+        yield
+    finally:
+        runtime.tape = before
+
+
+@functools.cache
+def array_descriptor() -> Any:
+    """The type of Warp's array descriptors; asked for late, because asking starts Warp's runtime."""
+    return type(wp.from_torch(torch.empty(1, device="cpu"), return_ctype=True))
+
+
+DIRECT_CALLS = "1.19."
+"""Versions of Warp whose CPU launches are made as `DirectCall`; others through Warp's Python."""
+
+
+class DirectCall:
+    """A recorded launch on a CPU, called as Warp calls it, less what Warp makes anew each time: a structure
+    of all arguments, and its type looked up by theirs. That takes longer than a short kernel: 10 us of 13.
+    """
+
+    def __init__(self, command: Any) -> None:
+        labels = [a.label for a in command.kernel.adj.args]
+        values = command.params[1 : 1 + len(labels)]
+        structure = type("Arguments", (ctypes.Structure,), {"_fields_": [*zip(labels, map(type, values))]})
+        self._arguments = structure(*values)
+        self._arrays = [(n, v) for n, v in zip(labels, values) if isinstance(v, array_descriptor())]
+        self._bounds, self._kernel = command.bounds, command.hooks.forward
+        self._command = command
+        self._references = ctypes.byref(command.bounds), ctypes.byref(self._arguments)
+
+    def __call__(self) -> None:
+        self.refresh()
+        self._kernel(*self._references)
+
+    def refresh(self) -> None:
+        """Takes the addresses that the descriptors have now."""
+        if self._command.device.is_capturing:
+            self._command.launch()  # which says that addresses of torch's cannot be recorded
+        arguments = self._arguments
+        for name, descriptor in self._arrays:
+            setattr(arguments, name, descriptor)
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the kernel, its launch bounds and its arguments."""
+        return address(self._kernel), ctypes.addressof(self._bounds), ctypes.addressof(self._arguments)
+
+    def addresses_of_dim(self) -> list[int]:
+        """Where the number of threads of a launch with one axis stands; the lower 4 bytes of each."""
+        bounds, base = type(self._bounds), ctypes.addressof(self._bounds)
+        return [base + bounds.shape.offset, base + bounds.size.offset]
+
+    def address_of(self, name: str) -> int:
+        """Of an integer argument."""
+        return ctypes.addressof(self._arguments) + getattr(type(self._arguments), name).offset
+
+    def resize(self, dim: int) -> None:
+        self._bounds.shape[0] = self._bounds.size = dim
+
+    def put(self, name: str, value: int) -> None:
+        setattr(self._arguments, name, value)
+
+    @staticmethod
+    def possible(command: Any) -> bool:
+        """Whether a launch can be made in this way, which Warp does not promise to keep."""
+        if not wp.__version__.startswith(DIRECT_CALLS) or not command.device.is_cpu or command.adjoint:
+            return False
+        return command.block_dim == 1 and command.bounds.coord_mult == 1
+
+
+def address(function: Any) -> int:
+    """Of a function of C."""
+    value = ctypes.cast(function, ctypes.c_void_p).value
+    assert value is not None
+    return value
+
+
+TEAM_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""A function that all threads of a team run, of a pointer."""
+
+
+class OpenMP(NamedTuple):
+    """Functions of an OpenMP runtime."""
+
+    start: Callable[..., None]
+    """Runs a function on all threads of a team: (function, its argument, threads, flags)."""
+    number: Callable[[], int]
+    """Of the calling thread in its team."""
+
+
+@functools.cache
+def openmp() -> OpenMP | None:
+    """The GNU runtime that torch brings along for Linux; elsewhere None, and teams have threads of Python's.
+
+    Its threads spin for some milliseconds behind every parallel operation of torch's. Threads of our own
+    would wait for a core all that time; these are the ones that hold it.
+    """
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(path))
+            start = library.GOMP_parallel
+            start.argtypes = (TEAM_TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            start.restype = None
+            return OpenMP(start, library.omp_get_thread_num)
+    return None

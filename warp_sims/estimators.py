@@ -1,0 +1,109 @@
+"""Estimators beside the flows: decay in units of time, clipped cotangents, ways to combine gradients."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bridge.passes.foreign import Simulator
+from .bridge.passes.foreign_clipped import ClippedSimulator
+from .bridge.runtime import registry
+from .bridge.runtime.contract import has_generated_adjoint
+from .bridge.runtime.estimators import with_clip
+from .flows import check_decay
+from .systems import System
+
+__all__ = ["Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
+
+Combiner = Callable[[Tensor], Tensor]
+"""Takes two gradients (2, components), base and check, to the one that is used (components,); what `torchjd`
+calls an aggregator is one.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerSecond:
+    """A decay in units of time, for `decay=`: the factor that is left of a cotangent after a second of
+    simulated time, so `factor ** dt` at every step. exp(-alpha) is a decay by a rate alpha.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_decay(self.factor, "PerSecond")
+
+
+def decay_of(call: str, system: System, decay: Any) -> float:
+    """The factor at every step.
+
+    Raises:
+        TypeError, ValueError: the decay does not fit, or the system does not say how long a step is.
+    """
+    if not isinstance(decay, PerSecond):
+        return check_decay(decay, call)
+    dt = getattr(system, "dt", None)
+    if isinstance(dt, bool) or not isinstance(dt, (int, float)) or not dt > 0:
+        raise ValueError(
+            f"{call}: decay is {decay!r}, but {type(system).__name__} does not say how long a step is (dt is "
+            f"{dt!r}), expected a number a step"
+        )
+    return float(decay.factor**dt)
+
+
+def clipped_number(call: str, system: System, limit: Any, parameters: Any) -> int:
+    """Number of the system, or of the one that clips its cotangents."""
+    if limit is None:
+        return system.number
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        raise TypeError(f"{call}: clip_cotangent is {limit!r}, expected a number above 0 or None")
+    if not 0.0 < limit < math.inf:
+        raise ValueError(f"{call}: clip_cotangent is {limit!r}, expected a finite number above 0 or None")
+    if isinstance(system, Simulator):
+        return registry.register(ClippedSimulator(system.number, float(limit)))  # pyright: ignore[reportArgumentType]
+    if parameters:
+        raise ValueError(
+            f"{call}: clip_cotangent with parameters, expected one of them: the cotangents of numbers of the "
+            "physics are not clipped"
+        )
+    import warp as wp
+
+    if has_generated_adjoint(system, wp.float32):
+        raise ValueError(
+            f"{call}: clip_cotangent, but the adjoint of {type(system).__name__} is generated, expected a "
+            "step_vjp written by hand"
+        )
+    return with_clip(system.number, float(limit))
+
+
+def project_conflicting(pair: Tensor) -> Tensor:
+    """Mean of two gradients (2, components), each less what points against the other: where their scalar
+    product is negative, its projection on the other is taken off.
+
+    Source: Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020, whose sum is divided by 2
+    here: two equal gradients give themselves.
+    """
+    base, check = pair
+    dot = torch.dot(base, check)
+    if not bool(dot < 0.0):  # NaN neither
+        return 0.5 * (base + check)
+    one = base - dot / check.square().sum() * check
+    other = check - dot / base.square().sum() * base
+    return 0.5 * (one + other)
+
+
+@dataclasses.dataclass
+class Blend:
+    """(1 - weight) base + weight check: between two gradients, with a weight that may change from update to
+    update, such as from R to M over a training.
+    """
+
+    weight: float
+
+    def __call__(self, pair: Tensor) -> Tensor:
+        # a weight of 0 selects: 0 inf is NaN
+        if self.weight in (0.0, 1.0):
+            return pair[int(self.weight)].clone()
+        return torch.lerp(pair[0], pair[1], self.weight)
