@@ -376,7 +376,7 @@ def test_memory_of_ten_thousand_steps():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_policy_that_torch_evaluates():
     horizon, nworld = 300, 256
-    activations = horizon * nworld * (64 + 64) * 4  # behind each tanh
+    activations = horizon * nworld * (64 + 64) * 4  # of each step autograd keeps what is behind each tanh
     all_at_once, in_segments = (peak_of("torch", horizon, nworld, every) for every in (None, 10))
     assert all_at_once > activations
     assert in_segments < 0.3 * all_at_once

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .bridge.passes.composed import evaluate
 from .bridge.runtime.compat import transforming
-from .composing import MODULES, Composition, NotComposed, compose
+from .composing import MODULES, compose
+from .translation import Composition, NotComposed
 
 __all__ = ["composition_of", "is_changed", "record_of", "tensors_of"]
 
