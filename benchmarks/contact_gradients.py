@@ -27,7 +27,7 @@ from torch import Tensor
 
 import warp_sims as ws
 from warp_sims.actor_critic.networks import Actor
-from warp_sims.plots import COLOURS, need_matplotlib
+from warp_sims.pictures.plots import COLOURS, need_matplotlib
 
 HORIZONS = (1, 2, 4, 8, 16, 32, 64)
 BLOCKS = 32  # groups of worlds whose gradients are computed one by one

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import warp_sims as ws
-from warp_sims.plots import COLOURS, need_matplotlib
+from warp_sims.pictures.plots import COLOURS, need_matplotlib
 
 HIDDEN = (64, 64)
 SOLVED = 0.05  # loss below which every link stands: 18 degrees off upright, on average

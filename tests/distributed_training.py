@@ -14,7 +14,7 @@ import torch
 from cases import Evaluated
 
 import warp_sims as ws
-from warp_sims.updates import Updates
+from warp_sims.training.updates import Updates
 
 SYSTEM = ws.CartPole(poles=1)
 SAMPLES, BATCH = 14, 4

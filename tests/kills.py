@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 import warp_sims as ws
-from warp_sims import durable
-from warp_sims.runs import read_checkpoint, read_log
+from warp_sims.training import durable
+from warp_sims.training.runs import read_checkpoint, read_log
 
 OPERATIONS = ("open", "fsync", "replace", "link", "unlink")
 """Operations on files that a kill may precede or follow."""

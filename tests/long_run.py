@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import warp_sims as ws
-from warp_sims.training import TrainingRun
+from warp_sims.training.train import TrainingRun
 
 WARM_UP = 0.2
 """Share of the updates before memory is looked at: allocators take a while to settle."""

@@ -167,7 +167,7 @@ def same(a, b):
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_run_that_stopped_goes_on_to_the_last_bit(flow, stop, tmp_path, monkeypatch):
     from warp_sims.actor_critic import run as module
-    from warp_sims.runs import read_checkpoint
+    from warp_sims.training.runs import read_checkpoint
 
     assert ws.train_actor_critic(settings(flow=flow), tmp_path / "whole", progress=False).finished
     run_update = module._Run.run_update

@@ -16,14 +16,14 @@ imageio = pytest.importorskip("imageio.v2")
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from warp_sims.drawing import (  # noqa: E402
+from warp_sims.pictures.drawing import (  # noqa: E402
     DRIVER_COLOUR,
     EVADER_COLOUR,
     POLE_COLOURS,
     WAVE_COLOUR,
 )
-from warp_sims.plots import plot_curves, trailing_mean  # noqa: E402
-from warp_sims.runs import LOG_COLUMNS  # noqa: E402
+from warp_sims.pictures.plots import plot_curves, trailing_mean  # noqa: E402
+from warp_sims.training.runs import LOG_COLUMNS  # noqa: E402
 
 SYSTEM = ws.CartPole(poles=2)
 

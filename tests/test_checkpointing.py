@@ -293,7 +293,7 @@ def test_the_road_of_gpus(system, every, monkeypatch):
     """Forward sweeps and torch's products in segments, as on a GPU, against the CPU's kernels."""
     policy, x0 = make_policy(system, torch.float64), 0.5 * make_states(system, 10).view(2, 5, -1)
     ensemble = ws.Ensemble([policy, make_policy(system, torch.float64, seed=1)])
-    network = ws.policies.fused_network(policy).description
+    network = ws.policies.networks.fused_network(policy).description
     weights = LossWeights(0.3, 0.6, 0.4)
     p = prepare(system.number, torch.float64, torch.device("cpu"))
     spec = Spec(system.number, "M" * HORIZON, "R" * HORIZON, 0.9, *weights)

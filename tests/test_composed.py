@@ -25,7 +25,7 @@ from torch import nn
 from warp_sims.bridge.passes.composed import evaluate
 
 import warp_sims as ws
-from warp_sims.policies import recognise
+from warp_sims.policies.networks import recognise
 
 # Relative to the norm of all gradients together: a bias before a normalisation has a gradient that is zero
 # but for rounding. Both sides round at every step, and the feedback amplifies it.

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.runs import read_checkpoint, read_log
-from warp_sims.training import TrainingRun
+from warp_sims.training.runs import read_checkpoint, read_log
+from warp_sims.training.train import TrainingRun
 
 SYSTEM = ws.CartPole(poles=1, dt=0.05)
 
@@ -82,7 +82,7 @@ def test_some_components_that_overflow_are_counted(monkeypatch):
         flat[1, :3] = torch.tensor([math.nan, math.inf, -math.inf])
         return dataclasses.replace(pair, flat=flat)
 
-    monkeypatch.setattr("warp_sims.updates.gradient_pair", spoiled)
+    monkeypatch.setattr("warp_sims.training.updates.gradient_pair", spoiled)
     policy = calm()
     before = weights_of(policy)
     log = ws.train(config_of(policy, flow="combined", epochs=2), progress=False).log
@@ -272,7 +272,9 @@ def test_a_loss_that_is_not_finite_though_the_states_are():
 
 @pytest.mark.parametrize("flow", ["regular", "combined"])
 def test_in_the_good_case_no_trajectory_is_read(flow, monkeypatch):
-    monkeypatch.setattr("warp_sims.divergence.locate", lambda *tensors: pytest.fail("a pass over all states"))
+    monkeypatch.setattr(
+        "warp_sims.training.divergence.locate", lambda *tensors: pytest.fail("a pass over all states")
+    )
     x0 = SYSTEM.initial_states(3)
     policy = calm()
     one, other = (

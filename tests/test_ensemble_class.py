@@ -35,7 +35,7 @@ def test_members_come_back(case):
         assert type(member) is type(net)
         assert_same_bits(member.state_dict(), net.state_dict())
         assert_same_bits(ensemble[k - len(nets)].state_dict(), net.state_dict())
-        assert ws.policies.fused_network(member) is not None
+        assert ws.policies.networks.fused_network(member) is not None
     tail = ensemble[1:]
     assert isinstance(tail, ws.Ensemble) and len(tail) == 2
     assert_same_bits(tail[0].state_dict(), nets[1].state_dict())

@@ -171,7 +171,7 @@ def test_frozen_parameters_have_no_gradient():
 def test_the_road_of_gpus(case, flow, dtype):
     """Batched products through torch against the CPU's kernels."""
     system, nets, x0 = make(case, nworld=6, dtype=dtype)
-    network = ws.policies.fused_network(nets[0]).description
+    network = ws.policies.networks.fused_network(nets[0]).description
     stacked = list(ws.Ensemble(nets).parameters())
     weights = LossWeights(0.3, 0.0 if flow == "S" else 0.6, 0.4)
     p = prepare(system.number, dtype, torch.device("cpu"))

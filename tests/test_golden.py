@@ -13,7 +13,7 @@ from warp_sims.bridge.autograd import operators
 from warp_sims.bridge.passes.spec import Spec
 
 import warp_sims as ws
-from warp_sims.optimizers import KerasAdam
+from warp_sims.training.optimizers import KerasAdam
 
 GOLDEN = Path(__file__).parent / "golden"
 LETTERS = {"R": "F", "M": "P", "N": "N", "S": "S", "C": "C"}  # ours: the authors'

@@ -25,7 +25,7 @@ from warp_sims.kernels.sweeps.resident import LATENCY_WORLDS, choose_plan
 
 import warp_sims as ws
 from warp_sims.cli import main
-from warp_sims.policies import fused_network
+from warp_sims.policies.networks import fused_network
 
 CUDA = [
     pytest.mark.gpu,

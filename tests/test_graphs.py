@@ -14,10 +14,10 @@ from warp_sims.bridge.runtime.launches import Pool
 
 import warp_sims as ws
 from warp_sims.cli import main
-from warp_sims.graphed import WARM_UP, GraphedUpdate
-from warp_sims.optimizers import KerasAdam
-from warp_sims.run_config import from_json, to_json
-from warp_sims.training import TrainingRun
+from warp_sims.training.graphed import WARM_UP, GraphedUpdate
+from warp_sims.training.optimizers import KerasAdam
+from warp_sims.training.run_config import from_json, to_json
+from warp_sims.training.train import TrainingRun
 
 
 class StandIn:
@@ -41,7 +41,7 @@ def config(flow="C", **settings):
 @pytest.mark.parametrize("flow", ["R", "C"])
 def test_recorded_updates_are_the_updates(flow, monkeypatch):
     expected = ws.train(config(flow), progress=False)
-    monkeypatch.setattr("warp_sims.graphed.Graph", StandIn)
+    monkeypatch.setattr("warp_sims.training.graphed.Graph", StandIn)
     StandIn.made = 0
     updated = []
     with TrainingRun(config(flow)) as run:

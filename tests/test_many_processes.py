@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.runs import read_checkpoint, read_log
+from warp_sims.training.runs import read_checkpoint, read_log
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),

@@ -19,14 +19,14 @@ from warp_sims.bridge.runtime.tracing import Event, trace
 from warp_sims.kernels.policy.layout import layout
 
 import warp_sims as ws
-from warp_sims.ceilings import measure_ceilings
 from warp_sims.cli import main
-from warp_sims.policies import fused_network
+from warp_sims.policies.networks import fused_network
 from warp_sims.profiling import run as profiling_run
 from warp_sims.profiling.attribution import REST, attribute
+from warp_sims.profiling.ceilings import measure_ceilings
 from warp_sims.profiling.resources import find_ptxas
 from warp_sims.profiling.run import TorchOperations
-from warp_sims.work import Problem, needed_operations, work_of
+from warp_sims.profiling.work import Problem, needed_operations, work_of
 
 CART = ws.CartPole(poles=2, dt=0.05)
 HORIZON = 7

@@ -260,7 +260,7 @@ def test_cnn_is_the_published_one():
 def two_roads(system, net, nworld, flows, dtype):
     """Backward passes of a fused rollout: by the CPU kernels, and through torch as on a GPU."""
     horizon, base, check = 5, flows[0] * 5, flows[1] * 5 if len(flows) > 1 else ""
-    description = ws.policies.fused_network(net).description
+    description = ws.policies.networks.fused_network(net).description
     parameters = [p.detach() for p in net.parameters()]
     p = prepare(system.number, dtype, torch.device("cpu"))
     x0, c = make_states(system, nworld, dtype), make_cotangents(system, horizon, nworld, dtype)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.published import SETTINGS, Job, Scale, make_jobs
 from warp_sims.reproduction import toy
 from warp_sims.reproduction.report import write_report
 from warp_sims.reproduction.run import reproduce
-from warp_sims.runs import read_log
+from warp_sims.training.published import SETTINGS, Job, Scale, make_jobs
+from warp_sims.training.runs import read_log
 
 ROOT = Path(__file__).parents[1]
 TINY = Scale(epochs=2, horizon=6, samples=16)  # guidance: a control reaches an evader in the fourth step

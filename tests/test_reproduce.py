@@ -16,13 +16,13 @@ import torch
 
 import warp_sims as ws
 from warp_sims.cli import main
-from warp_sims.published import SETTINGS, Job, Scale, make_jobs
 from warp_sims.reproduction import run as run_module
 from warp_sims.reproduction.progress import Board, duration
 from warp_sims.reproduction.report import collect, write_report
 from warp_sims.reproduction.run import TOGETHER, is_finished, reproduce, take
 from warp_sims.reproduction.worker import run
-from warp_sims.runs import read_checkpoint, read_log
+from warp_sims.training.published import SETTINGS, Job, Scale, make_jobs
+from warp_sims.training.runs import read_checkpoint, read_log
 
 ROOT = Path(__file__).parents[1]
 TINY = Scale(epochs=2, horizon=6, samples=16)  # guidance: a control reaches an evader in the fourth step
@@ -207,7 +207,7 @@ def test_a_run_that_diverges_is_finished(tmp_path, monkeypatch):
     run_module.open_folder(tmp_path, TINY)
     run([FEW], TINY, tmp_path, lambda message: None)
     with monkeypatch.context() as patch:
-        patch.setattr("warp_sims.training.TrainingRun.run_epoch", diverges)
+        patch.setattr("warp_sims.training.train.TrainingRun.run_epoch", diverges)
         run([dataclasses.replace(FEW, seed=1)], TINY, tmp_path, lambda message: None)
     first, second = collect(tmp_path)
     assert (first.status, first.epochs) == ("finished", 2)

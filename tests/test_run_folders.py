@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims import durable
 from warp_sims.cli import main
-from warp_sims.resuming import resumed_config
-from warp_sims.run_lock import LOCK, RunLock
-from warp_sims.runs import LOG_HEADER, PREVIOUS, read_checkpoint, read_log
-from warp_sims.training import TrainingRun
+from warp_sims.training import durable
+from warp_sims.training.resuming import resumed_config
+from warp_sims.training.run_lock import LOCK, RunLock
+from warp_sims.training.runs import LOG_HEADER, PREVIOUS, read_checkpoint, read_log
+from warp_sims.training.train import TrainingRun
 
 SYSTEM = ws.CartPole(poles=1)
 OLD_HEADER = "epoch,loss_batch,loss_train,loss_test,grad_norm,cosine,agreement,seconds"
@@ -226,8 +226,8 @@ def test_a_folder_in_use_is_refused_with_its_holder(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from warp_sims.resuming import resumed_config
-from warp_sims.run_lock import RunLock
+from warp_sims.training.resuming import resumed_config
+from warp_sims.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.optimizers import KerasAdam
-from warp_sims.runs import RunFolder
+from warp_sims.training.optimizers import KerasAdam
+from warp_sims.training.runs import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADER = "epoch,loss_batch,loss_train,loss_test,grad_norm,cosine,agreement,seconds,nonfinite,zeros"
@@ -376,7 +376,7 @@ def test_a_failed_start_destroys_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("warp_sims.updates.rollout", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr("warp_sims.training.updates.rollout", lambda *a, **k: pytest.fail("training began"))
     with pytest.raises(OSError, match="cannot be written"):
         ws.train(small_config(), tmp_path / "file" / "run", progress=False)
     with pytest.raises(FileExistsError, match="no folder"):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import warp_sims as ws
-from warp_sims.runs import read_checkpoint, read_log
-from warp_sims.train_config import CLIPS
-from warp_sims.training import TrainingRun
-from warp_sims.training_together import TrainingTogether
-from warp_sims.updates import Updates
+from warp_sims.training.config import CLIPS
+from warp_sims.training.runs import read_checkpoint, read_log
+from warp_sims.training.together import TrainingTogether
+from warp_sims.training.train import TrainingRun
+from warp_sims.training.updates import Updates
 
 SYSTEM = ws.CartPole(poles=1)
 BOX = ws.QuantumControl(points=8)

@@ -30,24 +30,21 @@ from . import systems
 from .actor_critic.config import ActorCriticConfig
 from .actor_critic.folder import load_actor
 from .actor_critic.run import ActorCriticResult, train_actor_critic
-from .animation import animate
 from .checking.report import CheckReport
 from .checking.run import check
-from .ensembles import Ensemble
 from .environments import gymnasium_env
 from .episodes import Resets
 from .estimators import Blend, PerSecond, project_conflicting
 from .flows import Flow
-from .foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
-from .gaussian import GaussianPolicy
 from .gradients import GradientPair, gradient_pair
 from .linearization import linearize
-from .policies import MLP, WaveCNN, explain
+from .pictures.animation import animate
+from .pictures.recording import record_rollout
+from .policies.ensembles import Ensemble
+from .policies.gaussian import GaussianPolicy
+from .policies.networks import MLP, WaveCNN, explain
 from .profiling.run import profile
-from .recording import record_rollout
-from .repeated import repeat
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
-from .runs import load_run
 from .systems import (
     Ant,
     BlockFunctions,
@@ -64,8 +61,11 @@ from .systems import (
     Robot,
     System,
 )
-from .training import TrainConfig, TrainResult, train
-from .training_together import train_together
+from .systems.foreign import ForeignSystem, JaxSystem, TapeSystem, TorchSystem
+from .systems.repeated import repeat
+from .training.runs import load_run
+from .training.together import train_together
+from .training.train import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,6 @@ import warp as wp
 
 from . import __version__, systems
 from .actor_critic.command import add_actor_critic_options, asks_for_actor_critic, run_actor_critic
-from .animation import animate
 from .bench.command import add_bench_options, run_bench
 from .checking.command import add_check_options, run_check
 from .demo import run_demo
@@ -31,17 +30,18 @@ from .options import (
     add_resume_options,
     add_train_options,
 )
-from .plots import need_matplotlib
-from .processes import join, launched, leave
+from .pictures.animation import animate
+from .pictures.plots import need_matplotlib
 from .profiling.command import add_profile_options, run_profile
-from .published import EPOCHS, SETTINGS, Scale, make_jobs
 from .reproduction.report import write_report
 from .reproduction.run import RunFailed, reproduce
-from .resuming import resumed_config
-from .run_config import build_system
-from .runs import read_config
-from .train_config import CLIPS, TrainConfig
-from .training import TrainResult, train
+from .training.config import CLIPS, TrainConfig
+from .training.processes import join, launched, leave
+from .training.published import EPOCHS, SETTINGS, Scale, make_jobs
+from .training.resuming import resumed_config
+from .training.run_config import build_system
+from .training.runs import read_config
+from .training.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 

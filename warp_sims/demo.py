@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from .animation import animate
 from .flows import Flow
-from .plots import plot_curves
-from .policies import MLP
+from .pictures.animation import animate
+from .pictures.plots import plot_curves
+from .policies.networks import MLP
 from .progress import Bars
 from .systems import CartPole
-from .train_config import TrainConfig
-from .training import TrainingRun
+from .training.config import TrainConfig
+from .training.train import TrainingRun
 
 DEMO_EPOCHS = 500
 

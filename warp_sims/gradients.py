@@ -13,10 +13,10 @@ from .bridge.autograd import operators
 from .bridge.passes.spec import Cotangents
 from .estimators import Combiner, PerSecond
 from .flows import Flow, schedule
-from .parameters import Parameters
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
-from .processes import agreed_worlds, reduced_mean
 from .systems import System
+from .systems.parameters import Parameters
+from .training.processes import agreed_worlds, reduced_mean
 
 __all__ = ["GradientPair", "gradient_pair"]
 

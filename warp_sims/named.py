@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 
 from .options import HIDDEN, POLICIES, WIDTH
-from .policies import ACTIVATIONS, MLP, WaveCNN
-from .system import System
+from .policies.networks import ACTIVATIONS, MLP, WaveCNN
 from .systems import QuantumControl
-from .train_config import LOSSES
+from .systems.system import System
+from .training.config import LOSSES
 
 
 def _find(name: str, what: str) -> Any:

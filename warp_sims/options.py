@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from . import systems
 from .demo import DEMO_EPOCHS
 from .flows import Flow
-from .optimizers import OPTIMIZERS
-from .published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS
-from .runs import CHECKPOINTS
-from .train_config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
+from .training.config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
+from .training.optimizers import OPTIMIZERS
+from .training.published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS
+from .training.runs import CHECKPOINTS
 
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
 HIDDEN = (100, 100)

@@ -24,13 +24,13 @@ from .bridge.passes.segments import (
 )
 from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
 from .bridge.runtime.threads import settle
-from .ensembles import Ensemble, fused_ensemble
 from .estimators import clipped_number, decay_of
 from .flows import MOST_STEPS, as_int
-from .parameters import check_parameters
-from .policies import FusedNetwork, recognise
+from .policies.ensembles import Ensemble, fused_ensemble
+from .policies.networks import FusedNetwork, recognise
 from .probing import probe
 from .systems import System
+from .systems.parameters import check_parameters
 
 __all__ = [
     "Loss",

@@ -11,7 +11,7 @@ from .bridge.autograd import operators
 from .bridge.autograd.torch_path import TorchPath, call_with, places
 from .bridge.runtime.arrays import capturing
 from .bridge.runtime.compat import transforming
-from .recognition import record_of
+from .policies.recognition import record_of
 from .systems import System
 
 _PROBE_ROWS = 4

@@ -12,11 +12,9 @@ from .bridge.autograd.episodes import Resets as EpisodeResets
 from .bridge.autograd.torch_path import TorchPath
 from .bridge.runtime import arrays
 from .bridge.runtime.compat import transforming
-from .divergence import check_rollout
 from .episodes import Resets, checked_resets
 from .estimators import PerSecond
 from .flows import Flow, schedule
-from .parameters import Parameters, check_parameters
 from .plans import (
     Loss,
     Plan,
@@ -27,8 +25,10 @@ from .plans import (
     custom_loss_value,
     make_plan,
 )
-from .repeated import repeat
 from .systems import System
+from .systems.parameters import Parameters, check_parameters
+from .systems.repeated import repeat
+from .training.divergence import check_rollout
 
 __all__ = ["Rollout", "empty_cache", "rollout", "simulate", "step"]
 

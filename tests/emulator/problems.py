@@ -16,7 +16,7 @@ from warp_sims.bridge.runtime import registry
 from warp_sims.bridge.runtime.launches import Pool
 
 import warp_sims as ws
-from warp_sims.policies import fused_network
+from warp_sims.policies.networks import fused_network
 
 from .device import CPU, ORDERS, Emulator
 

@@ -9,7 +9,7 @@ from warp_sims.bridge.runtime import registry
 from warp_sims.kernels.sweeps.resident import make_plan
 
 import warp_sims as ws
-from warp_sims.policies import fused_network
+from warp_sims.policies.networks import fused_network
 
 from .device import CPU
 from .problems import FORMS, form_of_sweep, in_every_order

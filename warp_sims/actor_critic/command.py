@@ -15,7 +15,7 @@ import torch
 from .. import systems
 from ..flows import Flow
 from ..options import add_flag, add_system_options, field_texts
-from ..runs import ACTOR_CRITIC, is_run, read_config
+from ..training.runs import ACTOR_CRITIC, is_run, read_config
 from .config import ALGORITHMS, ActorCriticConfig
 from .folder import from_json
 from .run import ActorCriticResult, train_actor_critic

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from .. import run_config
-from ..provenance import versions
-from ..resuming import ANEW
-from ..runs import (
+from ..systems import System
+from ..training import run_config
+from ..training.provenance import versions
+from ..training.resuming import ANEW
+from ..training.runs import (
     ACTOR_CRITIC,
     Log,
     Row,
@@ -29,7 +30,6 @@ from ..runs import (
     read_config,
     read_log,
 )
-from ..systems import System
 from .config import ActorCriticConfig
 from .networks import Actor
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gaussian import GaussianPolicy
+from ..policies.gaussian import GaussianPolicy
 from .task import Task, as_task
 
 SMALLEST = 1e-5

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..interruption import uninterrupted
 from ..progress import Bars
-from ..runs import Log, Row, RunFolder, as_log
+from ..training.interruption import uninterrupted
+from ..training.runs import Log, Row, RunFolder, as_log
 from .config import ActorCriticConfig
 from .evaluation import evaluate
 from .folder import COLUMNS, Stopped, best_of, finite, is_evaluated, is_logged, read_stopped, to_json

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..system import System
+from ..systems.system import System
 
 _NEEDED = ("observe", "reward", "fallen", "episode_steps", "initial_states")
 

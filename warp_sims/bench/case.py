@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import work
 from ..gradients import GradientPair, gradient_pair
 from ..kernels.policy.layout import layout
 from ..named import own_policy, perceptron_options
 from ..options import HIDDEN, Preset, preset_of
-from ..policies import MLP, WaveCNN, fused_network
+from ..policies.networks import MLP, WaveCNN, fused_network
+from ..profiling import work
+from ..profiling.work import Problem
 from ..systems import System, resolve
-from ..work import Problem
 
 FLOWS = {"R": "regular", "M": "modified", "C": "combined"}
 PUBLISHED = ("cartpole", "guidance", "quantum")

@@ -29,9 +29,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..graphed import GraphedUpdate
-from ..optimizers import make_optimizer
 from ..rollouts import rollout
+from ..training.graphed import GraphedUpdate
+from ..training.optimizers import make_optimizer
 from .case import FLOWS, PUBLISHED, Case, is_perceptron
 
 OURS = "warp-sims"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ensembles import Ensemble
+from ..policies.ensembles import Ensemble
 from .case import Case, errors, needed_operations, reference
 from .contestants import Contestant, Entrant, WarpSims
 from .settings import LEAST_ROUNDS, Settings

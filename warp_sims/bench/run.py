@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from ..ceilings import copy_rate, matrix_product_rate
-from ..provenance import machine, versions
+from ..profiling.ceilings import copy_rate, matrix_product_rate
+from ..training.provenance import machine, versions
 from .case import (
     FLOWS,
     Case,

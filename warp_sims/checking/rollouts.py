@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ..kernels.flow import NETWORK, PHYSICS, Flow
-from ..policies import MLP
+from ..policies.networks import MLP
 from ..rollouts import rollout
 from ..systems import System
 from .compare import compare, exactly, settled

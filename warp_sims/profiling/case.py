@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..flows import Flow
 from ..kernels.policy.layout import layout
 from ..plans import Loss
-from ..policies import MLP, fused_network
+from ..policies.networks import MLP, fused_network
 from ..systems import System
-from ..work import Problem
+from .work import Problem
 
 __all__ = ["FLOWS", "Case", "check_count", "make_case"]
 

@@ -12,7 +12,7 @@ from .. import systems
 from ..named import make_policy
 from ..options import add_flag, add_policy, add_system_options, preset_of
 from ..systems import System
-from ..train_config import LOSSES
+from ..training.config import LOSSES
 from .case import FLOWS
 from .run import AGAINST, profile
 

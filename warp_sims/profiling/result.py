@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..bridge.runtime.tracing import Event
-from ..ceilings import Ceilings
+from .ceilings import Ceilings
 from .resources import Resources
 
 __all__ = [

@@ -20,20 +20,20 @@ from torch.utils.flop_counter import flop_registry
 from ..bridge.runtime.launches import PREPARING
 from ..bridge.runtime.registry import prepare
 from ..bridge.runtime.tracing import Event, trace
-from ..ceilings import measure_ceilings
 from ..flows import Flow, schedule
 from ..kernels.agreement import make_combine
 from ..kernels.sweeps.streamed import make_cuda_system_kernels
 from ..plans import Loss
-from ..policies import fused_network
+from ..policies.networks import fused_network
 from ..rollouts import rollout
 from ..systems import System
-from ..work import Work, needed_operations, work_of
 from .attribution import REST, attribute
 from .case import FLOWS, Case, check_count, make_case
+from .ceilings import measure_ceilings
 from .generated import compare_with_generated
 from .resources import cuda_rollout, device_resources, find_ptxas
 from .result import FlowProfile, KernelProfile, Memory, Pass, Profile, Row, spread
+from .work import Work, needed_operations, work_of
 
 __all__ = ["profile"]
 

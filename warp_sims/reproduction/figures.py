@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..plots import COLOURS, TRAILING_EPOCHS, need_matplotlib, trailing_mean
-from ..published import FLOWS, SETTINGS
-from ..runs import Log
+from ..pictures.plots import COLOURS, TRAILING_EPOCHS, need_matplotlib, trailing_mean
+from ..training.published import FLOWS, SETTINGS
+from ..training.runs import Log
 from .toy import EXTENT, Descent, Landscape, grid, landscape
 
 Logs = Mapping[tuple[str, str], Sequence[Log]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..published import Job, Scale
+from ..training.published import Job, Scale
 
 # Seconds of an epoch on one core until there is one to measure: they need only be right to each other.
 FIRST_GUESS = {"cartpole": 0.06, "guidance": 0.08, "quantum": 0.6}

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..durable import PARTIAL
-from ..plots import need_matplotlib
-from ..published import FLOWS, SETTINGS, Job, Scale, facts
-from ..runs import OUTCOME, Log, read_config, read_log
-from ..train_config import CLIPS
+from ..pictures.plots import need_matplotlib
+from ..training.config import CLIPS
+from ..training.durable import PARTIAL
+from ..training.published import FLOWS, SETTINGS, Job, Scale, facts
+from ..training.runs import OUTCOME, Log, read_config, read_log
 from . import toy
 from .figures import FLOW_LABELS, Logs, cosines, curves, draw_landscape, draw_rotation, smoothing
 from .run import read_scale

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..durable import write_json
-from ..published import Job, Scale
-from ..runs import OUTCOME
+from ..training.durable import write_json
+from ..training.published import Job, Scale
+from ..training.runs import OUTCOME
 from .progress import Board
 
 MANIFEST = "reproduce.json"

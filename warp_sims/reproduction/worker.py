@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import warp as wp
 
-from ..durable import write_json
-from ..provenance import machine, versions
-from ..published import Job, Scale
-from ..runs import OUTCOME
-from ..training import TrainingRun
-from ..training_together import TrainingTogether
+from ..training.durable import write_json
+from ..training.provenance import machine, versions
+from ..training.published import Job, Scale
+from ..training.runs import OUTCOME
+from ..training.together import TrainingTogether
+from ..training.train import TrainingRun
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -12,7 +12,7 @@ import torch
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import articulated as _articulated
 from ..kernels.systems.articulated_tables import Structure
-from ..system import System, check_draw
+from ..systems.system import System, check_draw
 from .geometry import random_qpos
 from .model import Model
 from .stability import Bound, stability_bound

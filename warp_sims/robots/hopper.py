@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import hopper as _hopper
 from ..kernels.systems.articulated_tables import HINGE, SLIDE
-from ..system import check_draw
+from ..systems.system import check_draw
 from .articulated import Articulated
 from .model import Actuator, Geom, Joint, Limit, Model, Sphere
 from .robot import check_settings

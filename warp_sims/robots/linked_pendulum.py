@@ -13,7 +13,7 @@ import torch
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import linked_pendulum as _linked_pendulum
 from ..kernels.systems.articulated_tables import HINGE, SLIDE
-from ..system import check_draw
+from ..systems.system import check_draw
 from .articulated import Articulated
 from .model import Actuator, Geom, Joint, Model
 from .shapes import Chain

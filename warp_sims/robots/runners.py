@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import runners as _runners
-from ..system import check_draw
+from ..systems.system import check_draw
 from .articulated import Articulated
 
 NOISE = 0.1

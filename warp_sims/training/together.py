@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .ensembles import Ensemble
+from ..policies.ensembles import Ensemble
+from ..progress import Bars
+from .config import TrainConfig
 from .processes import Processes
-from .progress import Bars
-from .train_config import TrainConfig
-from .training import TrainingRun, TrainResult
+from .train import TrainingRun, TrainResult
 from .updates import Updates
 
 State = dict[str, Any]  # of an optimizer

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .bridge.runtime.graphs import Graph
+from ..bridge.runtime.graphs import Graph
 
 __all__ = ["GraphedUpdate"]
 

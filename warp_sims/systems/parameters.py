@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bridge.passes.foreign import Simulator
-from .bridge.passes.physical import Physical
-from .bridge.passes.physical_check import names_in_loss
-from .bridge.runtime.arrays import capturing
-from .bridge.runtime.compat import transforming
-from .bridge.runtime.physical import parameter_names, parameter_values
-from .systems import System
+from ..bridge.passes.foreign import Simulator
+from ..bridge.passes.physical import Physical
+from ..bridge.passes.physical_check import names_in_loss
+from ..bridge.runtime.arrays import capturing
+from ..bridge.runtime.compat import transforming
+from ..bridge.runtime.physical import parameter_names, parameter_values
+from . import System
 
 __all__ = ["Parameters", "check_parameters"]
 

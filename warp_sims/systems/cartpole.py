@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels.system import DeviceFunctions
-from .kernels.systems import cartpole as _cartpole
+from ..kernels.system import DeviceFunctions
+from ..kernels.systems import cartpole as _cartpole
 from .system import System, check_draw, check_types, require
 
 __all__ = ["CartPole"]
@@ -79,7 +79,7 @@ class CartPole(System):
 
     def draw(self, axes: Any, state: np.ndarray) -> None:
         """Draws the cart on its rail and every pole in a colour of its own, upright up."""
-        from .drawing import draw_cartpole
+        from ..pictures.drawing import draw_cartpole
 
         draw_cartpole(axes, self, state)
 

@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .bridge.passes.fused_backward import division
-from .kernels.flow import network_open
-from .kernels.policy.layout import BLOCK, Column, Layout
+from ..bridge.passes.fused_backward import division
+from ..kernels.flow import network_open
+from ..kernels.policy.layout import BLOCK, Column, Layout
 
 __all__ = ["Problem", "Work", "needed_operations", "work_of"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .actor_critic.folder import load_actor
-from .flows import Flow
+from ..actor_critic.folder import load_actor
+from ..flows import Flow
+from ..rollouts import Rollout, rollout
+from ..systems import System
+from ..training.runs import ACTOR_CRITIC, is_run, load_run, read_config
 from .plots import COLOURS, need_matplotlib
-from .rollouts import Rollout, rollout
-from .runs import ACTOR_CRITIC, is_run, load_run, read_config
-from .systems import System
 
 PANEL_PIXELS = 480
 TITLE_PIXELS = 36

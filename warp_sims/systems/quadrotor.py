@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels.system import DeviceFunctions
-from .kernels.systems import quadrotor as _quadrotor
+from ..kernels.system import DeviceFunctions
+from ..kernels.systems import quadrotor as _quadrotor
 from .system import System, check_draw, check_types, require
 
 __all__ = ["Quadrotor"]
@@ -82,7 +82,7 @@ class Quadrotor(System):
 
     def draw(self, axes: Any, state: np.ndarray) -> None:
         """Draws the quadrotor from the side, x to the right and z up, its thrust and the target."""
-        from .drawing import draw_quadrotor
+        from ..pictures.drawing import draw_quadrotor
 
         draw_quadrotor(axes, self, state)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from . import systems
-from .flows import Flow
-from .policies import ACTIVATIONS, MLP, NORMS, Bound, WaveCNN
+from .. import systems
+from ..flows import Flow
+from ..policies.networks import ACTIVATIONS, MLP, NORMS, Bound, WaveCNN
+from .config import TrainConfig
 from .provenance import versions
-from .train_config import TrainConfig
 
 FORMAT = "warp-sims run 1"
 PARTS = ("system", "policy", "training")

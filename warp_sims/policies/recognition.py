@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bridge.passes.composed import evaluate
-from .bridge.runtime.compat import transforming
+from ..bridge.passes.composed import evaluate
+from ..bridge.runtime.compat import transforming
 from .composing import MODULES, compose
 from .translation import Composition, NotComposed
 
@@ -103,7 +103,7 @@ def _composed(policy: nn.Module, in_size: int) -> Composition | str:
 def _is_plain(policy: nn.Module) -> bool:
     """Whether a module is a chain of torch's own, whose forward is known."""
     return all(
-        type(m) in MODULES or type(m) is nn.Sequential or type(m).__module__ == "warp_sims.policies"
+        type(m) in MODULES or type(m) is nn.Sequential or type(m).__module__ == "warp_sims.policies.networks"
         for m in policy.modules()
     )
 

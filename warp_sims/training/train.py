@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
+from ..flows import Flow
+from ..progress import Bars
 from . import run_config
+from .config import TrainConfig
 from .divergence import first_lost, time_step
-from .flows import Flow
 from .interruption import uninterrupted
 from .meeting import meet
 from .processes import Processes
-from .progress import Bars
 from .resuming import Stopped, check_fits, go_on, read_stopped
 from .runs import Log, Row, RunFolder, as_log
-from .train_config import TrainConfig
 from .updates import Updates, means, summary
 
 
@@ -394,7 +394,7 @@ class TrainingRun:
 
     def _draw_curves(self, path: Path) -> None:
         try:
-            from .plots import plot_curves
+            from ..pictures.plots import plot_curves
 
             plot_curves({self.label: as_log(self._rows)}, path / "curves.png")
         except (ImportError, OSError) as error:

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 
-from .ensembles import Ensemble
-from .flows import MOST_STEPS, Flow, check_decay, schedule
+from ..flows import MOST_STEPS, Flow, check_decay, schedule
+from ..policies.ensembles import Ensemble
+from ..systems import System
 from .optimizers import ON_HOST, OPTIMIZERS
-from .systems import System
 
 CLIPS = ("none", "value", "norm")
 LOSSES = ("final", "running")

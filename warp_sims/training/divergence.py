@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .bridge.runtime.arrays import capturing
-from .flows import Flow
-from .kernels.agreement import SUMS
-from .systems import System
+from ..bridge.runtime.arrays import capturing
+from ..flows import Flow
+from ..kernels.agreement import SUMS
+from ..systems import System
 
 if TYPE_CHECKING:
-    from .train_config import TrainConfig
+    from .config import TrainConfig
 
 RECORDED = ("loss", "norm", *SUMS)
 """What is recorded of every update. Of a flow with one gradient field the sums over a pair are NaN."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .runs import Log
+from ..training.runs import Log
 
 TRAILING_EPOCHS = 30
 # Okabe and Ito's colours: told apart by colour-blind readers, and in grey.

@@ -11,7 +11,7 @@ import warp as wp
 
 def versions() -> dict[str, str]:
     """Returns the versions of what a run depends on."""
-    from . import __version__  # set after this module is imported
+    from .. import __version__  # set after this module is imported
 
     return {
         "python": platform.python_version(),

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .flows import Flow
-from .policies import MLP, WaveCNN
-from .systems import CartPole, GuidanceByRepulsion, QuantumControl, System
-from .train_config import CLIPS, TrainConfig
+from ..flows import Flow
+from ..policies.networks import MLP, WaveCNN
+from ..systems import CartPole, GuidanceByRepulsion, QuantumControl, System
+from .config import CLIPS, TrainConfig
 
 EPOCHS = 1000
 FLOWS = (Flow.REGULAR, Flow.MODIFIED, Flow.STOPPED, Flow.COMBINED)

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..systems import System
 from . import run_config
+from .config import TrainConfig
 from .durable import PARTIAL, keep_as, remove_partial, replace_file, write_json
 from .run_lock import LOCK, RunLock
-from .systems import System
-from .train_config import TrainConfig
 
 LOG_COLUMNS = (
     "epoch",

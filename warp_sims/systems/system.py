@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .bridge.runtime import registry as _numbers
-from .bridge.runtime.contract import functions_of
-from .kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions
+from ..bridge.runtime import registry as _numbers
+from ..bridge.runtime.contract import functions_of
+from ..kernels.system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions
 
 __all__ = ["BlockFunctions", "DeviceFunctions", "MemoryFunctions", "ParameterFunctions", "System"]
 

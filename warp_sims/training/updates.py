@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
+from ..flows import Flow
+from ..gradients import gradient_pair
+from ..policies.ensembles import Ensemble
+from ..rollouts import Rollout, rollout
+from .config import TrainConfig
 from .divergence import RECORDED, Place, locate, lost, reason
-from .ensembles import Ensemble
-from .flows import Flow
-from .gradients import gradient_pair
 from .graphed import GraphedUpdate
 from .optimizers import ON_HOST, make_optimizer
 from .processes import Processes
-from .rollouts import Rollout, rollout
-from .train_config import TrainConfig
 
 SUMMARY = ("loss", "norm", "cosine", "agreement", "nonfinite", "zeros")
 """What rows of the log are made of, of every update."""

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels.system import DeviceFunctions
-from .kernels.systems import guidance as _guidance
+from ..kernels.system import DeviceFunctions
+from ..kernels.systems import guidance as _guidance
 from .system import System, check_draw, check_types, require
 
 __all__ = ["GuidanceByRepulsion"]
@@ -85,7 +85,7 @@ class GuidanceByRepulsion(System):
 
     def draw(self, axes: Any, state: np.ndarray) -> None:
         """Draws drivers, evaders and their velocities in the plane, the target at the origin."""
-        from .drawing import draw_guidance
+        from ..pictures.drawing import draw_guidance
 
         draw_guidance(axes, self, state)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from . import run_config
+from .config import TrainConfig
 from .runs import PREVIOUS, Log, Row, checkpoint_name, is_run, read_checkpoint, read_config, read_log
-from .train_config import TrainConfig
 
 ANEW = "or begin anew with overwrite=True (--overwrite)"
 

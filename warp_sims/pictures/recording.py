@@ -6,12 +6,12 @@ import torch
 import warp as wp
 from torch import Tensor, nn
 
-from .bridge.autograd.tape import record
-from .bridge.runtime.arrays import tensor_of
-from .ensembles import Ensemble
-from .flows import Flow, schedule
-from .plans import check_horizon, make_plan
-from .systems import System
+from ..bridge.autograd.tape import record
+from ..bridge.runtime.arrays import tensor_of
+from ..flows import Flow, schedule
+from ..plans import check_horizon, make_plan
+from ..policies.ensembles import Ensemble
+from ..systems import System
 
 __all__ = ["record_rollout"]
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from .kernels.system import DeviceFunctions
-from .kernels.systems import quantum as _quantum
+from ..kernels.system import DeviceFunctions
+from ..kernels.systems import quantum as _quantum
 from .system import System, check_draw, check_types, require
 
 __all__ = ["QuantumControl"]
@@ -103,7 +103,7 @@ class QuantumControl(System):
 
     def draw(self, axes: Any, state: np.ndarray) -> None:
         """Draws the probability density of the particle, that of the target state behind it."""
-        from .drawing import draw_quantum
+        from ..pictures.drawing import draw_quantum
 
         draw_quantum(axes, self, state)
 
@@ -125,7 +125,7 @@ class QuantumControl(System):
         lowest = np.stack([self.eigenstate(1), self.eigenstate(2)]).astype(np.float32)
         if self.points == 32:
             # Drawn with another library's sine: what it gave is shipped, not recomputed.
-            with np.load(Path(__file__).parent / "data" / "quantum_initial_states.npz") as published:
+            with np.load(Path(__file__).parents[1] / "data" / "quantum_initial_states.npz") as published:
                 if (n, seed) == (256, 42):
                     return torch.from_numpy(published[split].reshape(n, self.state_size)).to(dtype)
                 lowest = published["eigenstates"]

@@ -4,15 +4,15 @@ import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ..robots.ant import Ant
+from ..robots.half_cheetah import HalfCheetah
+from ..robots.hopper import Hopper
+from ..robots.linked_pendulum import LinkedPendulum
+from ..robots.robot import Robot
 from .cartpole import CartPole
 from .guidance import GuidanceByRepulsion
 from .quadrotor import Quadrotor
 from .quantum import QuantumControl
-from .robots.ant import Ant
-from .robots.half_cheetah import HalfCheetah
-from .robots.hopper import Hopper
-from .robots.linked_pendulum import LinkedPendulum
-from .robots.robot import Robot
 from .system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions, System
 
 __all__ = [

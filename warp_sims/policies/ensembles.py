@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .policies import MLP, FusedNetwork, WaveCNN, fused_network
+from .networks import MLP, FusedNetwork, WaveCNN, fused_network
 from .recognition import is_changed
 
 __all__ = ["Ensemble", "fused_ensemble"]

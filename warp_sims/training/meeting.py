@@ -6,8 +6,8 @@ import hashlib
 
 import torch
 
+from .config import TrainConfig
 from .processes import Processes
-from .train_config import TrainConfig
 
 
 def meet(config: TrainConfig, processes: Processes) -> None:

@@ -10,11 +10,11 @@ import torch
 import warp as wp
 from torch import Tensor
 
-from .bridge.passes import foreign_jax, foreign_torch
-from .bridge.passes.foreign import Pull, Simulator
-from .bridge.passes.foreign_tape import TapeStep
+from ..bridge.passes import foreign_jax, foreign_torch
+from ..bridge.passes.foreign import Pull, Simulator
+from ..bridge.passes.foreign_tape import TapeStep
+from ..kernels.system import DeviceFunctions
 from .foreign_steps import check_numbers, check_step, with_columns
-from .kernels.system import DeviceFunctions
 from .system import System, check_draw
 
 __all__ = ["ForeignSystem", "JaxSystem", "TapeSystem", "TorchSystem"]

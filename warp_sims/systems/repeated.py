@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bridge.passes.foreign import Pull, Simulator
-from .bridge.runtime.contract import functions_of
-from .flows import as_int
+from ..bridge.passes.foreign import Pull, Simulator
+from ..bridge.runtime.contract import functions_of
+from ..flows import as_int
+from ..kernels.system import DeviceFunctions
+from ..kernels.systems import repeated as _repeated
 from .foreign import ForeignSystem, foreign_system
-from .kernels.system import DeviceFunctions
-from .kernels.systems import repeated as _repeated
 from .system import System
 
 __all__ = ["Repeated", "RepeatedSimulator", "repeat"]
