@@ -43,6 +43,7 @@ def kernels_of(system: ws.System, network: str, dtype: str) -> dict[str, wp.Kern
         "adjoint, one field": kernels.adjoint[0],
         "adjoint, two fields": kernels.adjoint[1],
         "rollout, any network": make_fused_rollout(functions, scalar),
+        "rollout, composed policy": make_fused_rollout(functions, scalar, composed=True),
     }
     for what, nworld in BATCHES.items():
         plan = choose_plan(network, itemsize, nworld)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 import warp_sims as ws
 from warp_sims.bench.case import (
     Case,
+    benched,
     errors,
     gradient_error,
     needed_bytes,
@@ -180,6 +182,24 @@ def test_who_cannot_run_is_skipped_with_a_line(folder):
     assert any("onlym: flow M only" in text for text in report["skipped"])
     assert set(report["skipped"]) <= set(said)
     assert all(list(row["contestants"]) == [OURS] for row in report["rows"])
+
+
+def test_any_system_is_measured(folder):
+    """A registered one and one of a user's own, ours alone: the peers have the published ones."""
+    problems = ("links", "own_systems:Pendulum")
+    settings = replace(SMALL, problems=problems, contestants=(OURS, "right"), peers=folder, widths=((8,),))
+    said = []
+    report = bench(settings, said.append)
+    assert "right: does not have links, own_systems:Pendulum" in report["skipped"]
+    assert [row["case"]["problem"] for row in report["rows"]] == [p for p in problems for _ in SMALL.flows]
+    for row in report["rows"]:
+        assert list(row["contestants"]) == [OURS] and not row["wrong"] and row["operations"] > 0
+    with pytest.raises(ValueError, match="bench_defaults has 'pace'"):
+        benched("test_bench:Hasty")
+
+
+class Hasty(ws.CartPole):
+    bench_defaults: ClassVar[dict] = {"pace": 3}
 
 
 def test_without_the_repository_ours_runs_alone(monkeypatch):

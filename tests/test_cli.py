@@ -189,7 +189,7 @@ def test_help_lists_commands_and_the_numbers_of_a_system(capsys):
         ([], "COMMAND"),
         (["fly"], "'fly'"),
         (["train"], "SYSTEM"),
-        (["train", "cartpoll"], "unknown system 'cartpoll', expected cartpole"),
+        (["train", "cartpoll"], "unknown system 'cartpoll', expected ant, cartpole"),
         (["train", "no.such.module:Thing"], "no.such.module:Thing"),
         (["train", "warp_sims:Flow"], "derives from warp_sims.System"),
         (["train", "--poles", "3", "cartpole"], "before the system"),
@@ -350,7 +350,7 @@ def test_train_with_a_policy_and_a_loss_of_ones_own(tmp_path):
     assert done.returncode == 2 and "give it as policy" in done.stderr
     for wrong, message in (
         (["--policy", "own:nothing"], "policy 'own:nothing'"),
-        (["--policy", "nothing"], "unknown policy 'nothing', expected mlp, wavecnn, or module:name"),
+        (["--policy", "nothing"], "unknown policy 'nothing', expected mlp, wavecnn, mlp:elu"),
         (["--policy", "own:OWN"], "policy 'own:OWN'"),
         (["--loss", "nothing"], "unknown loss 'nothing', expected final, running, or module:name"),
         (["--policy", "own:small", "--hidden", "3"], "--hidden is not for --policy own:small"),

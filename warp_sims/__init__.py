@@ -45,6 +45,7 @@ from .linearization import linearize
 from .policies import MLP, WaveCNN, explain
 from .profiling.run import profile
 from .recording import record_rollout
+from .repeated import repeat
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
 from .runs import load_run
 from .systems import (
@@ -114,6 +115,7 @@ __all__ = [
     "profile",
     "project_conflicting",
     "record_rollout",
+    "repeat",
     "rollout",
     "simulate",
     "step",

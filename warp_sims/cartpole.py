@@ -31,6 +31,9 @@ class CartPole(System):
     """
 
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"horizon": 100, "loss": "final"})
+    bench_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"numbers": {"poles": 4}, "scaled": ("poles", (1, 2, 4, 8))}
+    )
 
     poles: int = 4
     """Number of poles, at least 1."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bridge.passes.foreign import ClippedSimulator, Simulator
+from .bridge.passes.foreign import Simulator
+from .bridge.passes.foreign_clipped import ClippedSimulator
 from .bridge.runtime import registry
 from .bridge.runtime.contract import has_generated_adjoint
 from .bridge.runtime.estimators import with_clip

@@ -13,6 +13,7 @@ from torch import Tensor
 from .bridge.passes import foreign_jax, foreign_torch
 from .bridge.passes.foreign import Pull, Simulator
 from .bridge.passes.foreign_tape import TapeStep
+from .foreign_steps import check_numbers, check_step, with_columns
 from .kernels.system import DeviceFunctions
 from .system import System, check_draw
 
@@ -93,7 +94,7 @@ class ForeignSystem(System, Simulator):
             _loss=loss,
             _rowwise=rowwise,
             _draw=initial_states,
-            _parameters=_check_parameters(name, parameters),
+            _parameters=check_numbers(name, parameters),
             checks_gradient=check,
             verified=set(),
         )
@@ -214,8 +215,8 @@ class TorchSystem(ForeignSystem):
         initial_states: Draw | None = None,
         parameters: Mapping[str, float] | None = None,
     ) -> None:
-        _check_step(self, step)
-        self._set(_step=_with_columns(step, control_size, parameters))
+        check_step(self, step)
+        self._set(_step=with_columns(step, control_size, parameters))
         super().__init__(
             state_size=state_size,
             control_size=control_size,
@@ -285,10 +286,10 @@ class JaxSystem(ForeignSystem):
         initial_states: Draw | None = None,
         parameters: Mapping[str, float] | None = None,
     ) -> None:
-        _check_step(self, step)
+        check_step(self, step)
         if not isinstance(jit, bool):
             raise TypeError(f"{type(self).__name__}: jit is {jit!r}, expected True or False")
-        self._set(_step=_with_columns(step, control_size, parameters), _jit=jit)
+        self._set(_step=with_columns(step, control_size, parameters), _jit=jit)
         super().__init__(
             state_size=state_size,
             control_size=control_size,
@@ -408,46 +409,3 @@ class TapeSystem(ForeignSystem):
     def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
         """Next states and the pullback, which holds until the next step."""
         return self._tape.linearize(x, u)
-
-
-def _check_step(system: Any, step: Any) -> None:
-    if not callable(step):
-        raise TypeError(
-            f"{type(system).__name__}: step is {step!r}, expected a function of (x, u) that returns the next "
-            "states"
-        )
-
-
-def _check_parameters(name: str, parameters: Any) -> dict[str, float]:
-    """Numbers by name."""
-    if parameters is None:
-        return {}
-    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
-        raise TypeError(
-            f"{name}: parameters is {parameters!r}, expected a dictionary of numbers by name or None"
-        )
-    for key, value in parameters.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: parameters[{key!r}] is {value!r}, expected a number, its own value")
-    return {key: float(value) for key, value in parameters.items()}
-
-
-def _with_columns(
-    step: Callable[..., Any], control_size: int, parameters: Mapping[str, float] | None
-) -> Callable[..., Any]:
-    """A step of (x, u) that finds its parameters behind the controls, and its own numbers where they are
-    not.
-    """
-    if not parameters:
-        return step
-    numbers = dict(parameters)
-
-    def with_columns(x: Any, u: Any) -> Any:
-        if u.shape[1] == control_size:
-            # ones of the states' kind, so that a step sees columns in either case
-            one = x[:, :1] * 0 + 1
-            return step(x, u, **{name: one * value for name, value in numbers.items()})
-        columns = {name: u[:, control_size + i : control_size + i + 1] for i, name in enumerate(numbers)}
-        return step(x, u[:, :control_size], **columns)
-
-    return with_columns

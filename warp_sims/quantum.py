@@ -38,6 +38,11 @@ class QuantumControl(System):
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"horizon": 128, "loss": "running", "zero_last": False, "policy": "wavecnn"}
     )
+    # a wave of 128 steps turns by 80 rad and forgets no rounding: gradients of float32 are off by 1e-4 (ours
+    # and those of peers)
+    bench_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"scaled": ("points", (16, 32, 64, 128)), "tolerance": 1e-3}
+    )
 
     points: int = 32
     """Inner grid points, at least 4."""

@@ -27,6 +27,7 @@ from .plans import (
     custom_loss_value,
     make_plan,
 )
+from .repeated import repeat
 from .systems import System
 
 __all__ = ["Rollout", "empty_cache", "rollout", "simulate", "step"]
@@ -76,6 +77,7 @@ def rollout(
     parameters: Parameters = None,
     resets: Resets | None = None,
     clip_cotangent: float | None = None,
+    every: int = 1,
 ) -> Rollout:
     """Unrolls policy and simulator, differentiably, under a gradient flow.
 
@@ -121,6 +123,8 @@ def rollout(
             Losses then see x0 and `next_states`, where the steps led. Torch evaluates the policy.
         clip_cotangent: Largest Euclidean norm of what a step is given to pull back, in every world; of both
             fields of "combined". What is above is scaled down to it, what is not finite stays so.
+        every: Steps of the simulator for which a control is held, see `repeat`. Horizon and states are those
+            that the policy sees.
 
     Returns:
         `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the
@@ -140,6 +144,8 @@ def rollout(
             expected.
         FloatingPointError: with `locate_divergence`, a state, a control or the loss is NaN or infinite.
     """
+    if every != 1:
+        system = repeat(system, every)
     horizon = check_horizon(horizon, "rollout", system, x0)
     base, check = schedule(flow, horizon, window)
     plan = make_plan(

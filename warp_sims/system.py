@@ -32,9 +32,9 @@ class System(abc.ABC):
     - `initial_states(n, seed, split)`, if it is to be trained from the command line.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
-    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls` and `train_defaults`. The
-    first call compiles the kernels, later ones load them from Warp's cache. `warp_sims.check(system)` says
-    whether the adjoint is that of the step.
+    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `train_defaults` and
+    `bench_defaults`. The first call compiles the kernels, later ones load them from Warp's cache.
+    `warp_sims.check(system)` says whether the adjoint is that of the step.
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
@@ -52,6 +52,12 @@ class System(abc.ABC):
     """What `warp-sims train` and `profile` start from: some of `horizon`, `loss`, `control_cost`, `zero_last`
     and `policy` ("mlp" or "wavecnn"). The rest is that of the cart-pole: 100 steps, the loss of the last
     state.
+    """
+
+    bench_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What `warp-sims bench` takes besides: some of `numbers`, those of the system that are not its defaults;
+    `scaled`, (name, values) of the one that `--scaling` varies; `tolerance` of a gradient in float32,
+    relative, by default 2e-5; `last_layer`, a factor on the last layer of the policy, by default 1.
     """
 
     _number: ClassVar[int | None] = None

@@ -73,6 +73,7 @@ WORKS = {
     "any network, large state": Work(
         "fused_rollout", "any network", functools.partial(_rollout, "large herd")
     ),
+    "composed": Work("fused_rollout", "any network", functools.partial(_rollout, "composed herd")),
     "adjoint": Work("adjoint", "as chosen", functools.partial(_open_loop, ws.CartPole(poles=2))),
     "adjoint, streamed": Work(
         "adjoint", "as chosen", functools.partial(_open_loop, ws.QuantumControl(points=17))
@@ -101,7 +102,13 @@ class Plant(NamedTuple):
     """Number of the barrier that is passed over, in the order of the text."""
 
 
-BARRIERS = {"resident": 6, "resident, one world": 5, "any network": 5, "any network, large state": 5}
+BARRIERS = {
+    "resident": 6,
+    "resident, one world": 5,
+    "any network": 5,
+    "any network, large state": 5,
+    "composed": 5,
+}
 """How many barriers the text has."""
 
 PLANTS = [

@@ -1,4 +1,4 @@
-"""What `warp-sims bench` measures: one training update of a published problem, its numbers and its truth.
+"""What `warp-sims bench` measures: one training update of a problem, its numbers and its truth.
 
 The truth is computed in float64 by `gradient_pair` on the CPU. Ours in float32 must agree with it, and so
 must every peer, which shares no code with it: two contestants that agree with it agree with each other.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,24 +20,21 @@ from .. import work
 from ..gradients import GradientPair, gradient_pair
 from ..kernels.policy.layout import layout
 from ..named import own_policy, perceptron_options
+from ..options import HIDDEN, Preset, preset_of
 from ..policies import MLP, WaveCNN, fused_network
-from ..published import SETTINGS, Setting
-from ..systems import QuantumControl, System
+from ..systems import System, resolve
 from ..work import Problem
 
 FLOWS = {"R": "regular", "M": "modified", "C": "combined"}
-BENCHED = {"cartpole": "poles4", "guidance": "cost0.1", "quantum": "target3"}
-"""The published setting of each problem that is measured."""
-
-SIZES = {"cartpole": "poles", "quantum": "points"}
-"""The number of a system that scaling varies, besides the horizon."""
+PUBLISHED = ("cartpole", "guidance", "quantum")
+"""Problems that are measured where none is named, and that the peers of the repository know."""
 
 COUNTS = ("poles", "drivers", "evaders", "points")
 """Numbers of a system that a peer reads off the sizes of its arrays."""
 
 # Of a float32 gradient, its error over the norm of the float64 one. Rounding over 60 or 100 steps gives 1e-6
-# (measured); a wave of 128 steps turns by 80 rad and forgets no rounding: 1e-4 (measured, ours and peers).
-TOLERANCE = {"cartpole": 2e-5, "guidance": 2e-5, "quantum": 1e-3}
+# (measured); systems that amplify it say so in their bench_defaults.
+TOLERANCE = 2e-5
 
 # Components below this share of their array's size have no sign in float32; C may then keep or drop them.
 UNDECIDED = 1e-3
@@ -44,13 +42,42 @@ UNDECIDED = 1e-3
 _REFERENCE_WORLDS = 1024
 """Worlds of the float64 reference at a time: its memory stays bounded."""
 
+CHANNELS = 60
+"""Of a `WaveCNN`, unless widths are given."""
+
+
+class Benched(NamedTuple):
+    """How a system is measured, see `System.bench_defaults`."""
+
+    numbers: Mapping[str, Any] = MappingProxyType({})
+    scaled: tuple[str, tuple[int, ...]] = ("", ())
+    tolerance: float = TOLERANCE
+    last_layer: float = 1.0
+
+
+@functools.cache
+def benched(problem: str) -> Benched:
+    """Returns how the named system is measured.
+
+    Raises:
+        ValueError: there is no such system, or its `bench_defaults` has something that is none.
+    """
+    given = resolve(problem).bench_defaults
+    for name in given:
+        if name not in Benched._fields:
+            raise ValueError(
+                f"system {problem!r}: bench_defaults has {name!r}, expected some of "
+                f"{', '.join(Benched._fields)}"
+            )
+    return Benched(**given)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One training update: forward, backward, comparison for C, Adam; in float32 unless said otherwise.
 
     Attributes:
-        problem: One of `BENCHED`.
+        problem: Name of a system, or `module:Class`.
         flow: R, M or C.
         batch: Number of worlds.
         device: As torch names it, `cpu` or `cuda`.
@@ -74,18 +101,19 @@ class Case:
         if not self.widths:
             object.__setattr__(self, "widths", published_widths(self.problem))
         if not self.horizon:
-            object.__setattr__(self, "horizon", self.setting.horizon)
+            object.__setattr__(self, "horizon", self.preset.horizon)
 
     @property
-    def setting(self) -> Setting:
-        """The published setting that the numbers come from."""
-        return SETTINGS[self.problem][BENCHED[self.problem]]
+    def preset(self) -> Preset:
+        """The horizon and loss that the system is trained with."""
+        return preset_of(self.problem)
 
     @property
     def system(self) -> System:
         """The simulated system."""
-        changed = {SIZES[self.problem]: self.size} if self.size else {}
-        return dataclasses.replace(self.setting.system, **changed)
+        own = benched(self.problem)
+        changed = {own.scaled[0]: self.size} if self.size else {}
+        return resolve(self.problem)(**{**own.numbers, **changed})
 
     @property
     def network(self) -> str:
@@ -93,26 +121,26 @@ class Case:
         return network_name(self.widths, self.kind)
 
     def policy(self) -> torch.nn.Module:
-        """The controller, Glorot-uniform with a fixed seed: with the published zero output layers M is R.
-
-        That of guidance has a tenth of it: a full one drives the agents into collisions, where float32 keeps
-        four digits.
-        """
+        """The controller, Glorot-uniform with a fixed seed: with the published zero output layers M is R."""
         system = self.system
         if self.kind and not is_perceptron(self.kind):
             torch.manual_seed(1)
             return own_policy(self.kind, system)
         own: dict[str, Any] = perceptron_options(self.kind)
         policy = (
-            WaveCNN(system.points, self.widths[0])
-            if isinstance(system, QuantumControl)
+            WaveCNN(system.state_size // 2, self.widths[0])
+            if self.convolutional
             else MLP(system.state_size, self.widths, system.control_size, **own)
         )
         policy.reset_parameters(seed=1)
-        if self.problem == "guidance":
-            with torch.no_grad():
-                list(policy.parameters())[-2].mul_(0.1)
+        with torch.no_grad():
+            list(policy.parameters())[-2].mul_(benched(self.problem).last_layer)
         return policy
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether the policy is a `WaveCNN`."""
+        return not self.kind and self.preset.policy == "wavecnn"
 
     def peer_arguments(self) -> dict[str, Any]:
         """What a peer is built from: numbers and numpy arrays, no object of this package."""
@@ -130,8 +158,8 @@ class Case:
             "weights": [p.detach().numpy() for p in self.policy().parameters()],
             "horizon": self.horizon,
             "flow": self.flow,
-            "loss": self.setting.loss,
-            "control_cost": self.setting.control_cost,
+            "loss": self.preset.loss,
+            "control_cost": self.preset.control_cost,
             "device": self.device,
         }
 
@@ -139,8 +167,8 @@ class Case:
         """The options of `rollout` and `gradient_pair`."""
         return {
             "horizon": self.horizon,
-            "loss": self.setting.loss,
-            "control_cost": self.setting.control_cost,
+            "loss": self.preset.loss,
+            "control_cost": self.preset.control_cost,
         }
 
 
@@ -158,11 +186,8 @@ def network_name(widths: Sequence[int], kind: str) -> str:
 
 
 def published_widths(problem: str) -> tuple[int, ...]:
-    """Hidden layers of the published controller."""
-    policy = SETTINGS[problem][BENCHED[problem]].policy(seed=0)
-    if isinstance(policy, WaveCNN):
-        return (policy.width, policy.width)
-    return tuple(layer.out_features for layer in policy if isinstance(layer, torch.nn.Linear))[:-1]
+    """Hidden layers of the published controllers, or channels of both convolutions."""
+    return (CHANNELS, CHANNELS) if preset_of(problem).policy == "wavecnn" else HIDDEN
 
 
 # Truth
@@ -184,7 +209,8 @@ class Errors(NamedTuple):
 
     def within(self, case: Case) -> bool:
         """Whether the contestant computes the same numbers."""
-        return max(self) <= TOLERANCE[case.problem] * max(1.0, case.horizon / case.setting.horizon)
+        tolerance = benched(case.problem).tolerance
+        return max(self) <= tolerance * max(1.0, case.horizon / case.preset.horizon)
 
 
 @functools.lru_cache(maxsize=1)  # the rows of all flows follow one another
@@ -271,7 +297,7 @@ def needed_operations(case: Case) -> int:
 def needed_bytes(case: Case) -> int:
     """Bytes of a stored trajectory, written once and read once: states, controls, activations in float32."""
     system = case.system
-    if case.problem == "quantum":
+    if case.convolutional:
         first, second = _positions(system.state_size // 2)
         hidden = case.widths[0] * first + case.widths[1] * second
     else:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .case import BENCHED, FLOWS
+from ..systems import registry
+from .case import FLOWS, PUBLISHED
 from .report import against, check_page, page, summary, tables, write_page
 from .run import FORMAT, bench
 from .settings import BATCHES, SCALES, Settings
@@ -29,7 +30,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         "systems",
         metavar="SYSTEM",
         nargs="*",
-        help=f"some of {', '.join(BENCHED)}, with their published settings (default: all)",
+        help=f"{', '.join(sorted(registry))}, or module:Class, with their train_defaults; the peers know "
+        f"{', '.join(PUBLISHED)} (default: these)",
     )
     add("--flows", nargs="+", metavar="FLOW", help=f"some of {' '.join(FLOWS)} (default: all)")
     batches = " ".join(map(str, BATCHES))
@@ -178,7 +180,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     if "devices" not in known:
         known["devices"] = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     if options.scaling and not options.systems:
-        known["problems"] = tuple(BENCHED)
+        known["problems"] = PUBLISHED
     return Settings(**known, without=_SLOW_TO_START if options.quick and not options.contestants else ())
 
 

@@ -9,6 +9,7 @@ A folder of peers is a Python package whose `PEERS` maps names to `module:Class`
 - `policies` (optional) says which policies it takes besides the published ones: "mlp", of which it is given
   `policy=` as `elu+layernorm`, and "module", which it is given itself;
 - `plans` (optional) names several ways to go, of which the fastest competes; `flows` those it offers;
+  `problems` the systems, by default the published ones;
 - `unavailable(device)` (optional, a class method) returns why it cannot run here, or None.
 
 Modules are imported when they are asked for. One that raises `ImportError` is skipped with a line.
@@ -31,7 +32,7 @@ import torch
 from ..graphed import GraphedUpdate
 from ..optimizers import make_optimizer
 from ..rollouts import rollout
-from .case import FLOWS, Case, is_perceptron
+from .case import FLOWS, PUBLISHED, Case, is_perceptron
 
 OURS = "warp-sims"
 
@@ -112,9 +113,13 @@ class Entrant:
         """The flows that it offers."""
         return tuple(FLOWS) if self.ours else tuple(getattr(self._made_by(), "flows", FLOWS))
 
+    def problems(self) -> tuple[str, ...]:
+        """The systems whose equations it has; of ours nobody asks."""
+        return tuple(getattr(self._made_by(), "problems", PUBLISHED))
+
     def takes(self, case: Case) -> bool:
-        """Whether it offers the flow and the policy of a case."""
-        if self.ours or case.flow not in self.flows():
+        """Whether it offers the problem, the flow and the policy of a case."""
+        if self.ours or case.flow not in self.flows() or case.problem not in self.problems():
             return self.ours
         policies = getattr(self._made_by(), "policies", ())
         return not case.kind or ("mlp" if is_perceptron(case.kind) else "module") in policies

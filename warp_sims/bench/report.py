@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .case import SIZES, network_name
+from .case import benched, network_name
 from .contestants import OURS
 from .timing import PAUSE, spread
 
@@ -402,7 +402,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _title(row: Row) -> str:
     case = row["case"]
-    size = f", {case['size']} {SIZES[case['problem']]}" if case["size"] else ""
+    size = f", {case['size']} {benched(case['problem']).scaled[0]}" if case["size"] else ""
     sizes = f"batch {case['batch']}, {case['horizon']} steps{size}"
     return f"{case['problem']} {_network(case)}, {case['device']}, {sizes}, {case['flow']}"
 

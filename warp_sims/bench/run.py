@@ -28,10 +28,10 @@ from ..ceilings import copy_rate, matrix_product_rate
 from ..provenance import machine, versions
 from .case import (
     FLOWS,
-    SIZES,
     Case,
     Errors,
     Reference,
+    benched,
     errors,
     needed_bytes,
     needed_operations,
@@ -109,6 +109,12 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         if settings.contestants is None and entrant.name in settings.without:
             chosen.remove(entrant)
             skip(f"{entrant.name}: left out, it compiles for long; name it with --contestants")
+    for entrant in chosen:
+        if entrant.ours or entrant.unavailable(settings.devices[0]):
+            continue
+        unknown = [p for p in settings.problems if p not in entrant.problems()]
+        if unknown:
+            skip(f"{entrant.name}: does not have {', '.join(unknown)}")
     fields = {device: _field(chosen, device, skip) for device in settings.devices}
     if not any(fields.values()):
         raise ValueError("bench: no contestant can run: " + "; ".join(skipped))
@@ -155,7 +161,7 @@ def _field(chosen: Sequence[Entrant], device: str, skip: Callable[[str], None]) 
 
 
 def _label(case: Case) -> str:
-    size = f", {SIZES[case.problem]} {case.size}" if case.size else ""
+    size = f", {benched(case.problem).scaled[0]} {case.size}" if case.size else ""
     sizes = f"batch {case.batch}, {case.horizon} steps{size}"
     return f"{case.problem} {case.network}, {case.device}, {sizes}, {case.flow}"
 

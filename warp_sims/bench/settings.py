@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from ..named import perceptron_options
-from .case import BENCHED, FLOWS, SIZES, Case, is_perceptron
+from ..systems import registry
+from .case import FLOWS, PUBLISHED, Case, benched, is_perceptron
 
 BATCHES = (8, 64, 256, 1024, 4096, 16384)
 SCALES = {
     "worlds": (64, 256, 1024, 4096, 16384),
     "horizon": (25, 50, 100, 200, 400),
-    "poles": (1, 2, 4, 8),
-    "points": (16, 32, 64, 128),
+    **dict(filter(all, (benched(name).scaled for name in registry))),
 }
 """What scaling varies, and over which values."""
 
@@ -30,7 +30,7 @@ class Settings:
     """What is measured, and for how long.
 
     Attributes:
-        problems: Some of `BENCHED`.
+        problems: Names of systems, or `module:Class`.
         flows: Some of R, M, C.
         batches: Numbers of worlds, ascending.
         devices: `cpu`, `cuda` or `cuda:INDEX`.
@@ -47,7 +47,7 @@ class Settings:
         ensemble: Numbers of networks trained together, measured instead of the matrix; empty for the matrix.
     """
 
-    problems: tuple[str, ...] = tuple(BENCHED)
+    problems: tuple[str, ...] = PUBLISHED
     flows: tuple[str, ...] = tuple(FLOWS)
     batches: tuple[int, ...] = BATCHES
     devices: tuple[str, ...] = ("cpu",)
@@ -68,13 +68,11 @@ class Settings:
         return max(LEAST_ROUNDS, min(self.rounds, int(self.time_limit / 2 / max(seconds, 1e-6))))
 
     def __post_init__(self) -> None:
-        for name, known in (("problems", BENCHED), ("flows", FLOWS)):
-            for value in getattr(self, name):
-                if value not in known:
-                    own = "; profile takes a system of your own" if name == "problems" else ""
-                    raise ValueError(
-                        f"bench: {value!r} is none of the {name}, expected {', '.join(known)}{own}"
-                    )
+        for value in self.flows:
+            if value not in FLOWS:
+                raise ValueError(f"bench: {value!r} is none of the flows, expected {', '.join(FLOWS)}")
+        for problem in self.problems:
+            benched(problem)
         for name in ("problems", "flows", "batches", "devices"):
             if not getattr(self, name):
                 raise ValueError(f"bench: {name} is empty, expected at least one")
@@ -97,11 +95,12 @@ class Settings:
         if self.scaling and not self.scaled_problems:
             raise ValueError(f"bench: none of {', '.join(self.problems)} has {self.scaling}")
         for widths in self.widths:
-            if "quantum" in self.problems and (len(widths) != 2 or widths[0] != widths[1]):
-                raise ValueError(
-                    f"bench: widths {'x'.join(map(str, widths))} do not fit quantum, whose two convolutions "
-                    "have one width; give 32x32 for example, or other problems"
-                )
+            for problem in filter(_convolutional, self.problems):
+                if len(widths) != 2 or widths[0] != widths[1]:
+                    raise ValueError(
+                        f"bench: widths {'x'.join(map(str, widths))} do not fit {problem}, whose two "
+                        "convolutions have one width; give 32x32 for example, or other problems"
+                    )
         for kind in self.policies:
             if is_perceptron(kind):
                 perceptron_options(kind)
@@ -113,9 +112,9 @@ class Settings:
                 raise ValueError(
                     f"bench: policy {kind} in an ensemble, expected mlp:elu+layernorm and the like"
                 )
-            if "quantum" in self.problems:
+            for problem in filter(_convolutional, self.problems):
                 raise ValueError(
-                    f"bench: policy {kind} is not for quantum, whose policy is convolutional; name other "
+                    f"bench: policy {kind} is not for {problem}, whose policy is convolutional; name other "
                     "problems"
                 )
         for device in self.devices:
@@ -126,7 +125,7 @@ class Settings:
         """The problems that have what scaling varies."""
         if self.scaling in ("", "horizon", "worlds"):
             return self.problems
-        return tuple(p for p in self.problems if SIZES.get(p) == self.scaling)
+        return tuple(p for p in self.problems if benched(p).scaled[0] == self.scaling)
 
     def cases(self) -> Iterator[Case]:
         """All rows, in the order in which they are measured: rows of one reference follow one another."""
@@ -138,6 +137,10 @@ class Settings:
                             for flow in self.flows:
                                 horizon, size = (value, 0) if self.scaling == "horizon" else (0, value)
                                 yield Case(problem, flow, batch, device, widths, horizon, size, kind)
+
+
+def _convolutional(problem: str) -> bool:
+    return Case(problem, "R", 1).convolutional
 
 
 def _check_device(name: str) -> None:

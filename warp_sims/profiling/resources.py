@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from ..bridge.runtime.launches import PREPARING
+from ..kernels.policy.layout import layout
 from ..kernels.sweeps.fused_rollout import make_fused_rollout
 from ..kernels.sweeps.resident import choose_plan, make_resident_rollout
 from ..kernels.system import DeviceFunctions
@@ -30,8 +31,11 @@ NO_PTXAS = "no ptxas found; pip install nvidia-cuda-nvcc brings one"
 
 def cuda_rollout(functions: DeviceFunctions, dtype: Any, network: str, nworld: int) -> wp.Kernel:
     """Returns the forward sweep that a GPU takes with a network, see `policies.fused_network`."""
-    plan = choose_plan(network, wp.types.type_size_in_bytes(dtype), nworld)
-    return make_resident_rollout(functions, dtype, plan) if plan else make_fused_rollout(functions, dtype)
+    itemsize = wp.types.type_size_in_bytes(dtype)
+    plan = choose_plan(network, itemsize, nworld)
+    if plan is not None:
+        return make_resident_rollout(functions, dtype, plan)
+    return make_fused_rollout(functions, dtype, composed=layout(network, itemsize).composed)
 
 
 class Resources(NamedTuple):
