@@ -43,6 +43,7 @@ from .pictures.recording import record_rollout
 from .policies.ensembles import Ensemble
 from .policies.gaussian import GaussianPolicy
 from .policies.networks import MLP, WaveCNN, explain
+from .policies.observed import Observed
 from .profiling.run import profile
 from .rollouts import Rollout, empty_cache, rollout, simulate, step
 from .systems import (
@@ -71,6 +72,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
+    "Observed",
     "Blend",
     "ActorCriticConfig",
     "ActorCriticResult",

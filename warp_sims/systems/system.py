@@ -33,8 +33,10 @@ class System(abc.ABC):
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
     field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `train_defaults` and
-    `bench_defaults`. The first call compiles the kernels, later ones load them from Warp's cache.
-    `warp_sims.check(system)` says whether the adjoint is that of the step.
+    `bench_defaults`. With `observe(states)`, in torch, it says what a policy sees (`Observed`).
+
+    The first call compiles the kernels, later ones load them from Warp's cache. `warp_sims.check(system)`
+    says whether the adjoint is that of the step.
     """
 
     running_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
