@@ -192,7 +192,9 @@ def test_aggregators_of_torchjd(dtype):
     assert torch.dot(*pair.flat) < 0.0
     halved = {name: 0.5 * grad for name, grad in pair.combine(combiner=aggregation.PCGrad()).items()}
     assert_close(halved, pair.combine(combiner=ws.project_conflicting), TOLERANCE[dtype])
-    assert_close(pair.combine(combiner=aggregation.Mean()), pair.combine(combiner=ws.Blend(0.5)), TOLERANCE[dtype])
+    assert_close(
+        pair.combine(combiner=aggregation.Mean()), pair.combine(combiner=ws.Blend(0.5)), TOLERANCE[dtype]
+    )
     pair.assign(policy, combiner=aggregation.MGDA())
     assert all(p.grad.dtype == dtype and bool(p.grad.isfinite().all()) for p in policy.parameters())
 
