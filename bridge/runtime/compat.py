@@ -44,13 +44,10 @@ def transforming() -> bool:
 
 
 _BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
-
-
-def batching() -> bool:
-    """Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`), which it does
-    operator by operator, by an older mechanism than that of `torch.func`.
-    """
-    return torch._C._dispatch_tls_is_dispatch_key_included(_BATCHES)
+batching: Callable[[], bool] = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _BATCHES)
+"""Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`), which it does
+operator by operator, by an older mechanism than that of `torch.func`. Asked at every call of an operator.
+"""
 
 
 @contextlib.contextmanager
