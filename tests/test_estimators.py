@@ -1,5 +1,7 @@
 """Estimators beside the flows: clipped cotangents, decay per second, other combinations of two gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import (
@@ -177,6 +179,24 @@ def test_projection_of_conflicting_gradients():
             assert_close(found, 0.5 * (parts[0] + parts[1]), 1e-13)
             assert all(torch.dot(found, q) > -1e-12 for q in pair)
     assert ws.project_conflicting(torch.tensor([[torch.nan, 1.0], [1.0, 1.0]])).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_aggregators_of_torchjd(dtype):
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    policy, x0 = make_net(CART, dtype=dtype), make_states(CART, WORLDS, dtype)
+    pair = ws.gradient_pair(CART, policy, x0, horizon=HORIZON, loss=own_loss)
+    base, check = pair.flat
+    # gradients that point against each other
+    pair = dataclasses.replace(pair, flat=torch.stack((base, check - 2.0 * base)))
+    assert torch.dot(*pair.flat) < 0.0
+    halved = {name: 0.5 * grad for name, grad in pair.combine(combiner=aggregation.PCGrad()).items()}
+    assert_close(halved, pair.combine(combiner=ws.project_conflicting), TOLERANCE[dtype])
+    assert_close(
+        pair.combine(combiner=aggregation.Mean()), pair.combine(combiner=ws.Blend(0.5)), TOLERANCE[dtype]
+    )
+    pair.assign(policy, combiner=aggregation.MGDA())
+    assert all(p.grad.dtype == dtype and bool(p.grad.isfinite().all()) for p in policy.parameters())
 
 
 def test_combiners_of_an_ensemble():

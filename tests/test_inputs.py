@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import warp as wp
 from cases import assert_close, cost_of, make_net, make_states, step_of
 from foreign_carts import torch_cart
 from torch import nn
@@ -117,3 +118,38 @@ def test_bad_arguments_of_the_gaussian_policy():
             ws.GaussianPolicy(*arguments)
     with pytest.raises(ValueError, match="noise has shape"):
         ws.GaussianPolicy(make_net(CART))(make_states(CART, 2), torch.zeros(2, 3))
+
+
+@wp.kernel
+def sum_of_squares(states: wp.array3d(dtype=wp.float64), loss: wp.array(dtype=wp.float64)):
+    t, i, j = wp.tid()
+    wp.atomic_add(loss, 0, states[t, i, j] * states[t, i, j])
+
+
+@pytest.mark.parametrize("system", [CART, torch_cart(CART)], ids=["warp", "torch"])
+@pytest.mark.parametrize("flow", "RM")
+def test_recorded_on_a_tape(system, flow):
+    policy, x0, inputs = Tracker(), make_states(CART, WORLDS), references()
+    out = ws.rollout(system, policy, x0, horizon=HORIZON, flow=flow, loss=None, inputs=inputs)
+    out.states.square().sum().backward()
+    expected = {name: p.grad for name, p in policy.named_parameters()}
+    for given in (inputs, wp.array(inputs.numpy(), device="cpu")):
+        policy.zero_grad()
+        loss = wp.zeros(1, dtype=wp.float64, requires_grad=True, device="cpu")
+        with wp.Tape() as tape:
+            states, _ = ws.record_rollout(tape, system, policy, x0, horizon=HORIZON, flow=flow, inputs=given)
+            wp.launch(sum_of_squares, dim=states.shape, inputs=[states, loss], device="cpu")
+        tape.backward(loss)
+        assert_close({name: p.grad for name, p in policy.named_parameters()}, expected, TOLERANCE)
+
+
+def test_who_takes_none_says_so():
+    policy, x0 = ws.GaussianPolicy(make_net(CART)), make_states(CART, WORLDS)
+    with pytest.raises(ValueError, match="given as inputs=, which training does not take"):
+        ws.train(ws.TrainConfig(CART, policy, samples=WORLDS, batch=WORLDS, epochs=1), progress=False)
+    noise = policy.draw(HORIZON, x0)
+    with pytest.raises(ValueError, match="inputs for an Ensemble"):
+        ws.rollout(CART, ws.Ensemble([policy.mean]), x0, horizon=HORIZON, inputs=noise)
+    array = wp.array(noise.numpy(), requires_grad=True, device="cpu")
+    with pytest.raises(ValueError, match="inputs is a Warp array with requires_grad=True"):
+        ws.record_rollout(wp.Tape(), CART, policy, x0, horizon=HORIZON, inputs=array)

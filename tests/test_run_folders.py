@@ -303,9 +303,12 @@ def test_a_finished_run_is_continued(tmp_path):
     assert_refused(tmp_path / "run", "epochs=7, now epochs=3", "more epochs would continue it", epochs=3)
 
 
-def test_resuming_from_the_command_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "more", [[], ["--decay", "0.3/s", "--clip-cotangent", "0.05"]], ids=["plain", "estimator"]
+)
+def test_resuming_from_the_command_line(more, tmp_path, capsys):
     words = ["train", "cartpole", "--poles", "1", "--hidden", "8", "--horizon", "5", "--samples", "8"]
-    words += ["--no-progress"]
+    words += ["--no-progress", *more]
     assert main([*words, "--epochs", "5", "--out", str(tmp_path / "whole")]) == 0
     assert main([*words, "--epochs", "2", "--out", str(tmp_path / "run")]) == 0
     assert main(["train", "--resume", str(tmp_path / "run"), "--epochs", "5", "--no-progress"]) == 0
@@ -314,6 +317,9 @@ def test_resuming_from_the_command_line(tmp_path, capsys):
     for name in logs[0]:
         if name != "seconds":
             np.testing.assert_array_equal(logs[0][name], logs[1][name], err_msg=name)
+    made = ws.load_run(tmp_path / "run")[0]
+    expected = (ws.PerSecond(0.3), 0.05) if more else (1.0, None)
+    assert (made.decay, made.clip_cotangent) == expected
     for words, said in (
         (["--resume", str(tmp_path / "run"), "--lr", "0.1"], "--lr"),
         (["--resume", str(tmp_path / "run"), "--epochs", "3", "--no-progress"], "now epochs=3"),

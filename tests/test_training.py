@@ -165,6 +165,7 @@ def test_settings_reach_the_rollout():
     for settings in (
         {"flow": "regular", "window": 2, "decay": 0.5, "control_cost": 0.3, "loss": "running"},
         {"flow": ["M", "R", "S", "N", "M"], "loss": "running"},
+        {"flow": "regular", "loss": "running", "decay": ws.PerSecond(1e-3), "clip_cotangent": 0.05},
         {"flow": "modified", "loss": lambda states, controls: states[-1].square().mean()},
     ):
         policy = small_policy(seed=5)
@@ -466,6 +467,8 @@ def test_without_matplotlib_and_rich_the_run_is_kept(tmp_path, monkeypatch):
         ({"lr": math.nan}, ValueError, ("lr=nan", "finite")),
         ({"lr": "fast"}, TypeError, ("'fast'",)),
         ({"control_cost": -0.1}, ValueError, ("control_cost=-0.1", "at least 0")),
+        ({"clip_cotangent": 0.0}, ValueError, ("TrainConfig: clip_cotangent is 0.0", "above 0")),
+        ({"clip_cotangent": True}, TypeError, ("TrainConfig: clip_cotangent is True", "above 0")),
         ({"clip": "both"}, ValueError, ("'both'", "'norm'")),
         ({"clip_at": 0}, ValueError, ("clip_at=0",)),
         ({"optimizer": "lion"}, ValueError, ("'lion'", "'adagrad'")),

@@ -129,10 +129,11 @@ def test_updates_as_alone(optimizer, clip, flow):
         {"flow": "combined", "system": HERD, "loss": "running", "window": 3},
         {"flow": "combined", "system": BOX, "loss": "running", "count": 2},
         {"flow": ["R", "M", "N", "S", "R", "M"], "decay": 0.9},
+        {"flow": "combined", "decay": ws.PerSecond(0.1), "clip_cotangent": 0.05},
         # rows three epochs apart, checkpoints two; steps that overshoot: the best epoch is not the last
         {"flow": "regular", "log_every": 3, "checkpoint_every": 2, "epochs": 5, "lr": 0.5},
     ],
-    ids=["double", "herd", "box", "schedule", "rows"],
+    ids=["double", "herd", "box", "schedule", "clipped", "rows"],
 )
 def test_folders_as_alone(settings, tmp_path):
     assert_as_alone(tmp_path, **settings)

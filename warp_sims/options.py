@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from . import systems
 from .demo import DEMO_EPOCHS
+from .estimators import PerSecond
 from .flows import Flow
 from .training.config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
 from .training.optimizers import OPTIMIZERS
@@ -104,7 +105,12 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         },
         "control_cost": {"type": float, "default": preset.control_cost},
         "window": {"type": int, "help": "truncation: both edges close at every multiple of so many steps"},
-        "decay": {"type": float},
+        "decay": {
+            "type": _decay,
+            "help": "factor in [0, 1] on what crosses the physics edge backwards: at every step, or 0.3/s "
+            "for 30% left after a second of simulated time",
+        },
+        "clip_cotangent": {"type": float},
         "samples": {"type": int},
         "batch": {"type": int},
         "epochs": {"type": int},
@@ -144,6 +150,16 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     )
     if named is not None:
         add_system_options(parser, named)
+
+
+def _decay(text: str) -> float | PerSecond:
+    """A factor a step, or a second: 0.3/s."""
+    try:
+        return PerSecond(float(text.removesuffix("/s"))) if text.endswith("/s") else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no decay ({error}), expected a number in [0, 1] such as 0.9, or 0.3/s"
+        ) from error
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ from ..passes.physical import split_physical, with_physical
 from ..passes.segments import pieces
 from ..passes.spec import Spec
 from . import operators
+from .mapping import one_by_one
 from .rollout import BackwardPass, combined, differentiable, split, x0_is_wanted
 from .torch_path import TorchPath, weight_gradients
 
@@ -244,7 +245,7 @@ class EpisodesBackward(BackwardPass):
         return combined(grads, two), combined(adj_x0, two, wants_x0)
 
 
-_episodes_backward = differentiable(EpisodesBackward, backward_pass=True)
+_episodes_backward = differentiable(EpisodesBackward, backward_pass=True, mapping=one_by_one)
 
 
 class Episodes(torch.autograd.Function):

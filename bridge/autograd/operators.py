@@ -22,7 +22,7 @@ from ..passes.fused_backward import backward
 from ..passes.segments import with_segment
 from ..passes.spec import Cotangents, Spec, described
 from ..runtime.arrays import capturing
-from ..runtime.compat import dispatch_mode, transforming
+from ..runtime.compat import batching, dispatch_mode, transforming
 from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 from ..runtime.tracing import span
@@ -49,6 +49,7 @@ def watched(*args: Any) -> bool:
         or torch.compiler.is_compiling()
         or dispatch_mode() is not None
         or transforming()
+        or batching()
     )
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from ...kernels.flow import Flow
 from ..passes.physical import Physical
 from ..passes.spec import Cotangents, Saved, Spec
-from ..runtime.compat import transforming, unflatten_dense_tensors, unwrap_dead_wrappers
+from ..runtime.compat import batching, transforming, unflatten_dense_tensors, unwrap_dead_wrappers
 from . import operators
+from .mapping import Rule, one_by_one, pulled_back, refused, simulated
 
 _NO_SECOND = (
     "second derivatives through a rollout are not implemented: the adjoint kernels have no adjoint of their "
@@ -25,7 +26,8 @@ _NO_SECOND = (
 _NO_FORWARD = (
     "forward-mode derivatives (jvp, jacfwd, dual numbers) through a rollout are not implemented: the flows "
     "are defined on the "
-    "backward pass; use reverse mode (backward, torch.func.grad, torch.autograd.grad)"
+    "backward pass; use reverse mode (backward, torch.func.grad, torch.func.jacrev), or "
+    "warp_sims.linearize for the Jacobians of a step"
 )
 
 
@@ -51,9 +53,13 @@ class BackwardPass(torch.autograd.Function):
 
 
 def differentiable(
-    function: type[torch.autograd.Function], backward_pass: bool = False
+    function: type[torch.autograd.Function],
+    backward_pass: bool = False,
+    mapping: Callable[[Callable[..., Any]], Rule] | None = None,
 ) -> Callable[..., Any]:
     """Returns `function.apply`, with forward-mode derivatives an error that says so.
+
+    `mapping` makes the rule for `torch.func.vmap` of what is returned; without it vmap is an error too.
 
     torch.compile refuses a Function that has a `jvp`, so the error is a subclass, left out where a graph is
     traced.
@@ -63,7 +69,8 @@ def differentiable(
         raise NotImplementedError(_NO_FORWARD)
 
     plain = function.forward
-    reverse_only = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+    members = {"jvp": staticmethod(jvp), "vmap": staticmethod(refused)}
+    reverse_only: Any = type(function.__name__, (function,), members)
     # what Function.apply comes to without transforms, less its inspection of the signature of forward at
     # every call
     direct: Any = super(torch.autograd.Function, reverse_only).apply  # pyright: ignore[reportAttributeAccessIssue]
@@ -74,13 +81,15 @@ def differentiable(
             return plain(*args) if backward_pass else function.apply(*args)
         # a pullback may be called when the transform that wrapped its tensors is over
         args = unwrap_dead_wrappers(args)
+        if transforming():
+            return reverse_only.apply(*args)
         if backward_pass and not torch.is_grad_enabled():
             # nobody can differentiate this again
             return plain(*args)
-        if transforming():
-            return reverse_only.apply(*args)
         return direct(*args)
 
+    if mapping is not None:
+        reverse_only.vmap = staticmethod(mapping(apply))
     return apply
 
 
@@ -99,7 +108,7 @@ def combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cuts a flat gradient, (members, parameters) of an ensemble, into tensors shaped like the parameters."""
-    if flat.ndim == 1 and not torch.compiler.is_compiling():
+    if flat.ndim == 1 and not (torch.compiler.is_compiling() or transforming() or batching()):
         return list(unflatten_dense_tensors(flat, like))  # the same, by one call
     members = flat.shape[:-1].numel()
     sizes = [q.numel() // members for q in like]
@@ -128,7 +137,7 @@ class RolloutBackward(BackwardPass):
         return combined(grads, two), combined(adj_x0, two, wants_x0)
 
 
-_rollout_backward = differentiable(RolloutBackward, backward_pass=True)
+_rollout_backward = differentiable(RolloutBackward, backward_pass=True, mapping=one_by_one)
 
 
 class Rollout(torch.autograd.Function):
@@ -188,7 +197,7 @@ class SimulateBackward(BackwardPass):
         return mu[0], adj_x0[0], flat
 
 
-_simulate_backward = differentiable(SimulateBackward, backward_pass=True)
+_simulate_backward = differentiable(SimulateBackward, backward_pass=True, mapping=pulled_back)
 
 
 class Simulate(torch.autograd.Function):
@@ -224,5 +233,5 @@ class Simulate(torch.autograd.Function):
 
 rollout = differentiable(Rollout)
 """(x0, spec, path, *parameters) -> states, controls, loss, and tensors that only the backward pass reads."""
-simulate = differentiable(Simulate)
+simulate = differentiable(Simulate, mapping=simulated)
 """(x0, controls, number of the system, physical, *numbers) -> states; the last two can be left out."""

@@ -23,6 +23,7 @@ __all__ = [
     "OpenMP",
     "address",
     "array_descriptor",
+    "batching",
     "dispatch_mode",
     "off_tape",
     "openmp",
@@ -40,6 +41,13 @@ __all__ = [
 def transforming() -> bool:
     """Whether a transform of torch.func runs, in which values cannot be read. torch tells nobody else."""
     return torch._C._are_functorch_transforms_active()
+
+
+_BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
+batching: Callable[[], bool] = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _BATCHES)
+"""Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`), which it does
+operator by operator, by an older mechanism than that of `torch.func`. Asked at every call of an operator.
+"""
 
 
 @contextlib.contextmanager

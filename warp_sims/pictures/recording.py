@@ -27,6 +27,7 @@ def record_rollout(
     window: int | None = None,
     decay: float = 1.0,
     checkpoint_every: int | None = None,
+    inputs: wp.array | Tensor | None = None,
 ) -> tuple[wp.array, wp.array]:
     """Runs a rollout and records its hand-written backward pass on a tape.
 
@@ -41,6 +42,8 @@ def record_rollout(
             with `requires_grad=True` gets its cotangent in `.grad`.
         system, policy, horizon, flow, window, decay, checkpoint_every: As in `rollout`, but not flow
             "combined".
+        inputs: (horizon, nworld, k), as in `rollout`; a tensor or a Warp array of three dimensions, which
+            gets no cotangent.
 
     Returns:
         States (horizon + 1, nworld, state_size) and controls (horizon, nworld, control_size) as Warp arrays
@@ -67,6 +70,13 @@ def record_rollout(
             )
         array = x0 if x0.requires_grad else None
         x0 = tensor_of(x0)
+    if isinstance(inputs, wp.array):
+        if inputs.requires_grad:
+            raise ValueError(
+                f"{call}: inputs is a Warp array with requires_grad=True, expected one without: no cotangent "
+                "is computed for it; make what is to be learned a parameter of the policy"
+            )
+        inputs = tensor_of(inputs)
     horizon = check_horizon(horizon, call, system, x0)
     base, check = schedule(flow, horizon, window, call)
     if check:
@@ -76,5 +86,6 @@ def record_rollout(
             "does not; use gradient_pair"
         )
     with torch.no_grad():
-        plan = make_plan(call, system, policy, x0, horizon, base, "", decay, None, 0.0, checkpoint_every)
+        given = system, policy, x0, horizon, base, "", decay, None, 0.0, checkpoint_every
+        plan = make_plan(call, *given, inputs=inputs)
     return record(tape, plan.spec, plan.path, plan.parameters, plan.x0.detach(), array)

@@ -56,7 +56,8 @@ def check_parameters(
                 "reads, expected numbers of the step alone: the loss takes those of the system; pass a "
                 "callable loss"
             )
-    wanted = any(q.requires_grad for q in given)
+    # a tensor that is mapped over does not tell what it holds
+    wanted = transforming() or any(q.requires_grad for q in given)
     columns = tuple(names.index(name) for name in parameters)
     if members:
         given = tuple(q.expand(members, *q.shape) for q in given)

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 
-from ..flows import MOST_STEPS, Flow, check_decay, schedule
+from ..estimators import PerSecond, clipped_number, decay_of
+from ..flows import MOST_STEPS, Flow, schedule
 from ..policies.ensembles import Ensemble
 from ..systems import System
 from .optimizers import ON_HOST, OPTIMIZERS
@@ -33,7 +34,8 @@ class TrainConfig:
         loss: "final", "running", or a callable of (states, controls) that returns a scalar tensor.
         control_cost: Weight of the mean squared control that is added to the loss.
         window: Truncation window in steps: both edges closed at every multiple of it. None: no truncation.
-        decay: Factor in [0, 1] on what crosses the physics edge backwards.
+        decay: Factor in [0, 1] on what crosses the physics edge backwards, or a `PerSecond`.
+        clip_cotangent: Largest norm of what a step is given to pull back, in every world; None: no bound.
         samples: Number of initial states in the training set, and as many in the test set.
         batch: Initial states of one update. Batches are taken in order and never shuffled.
         epochs: Passes over the training set.
@@ -69,7 +71,8 @@ class TrainConfig:
     loss: str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = "final"
     control_cost: float = 0.0
     window: int | None = None
-    decay: float = 1.0
+    decay: float | PerSecond = 1.0
+    clip_cotangent: float | None = None
     samples: int = 256
     batch: int = 8
     epochs: int = 1000
@@ -119,7 +122,11 @@ class TrainConfig:
         ):
             positive = name in ("lr", "clip_at")
             self._set(name, _real(name, getattr(self, name), low, high, positive=positive))
-        self._set("decay", check_decay(self.decay, "TrainConfig"))
+        step_decay = decay_of("TrainConfig", self.system, self.decay)
+        self._set("decay", self.decay if isinstance(self.decay, PerSecond) else step_decay)
+        clipped_number("TrainConfig", self.system, self.clip_cotangent, None)
+        if self.clip_cotangent is not None:
+            self._set("clip_cotangent", float(self.clip_cotangent))
         self._check_choice("optimizer", OPTIMIZERS)
         self._check_choice("clip", CLIPS)
         self._check_choice("on_divergence", ON_DIVERGENCE)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import systems
+from ..estimators import PerSecond
 from ..flows import Flow
 from ..policies.networks import ACTIVATIONS, MLP, NORMS, Bound, WaveCNN
 from .config import TrainConfig
@@ -36,6 +37,8 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     )
     if callable(config.loss):
         settings["loss"] = {"callable": _import_name(config.loss)}
+    if isinstance(config.decay, PerSecond):
+        settings["decay"] = {"per_second": config.decay.factor}
     return {
         "format": FORMAT,
         "system": system_json(config.system),
@@ -75,6 +78,9 @@ def from_json(
     settings = known | settings  # of an earlier version: what it lacks is as it was then
     if isinstance(settings["loss"], dict):
         settings["loss"] = loss or _imported(settings["loss"].get("callable"), "loss")
+    if isinstance(settings["decay"], dict):
+        factor: Any = settings["decay"].get("per_second")
+        settings["decay"] = PerSecond(factor)
     if system is None:
         system = build_system(data)
     if policy is None:

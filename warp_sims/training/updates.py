@@ -81,6 +81,7 @@ class Updates:
             "control_cost": config.control_cost,
             "window": config.window,
             "decay": config.decay,
+            "clip_cotangent": config.clip_cotangent,
         }
         self._train_states, self._test_states = (
             config.system.initial_states(config.samples, seed=config.seed, split=split).to(
