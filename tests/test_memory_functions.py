@@ -55,7 +55,10 @@ def as_on_a_gpu(monkeypatch):
         "make_system_kernels",
         lambda functions, dtype, block: make_streamed_kernels(functions, dtype),
     )
-    rollout = property(lambda p: make_fused_rollout(p.functions, p.dtype))
+
+    def rollout(p, composed):
+        return make_fused_rollout(p.functions, p.dtype, composed=composed)
+
     monkeypatch.setattr(registry.Prepared, "fused_rollout", rollout)
 
 
