@@ -169,7 +169,7 @@ def test_peers_of_other_perceptrons(kind, flow):
     policy, system, x0 = case.policy(), case.system, case.system.initial_states(5, dtype=torch.float64)
     arguments = case.peer_arguments() | {"x0": x0.numpy()}
     policy = policy.double()
-    expected = expected_gradients(system, policy, x0, 12, flow, loss=case.setting.loss)
+    expected = expected_gradients(system, policy, x0, 12, flow, loss=case.preset.loss)
     for peer in PEERS.values():
         found = first_gradients(peer, **arguments)
         assert_close(found, [expected[key].numpy() for key, _ in policy.named_parameters()], TOLERANCE_64)
@@ -178,7 +178,7 @@ def test_peers_of_other_perceptrons(kind, flow):
 def test_the_eager_peer_of_a_module():
     case = Case("cartpole", "R", 5, horizon=12, kind="composed_nets:attention")
     policy, x0 = case.policy().double(), case.system.initial_states(5, dtype=torch.float64)
-    expected = expected_gradients(case.system, policy, x0, 12, "R", loss=case.setting.loss)
+    expected = expected_gradients(case.system, policy, x0, 12, "R", loss=case.preset.loss)
     found = first_gradients(TorchEager, **case.peer_arguments() | {"x0": x0.numpy()})
     assert_close(found, [expected[key].numpy() for key, _ in policy.named_parameters()], TOLERANCE_64)
 

@@ -399,7 +399,7 @@ def test_command_for_a_system_without_loss_and_states(empty_folder, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["pendulum"], "unknown system 'pendulum', expected cartpole"),
+        (["pendulum"], "unknown system 'pendulum', expected ant, cartpole"),
         (["cartpole", "--flow", "sideways"], "sideways"),
         (["cartpole", "--horizon", "0"], "horizon is 0, expected at least 1"),
         (["cartpole", "--batch", "-3"], "batch is -3, expected at least 1"),
