@@ -33,7 +33,9 @@ def case(name, setting, **options):
 
 
 def own_numbers(system):
-    return dict(zip(system.parameter_names, parameter_values(system.number)))
+    own = dict(zip(system.parameter_names, parameter_values(system.number)))
+    assert own == system.physical_parameters
+    return own
 
 
 def steps_of(system, x):
@@ -228,7 +230,7 @@ PLANTED = [
     ("*to++ += g.w[k] * s.qdd[k];", "*to++ += real(1.001) * g.w[k] * s.qdd[k];", "hopper", "contact_smooth"),
     ("(IMPLICIT ? s.v[k] + h * s.qdd[k] : s.v[k])", "s.v[k]", "ballchain", "implicit"),
     ("*to++ -= g.w[ACTUATOR_DOF[a]] * f;", "*to++ += g.w[ACTUATOR_DOF[a]] * f;", "hopper", "contact_smooth"),
-    ("add_motion_cross(X, g.W[i], s.V[i]);", "add_motion_cross(X, s.V[i], g.W[i]);", "hopper", "contact_smooth"),
+    ("add_motion_cross(X, g.W[i], s.V[i]);", "add_motion_cross(X, s.V[i], g.W[i]);", "ballchain", "implicit"),
     ("add_cross(turn, bc, a);", "", "ballchain", "implicit"),
     ("add_cross(bc, b, c);", "", "ballchain", "implicit"),
     ("to[8] += al[0] * bl[2] + al[2] * bl[0];", "to[8] += al[0] * bl[2];", "ballchain", "implicit"),

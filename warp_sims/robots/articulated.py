@@ -75,6 +75,16 @@ class Articulated(System):
         return number_names(self.model)
 
     @functools.cached_property
+    def physical_parameters(self) -> dict[str, float]:
+        """The same numbers by name as the model has them, in kg, m, kg m^2, N m s/rad or N s/m, and for gears
+        N m or N a unit of force."""
+        words = self.model.numbers(self.structure, (0.0,) * 7)
+        return {
+            name: float(words[place[0]])
+            for name, place in zip(self.parameter_names, self.structure.number_places())
+        }
+
+    @functools.cached_property
     def parameter_scales(self) -> tuple[float, ...]:
         """What a number may differ by where a robot has 0: a product of inertia by the link's own inertia."""
         scales = [1.0] * (2 * len(self.model.joints) + len(self.model.actuators))
