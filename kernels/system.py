@@ -67,12 +67,17 @@ class ParameterFunctions(NamedTuple):
             arithmetic alone
 
     Without `fields` the names are those of fields of `Params`; else each is an attribute of the system.
+
+    Numbers may also be words of one array of `Params`, whose name is `array`. `places` then holds for each
+    the index of its word, and behind it those of words that are sums with it as a part; `fields` is None.
     """
 
     names: tuple[str, ...]
     Values: Any
     step_vjp: Any
     fields: Any = None
+    array: str = ""
+    places: tuple[tuple[int, ...], ...] = ()
 
 
 class DeviceFunctions(NamedTuple):

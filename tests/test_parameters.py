@@ -366,10 +366,10 @@ def weighted_functions(dtype):
     return functions._replace(loss=loss, loss_vjp=loss_vjp)
 
 
-def test_robots_have_none():
+def test_robots_name_theirs():
     system = ws.Hopper()
     x0 = system.initial_states(2)
-    with pytest.raises(ValueError, match="expected numbers of the physics of this Hopper: none"):
+    with pytest.raises(ValueError, match="expected numbers of the physics of this Hopper: .*mass_of_"):
         ws.step(system, x0, torch.zeros(2, system.control_size), parameters={"mass": 1.0})
 
 

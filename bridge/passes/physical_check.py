@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import torch
+import warp as wp
 from torch import Tensor
 
 from ...kernels.sweeps.physical import has_generated_vjp
@@ -56,7 +57,8 @@ def drawn_values(number: int, q: Tensor, seed: int = 1) -> Tensor:
     own = q.new_tensor(parameter_values(number))
     draw = torch.Generator().manual_seed(seed)
     off = torch.randn(q.shape[0], own.shape[0], generator=draw, dtype=q.dtype).to(q.device)
-    return own + SPREAD * torch.where(own == 0.0, off.abs(), own * off)
+    scales = getattr(find(number), "parameter_scales", (1.0,) * own.shape[0])
+    return own + SPREAD * torch.where(own == 0.0, off.abs() * q.new_tensor(scales), own * off)
 
 
 def stepped(number: int, q: Tensor, values: Tensor) -> Tensor:
@@ -97,7 +99,15 @@ def names_in_loss(number: int, device: torch.device) -> frozenset[str]:
         def cost(changed: dict[str, float]) -> Tensor:
             params = p.functions.Params()
             params.assign(p.params)
-            fields = own.fields(changed) if own is not None and own.fields is not None else changed
+            fields: dict[str, Any] = changed
+            if own is not None and own.array:
+                words = getattr(p.params, own.array).numpy().copy()
+                for place, value in zip(own.places, changed.values()):
+                    words[[*place[1:]]] += value - words[place[0]]
+                    words[place[0]] = value
+                fields = {own.array: wp.array(words, dtype=p.dtype, device=p.device)}
+            elif own is not None and own.fields is not None:
+                fields = own.fields(changed)
             for name, value in fields.items():
                 setattr(params, name, value)
             other = dataclasses.replace(p, params=params)

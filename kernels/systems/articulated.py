@@ -28,6 +28,13 @@ theta = E^T G / 2 with columns q o (0, e_i), and back as G = 2 E theta / |q|; th
     adj_r = x + a r x x + b r x (r x x)        x -> x + sin(phi)/phi r x x + a r x (r x x)
     a = (1 - cos phi) / phi^2                  b = (phi - sin phi) / phi^3
 
+Cotangents of the numbers: w . tau = W . (I A) + (W x V) . (I V) is linear in mass, centre and inertia; with
+a_c, b_c the velocities of two motions a, b at the centre c of mass, J about it, summed over both products,
+
+    a . I b = m a_c . b_c + aw . J bw            adj_m += a_c . b_c
+    adj_c += m (b_c x aw + a_c x bw)             adj_J += aw bw^T, in the axes of the link
+    adj_armature = w qdd        adj_damping = w v, implicit w (v + h qdd)        adj_gear = -w dforce/dgear
+
 Contact of a sphere: p its lowest point, depth d, velocity v (v_n away from the ground, v_t along it):
 
     s = max(0, 1 - kd v_n)       N = ke d s       f = N n - g v_t
@@ -52,7 +59,7 @@ from typing import Any
 import warp as wp
 
 from ..policy.layout import BLOCK
-from ..system import BlockFunctions, DeviceFunctions, MemoryFunctions
+from ..system import BlockFunctions, DeviceFunctions, MemoryFunctions, ParameterFunctions
 from .articulated_tables import Structure, kept_substeps, source
 from .lanes import sincos
 from .native_block import fill, native_block
@@ -161,6 +168,16 @@ _VALUE_ADJ = """
   const auto adj_u_of = [&](int, int) -> real* { return result.c + NQ + NV; };
 """
 
+# The numbers' cotangents through a step, by value.
+_PULL_NUMBERS = """
+  wp::vec_t<NUMBERS, real> result;
+  vec adj_x[2][NQ + NV], adj_c[2][NU];
+  for (int k = 0; k < NQ + NV; ++k) adj_x[0][k] = adj.c[k];
+  substeps_vjp(slots, trail, work, u, x_next, 1, adj_x, adj_c);
+  for (int k = 0; k < NUMBERS; ++k) result.c[k] = found[k];
+  return result;
+"""
+
 _INSPECT = """
   Slot s;
   Work work;
@@ -193,6 +210,7 @@ def _read(name: str) -> str:
 
 
 _FORWARD, _FORCES, _ADJOINT = _read("forward"), _read("forces"), _read("adjoint")
+_NUMBERS = _read("numbers")
 
 
 def _text(structure: Structure, dtype: Any, worlds: int, body: str, kept: int) -> str:
@@ -284,6 +302,23 @@ def make_functions(structure: Structure, dtype: Any) -> DeviceFunctions:
         wide=lanes(WIDE),
         wide_worlds=WIDE,
     )
+
+
+@functools.cache
+def make_parameter_functions(structure: Structure, dtype: Any, names: tuple[str, ...]) -> ParameterFunctions:
+    """Returns how the numbers of `Structure.number_places`, by these names, enter a step and its gradient."""
+    functions = make_functions(structure, dtype)
+    Params, State, Control = functions.Params, functions.State, functions.Control
+    places = structure.number_places()
+    Values = wp.types.vector(length=len(places), dtype=dtype)
+    kept = kept_substeps(structure, 4 if dtype == wp.float32 else 8, 1)
+    adjoint = _ADJOINT.replace("/* COLLECT */", "collect(s, g, w.A, u);")
+    body = f"  enum {{ NUMBERS = {len(places)} }};\n{_NUMBERS}{adjoint}{_VALUE}{_LOAD}{_PULL_NUMBERS}"
+
+    @wp.func_native(fill(_text(structure, dtype, 1, body, kept), {}, dtype))
+    def articulated_numbers_vjp(x: State, c: Control, p: Params, adj: State) -> Values: ...
+
+    return ParameterFunctions(names, Values, articulated_numbers_vjp, array="numbers", places=places)
 
 
 @functools.cache

@@ -161,6 +161,7 @@
       }
       accelerate(s, true, w.A);
       _Pragma("unroll 1") for (int f = 0; f < fields; ++f) pull(s, g, w.A, u, adj_q[f], adj[f] + NQ, adj_u[f]);
+      /* COLLECT */
     }
     _Pragma("unroll 1") for (int f = 0; f < fields; ++f) from_tangent(slots[0].q, adj_q[f], adj[f]);
   };

@@ -117,6 +117,28 @@ class Structure(NamedTuple):
         found["END"] = at
         return found
 
+    def number_places(self) -> tuple[tuple[int, ...], ...]:
+        """Where the numbers lie in the array that a rollout may be given, and behind each the words of sums
+        that it is a part of: armature and damping of every degree of freedom; gear of every actuator; and
+        mass, centre (3) and inertia (6) of every link with mass.
+        """
+        words, link = self.words(), offsets(LINK_NAMES)
+        places: list[tuple[int, ...]] = [(words["DOFS"] + k,) for k in range(2 * self.dofs)]
+        size = len(ACTUATOR_NAMES.split())
+        places += [(words["ACTUATOR"] + size * a,) for a in range(len(self.actuators))]
+        size = len(LINK_NAMES.split())
+        for i, massive in enumerate(self.massive, 1):
+            if not massive:
+                continue
+            at, above, sums = words["LINK"] + size * (i - 1), i, []
+            while above:
+                sums.append(words["LINK"] + size * (above - 1) + link["SUBTREE_MASS"])
+                above = self.parents[above - 1]
+            places.append((at + link["MASS"], *sums))
+            places += [(at + link["CENTRE"] + k,) for k in range(3)]
+            places += [(at + link["INERTIA"] + k,) for k in range(6)]
+        return tuple(places)
+
 
 def _sums(sizes) -> list[int]:
     found = [0]

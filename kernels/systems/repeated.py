@@ -14,7 +14,7 @@ import functools
 
 import warp as wp
 
-from ..system import DeviceFunctions, ParameterFunctions
+from ..system import DeviceFunctions
 
 
 @functools.cache
@@ -66,4 +66,4 @@ def repeated(functions: DeviceFunctions, times: int) -> DeviceFunctions:
             lam = through_x
         return adj
 
-    return found._replace(parameters=ParameterFunctions(own.names, Values, repeated_values_vjp, own.fields))
+    return found._replace(parameters=own._replace(step_vjp=repeated_values_vjp))

@@ -141,6 +141,27 @@ def test_parameters(system, names, dtype, emulator):
     assert_close(found, expected, 1e-3 if wave else TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("system", [ws.Hopper(substeps=2), ws.HalfCheetah()], ids=["hopper", "cheetah"])
+def test_parameters_of_robots(system, emulator):
+    """In registers, and in memory, where the cheetah is large; each world has its own array of words."""
+    net, x0 = make_net(system, gain=1.0), system.initial_states(5, dtype=torch.float64)
+    body, joint = system.model.links[-1].body, system.model.links[-1].joint
+    names = (f"mass_of_{body}", f"damping_of_{joint}", f"gear_of_{joint}")
+    factors = [1.1, torch.linspace(0.9, 1.2, 5, dtype=torch.float64), 0.8]
+
+    def run():
+        given = {
+            n: torch.as_tensor(system.physical_parameters[n] * f, dtype=torch.float64).requires_grad_()
+            for n, f in zip(names, factors)
+        }
+        out = ws.rollout(system, net, x0, horizon=3, flow="C", loss="running", parameters=given)
+        grads = torch.autograd.grad(out.loss, list(given.values()))
+        return dict(zip(names, grads)) | {"states": out.states.detach()}
+
+    found, expected = on_both(emulator, run)
+    assert_close(found, expected, TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("system", [CART, ws.QuantumControl(points=12)], ids=["cart", "wave"])
 def test_clipped_cotangents(system, emulator):
     """In registers, and in memory, where the wave is large."""

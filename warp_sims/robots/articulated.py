@@ -9,15 +9,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..kernels.system import DeviceFunctions
+from ..kernels.system import DeviceFunctions, ParameterFunctions
 from ..kernels.systems import articulated as _articulated
 from ..kernels.systems.articulated_tables import Structure
 from ..systems.system import System, check_draw
 from .geometry import random_qpos
-from .model import Model
+from .model import Model, number_names
 from .stability import Bound, stability_bound
 
 __all__ = ["Articulated"]
+
+
+@functools.cache
+def _with(functions: DeviceFunctions, own: ParameterFunctions) -> DeviceFunctions:
+    return functions._replace(parameters=own)
 
 
 class Articulated(System):
@@ -57,7 +62,37 @@ class Articulated(System):
         )
 
     def device_functions(self, dtype: Any) -> DeviceFunctions:
-        return _articulated.make_functions(self.structure, dtype)
+        return self._numbered(_articulated.make_functions(self.structure, dtype), dtype)
+
+    def _numbered(self, functions: DeviceFunctions, dtype: Any) -> DeviceFunctions:
+        """The functions, with the numbers that a rollout may be given."""
+        own = _articulated.make_parameter_functions(self.structure, dtype, self.parameter_names)
+        return _with(functions, own)
+
+    @functools.cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the numbers that `parameters=` of a rollout may give, see docs/robots.md."""
+        return number_names(self.model)
+
+    @functools.cached_property
+    def physical_parameters(self) -> dict[str, float]:
+        """The same numbers by name as the model has them, in kg, m, kg m^2, N m s/rad or N s/m, and for gears
+        N m or N a unit of force."""
+        words = self.model.numbers(self.structure, (0.0,) * 7)
+        return {
+            name: float(words[place[0]])
+            for name, place in zip(self.parameter_names, self.structure.number_places())
+        }
+
+    @functools.cached_property
+    def parameter_scales(self) -> tuple[float, ...]:
+        """What a number may differ by where a robot has 0: a product of inertia by the link's own inertia."""
+        scales = [1.0] * (2 * len(self.model.joints) + len(self.model.actuators))
+        for link in self.model.links:
+            if link.mass > 0:
+                moment = min(link.inertia[:3])
+                scales += [1.0, *[0.1] * 3, *[moment] * 6]
+        return tuple(scales)
 
     def parameters(self, dtype: Any) -> Any:
         import warp as wp

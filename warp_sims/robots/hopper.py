@@ -135,7 +135,7 @@ class Hopper(Articulated):
         return hopper_model()
 
     def device_functions(self, dtype: Any) -> DeviceFunctions:
-        return _hopper.make_functions(self.structure, dtype)
+        return self._numbered(_hopper.make_functions(self.structure, dtype), dtype)
 
     def initial_states(
         self,

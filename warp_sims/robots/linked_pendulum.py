@@ -131,7 +131,7 @@ class LinkedPendulum(Articulated):
         )
 
     def device_functions(self, dtype: Any) -> DeviceFunctions:
-        return _linked_pendulum.make_functions(self.structure, dtype)
+        return self._numbered(_linked_pendulum.make_functions(self.structure, dtype), dtype)
 
     def initial_states(
         self,

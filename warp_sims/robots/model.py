@@ -250,3 +250,31 @@ def state_names(model: Model) -> list[str]:
     found = [link.joint + axis for link in model.links for axis in axes[link.kind]]
     rates = [link.joint + axis for link in model.links for axis in axes[link.kind][-DOF_SIZE[link.kind] :]]
     return found + [f"{name}'" for name in rates]
+
+
+def number_names(model: Model) -> tuple[str, ...]:
+    """Names of the numbers that a rollout may be given, in the order of `Structure.number_places`; of equal
+    names the second has " 2" behind it, and so on.
+    """
+    axes = {HINGE: [""], SLIDE: [""], SLIDES: [" x", " y", " z"], BALL: [" x", " y", " z"]}
+    dofs = [
+        link.joint + (" turn" if link.kind == BALL and _is_free(model, link) else "") + axis
+        for link in model.links
+        for axis in axes[link.kind]
+    ]
+    found = [f"{kind}_of_{dof}" for dof in dofs for kind in ("armature", "damping")]
+    found += [f"gear_of_{dofs[actuator.dof]}" for actuator in model.actuators]
+    inertia = ("inertia_xx", "inertia_yy", "inertia_zz", "inertia_xy", "inertia_xz", "inertia_yz")
+    kinds = ("mass", "centre_x", "centre_y", "centre_z", *inertia)
+    found += [f"{kind}_of_{link.body}" for link in model.links if link.mass > 0 for kind in kinds]
+    seen: dict[str, int] = {}
+    names = []
+    for name in found:
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return tuple(names)
+
+
+def _is_free(model: Model, link: Link) -> bool:
+    """Whether a ball is the second half of a free joint."""
+    return link.parent > 0 and model.links[link.parent - 1].kind == SLIDES

@@ -37,7 +37,7 @@ class Runner(Articulated):
     """Coordinates that a policy does not see: where the robot is on the ground."""
 
     def device_functions(self, dtype: Any) -> DeviceFunctions:
-        return _runners.make_functions(self.structure, dtype, self.bonus)
+        return self._numbered(_runners.make_functions(self.structure, dtype, self.bonus), dtype)
 
     def initial_states(
         self,
