@@ -139,7 +139,7 @@ def kill(kills: int, folder: Path, seed: int = 0) -> tuple[int, int]:
     """Kills so many trainings; returns how many kills there were, and how many runs came through them."""
     draw = random.Random(seed)
     # the picture comes after all else, and would take most of the time
-    ws.training.TrainingRun._draw_curves = lambda self, path: None  # type: ignore[method-assign]
+    ws.training.train.TrainingRun._draw_curves = lambda self, path: None  # type: ignore[method-assign]
     train(folder / "warm")
     started = time.monotonic()
     in_child(lambda: train(folder / "whole"))

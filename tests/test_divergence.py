@@ -74,7 +74,7 @@ def test_columns_say_what_was_lost(policy_of):
 
 def test_some_components_that_overflow_are_counted(monkeypatch):
     """NaN and infinity in R give 0 there, and training goes on."""
-    original = ws.updates.gradient_pair
+    original = ws.training.updates.gradient_pair
 
     def spoiled(*arguments, **options):
         pair = original(*arguments, **options)
@@ -152,7 +152,7 @@ def test_settings_that_do_not_go_with_skipping():
 def test_weights_that_are_not_finite_are_never_kept(log_every, tmp_path, monkeypatch):
     """Rows of the log are four epochs apart: between them no loss is looked at."""
     policy = calm()
-    original = ws.updates.Updates.run
+    original = ws.training.updates.Updates.run
     epochs = []
 
     def run(self, record, count=None):
@@ -162,7 +162,7 @@ def test_weights_that_are_not_finite_are_never_kept(log_every, tmp_path, monkeyp
             with torch.no_grad():
                 policy[2].weight[0, 3] = math.nan
 
-    monkeypatch.setattr(ws.updates.Updates, "run", run)
+    monkeypatch.setattr(ws.training.updates.Updates, "run", run)
     config = config_of(policy, epochs=8, log_every=log_every, checkpoint_every=1)
     with TrainingRun(config, tmp_path / "run") as training:
         training.run_epoch()

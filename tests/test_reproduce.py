@@ -138,7 +138,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, flow, stop_after):
         )
 
     whole = ws.train(config(), tmp_path / "whole", progress=False)
-    stopped = ws.training.TrainingRun(config(), tmp_path / "parts")
+    stopped = ws.training.train.TrainingRun(config(), tmp_path / "parts")
     stopped.begin()
     for _ in range(stop_after):
         stopped.run_epoch()
