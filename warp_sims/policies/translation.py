@@ -5,6 +5,7 @@ written in are those of kernels/policy/composed_layout.py.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -54,11 +55,74 @@ class Value:
 
 
 class Leaves(fx.Tracer):
-    """Takes torch's own modules as they are and looks into all others."""
+    """Takes torch's own modules as they are and looks into all others.
+
+    It traces copies of the modules whose calls come here. fx itself puts its call into `torch.nn.Module` for
+    as long as it traces, and modules that other threads call meanwhile would go through it.
+    """
 
     def __init__(self, modules: Collection[type]) -> None:
         super().__init__()
         self._modules_known = modules
+        self._copies: dict[int, tuple[nn.Module, nn.Module, str]] = {}  # the original, its copy, its name
+        self._attributes: dict[str, Any] = {}  # proxies of parameters and buffers that were asked for
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """The graph of a module's forward.
+
+        Raises:
+            NotComposed: the forward changes attributes.
+        """
+        self.root = self._copied(root, "")
+        copies = list(self._copies.values())
+        self.tensor_attrs = {
+            value: f"{name}.{key}".lstrip(".")
+            for _, copy, name in copies
+            for key, value in copy.__dict__.items()
+            if isinstance(value, Tensor)
+        }
+        self.graph = fx.Graph(tracer_cls=type(self))
+        forward, arguments = self.create_args_for_root(type(root).forward, True, concrete_args)
+        out = forward(*arguments)
+        self.create_node("output", "output", (self.create_arg(out),), {})
+        for original, copy, _ in copies:
+            own, other = original.__dict__, copy.__dict__
+            if own.keys() != other.keys() or any(own[k] is not other[k] for k in own if k != "_modules"):
+                raise NotComposed("its forward changes its attributes")
+        return self.graph
+
+    def _copied(self, module: nn.Module, name: str) -> nn.Module:
+        known = self._copies.get(id(module))
+        if known is not None:
+            return known[1]
+        kind = type(module)
+
+        def call(own: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.call_module(own, functools.partial(kind.forward, own), args, kwargs)
+
+        def attribute(own: nn.Module, key: str) -> Any:
+            return self.getattr(key, kind.__getattr__(own, key), self._attributes)
+
+        own = {"__call__": call, "__getattr__": attribute, "__module__": kind.__module__}
+        copy = object.__new__(type(kind.__name__, (kind,), own))
+        copy.__dict__.update(module.__dict__)
+        self._copies[id(module)] = module, copy, name
+        copy.__dict__["_modules"] = {
+            key: None if part is None else self._copied(part, f"{name}.{key}".lstrip("."))
+            for key, part in module._modules.items()
+        }
+        return copy
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The name of a copy."""
+        return next(name for _, copy, name in self._copies.values() if copy is mod)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A node for torch's own modules, what its forward does for others."""
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return self.create_proxy("call_module", name, args, kwargs)
+        return forward(*args, **kwargs)
 
     proxy_buffer_attributes = True  # what is computed of buffers is computed anew when they change
 
@@ -69,7 +133,7 @@ class Leaves(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self._modules_known or super().is_leaf_module(m, module_qualified_name)
+        return type(m).__bases__[0] in self._modules_known or super().is_leaf_module(m, module_qualified_name)
 
 
 def first_line(error: Exception) -> str:
