@@ -16,7 +16,7 @@ import warp as wp
 from warp_sims.kernels.agreement import make_combine
 from warp_sims.kernels.sweeps.fused_rollout import make_fused_rollout
 from warp_sims.kernels.sweeps.resident import choose_plan, make_resident_rollout
-from warp_sims.kernels.sweeps.streamed import make_cuda_system_kernels
+from warp_sims.kernels.sweeps.rollout import make_kernels
 
 import warp_sims as ws
 from warp_sims.profiling.resources import device_resources, find_ptxas
@@ -37,7 +37,7 @@ def kernels_of(system: ws.System, network: str, dtype: str) -> dict[str, wp.Kern
     """The kernels that a system with this policy launches on a GPU, by what they are."""
     scalar, itemsize = DTYPES[dtype], 4 if dtype == "float32" else 8
     functions = system.device_functions(scalar)
-    kernels = make_cuda_system_kernels(functions, scalar)
+    kernels = make_kernels(functions, scalar, on_cpu=False)
     found = {
         "simulate": kernels.simulate,
         "loss": kernels.loss,

@@ -16,7 +16,7 @@ from warp_sims.bridge.passes import sweeps
 from warp_sims.bridge.passes.spec import Cotangents, Spec
 from warp_sims.bridge.runtime.registry import prepare
 from warp_sims.kernels.policy.layout import BLOCK
-from warp_sims.kernels.sweeps.rollout import make_system_kernels
+from warp_sims.kernels.sweeps.rollout import make_kernels
 
 import warp_sims as ws
 
@@ -38,7 +38,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 def two_forms(system, dtype):
     p = prepare(system.number, dtype, torch.device("cpu"))
     assert p.kernels.worlds == BLOCK
-    return p, dataclasses.replace(p, kernels=make_system_kernels(p.functions, p.dtype, block=False))
+    return p, dataclasses.replace(p, kernels=make_kernels(p.functions._replace(block=None), p.dtype, True))
 
 
 def numbers(system, nworld, dtype):

@@ -25,7 +25,7 @@ from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
 from warp_sims.bridge.runtime import registry
 from warp_sims.bridge.runtime.registry import prepare
 from warp_sims.kernels.sweeps.fused_rollout import make_fused_rollout
-from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
+from warp_sims.kernels.sweeps.rollout import make_gpu_kernels
 
 import warp_sims as ws
 
@@ -43,7 +43,7 @@ def box(points):
 
 def two_forms(system, dtype):
     p = prepare(system.number, dtype, torch.device("cpu"))
-    return p, dataclasses.replace(p, kernels=make_streamed_kernels(p.functions, p.dtype))
+    return p, dataclasses.replace(p, kernels=make_gpu_kernels(p.functions, p.dtype))
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(registry, "_prepared", {})
     monkeypatch.setattr(
         registry,
-        "make_system_kernels",
-        lambda functions, dtype, block: make_streamed_kernels(functions, dtype),
+        "make_kernels",
+        lambda functions, dtype, on_cpu: make_gpu_kernels(functions, dtype),
     )
 
     def rollout(p, composed):
@@ -95,9 +95,7 @@ def test_as_exact_as_the_block_form(points, dtype, bound):
     """
     system = ws.QuantumControl(points=points)
     p, memory = two_forms(system, dtype)
-    by_value = dataclasses.replace(
-        p, kernels=make_streamed_kernels(p.functions._replace(memory=None), p.dtype)
-    )
+    by_value = dataclasses.replace(p, kernels=make_gpu_kernels(p.functions._replace(memory=None), p.dtype))
     x0 = system.initial_states(16)
     controls = 3.0 * torch.randn(128, 16, 1, generator=torch.Generator().manual_seed(1))
     exact = prepare(system.number, torch.float64, torch.device("cpu"))
@@ -134,7 +132,7 @@ def test_without_a_loss_in_memory():
     system = box(7)
     p, memory = two_forms(system, torch.float64)
     functions = p.functions._replace(memory=p.functions.memory._replace(loss=None, loss_vjp=None))
-    other = dataclasses.replace(p, kernels=make_streamed_kernels(functions, p.dtype))
+    other = dataclasses.replace(p, kernels=make_gpu_kernels(functions, p.dtype))
     x0, controls = make_states(system, 3), torch.ones(HORIZON, 3, 1, dtype=torch.float64)
     weights = LossWeights(0.7, 0.3, 0.2)
     states = sweeps.simulate(p, x0, controls)

@@ -11,8 +11,7 @@ from reference import rollout as oracle
 from warp_sims.bridge.passes import sweeps
 from warp_sims.bridge.passes.spec import Cotangents, Spec
 from warp_sims.bridge.runtime.registry import prepare
-from warp_sims.kernels.sweeps.rollout import make_system_kernels
-from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
+from warp_sims.kernels.sweeps.rollout import make_gpu_kernels, make_kernels
 
 import warp_sims as ws
 from warp_sims.robots.model import Pair
@@ -69,8 +68,8 @@ def forms(own, dtype):
     assert p.open_loop.worlds == 8 and p.kernels.worlds == 4
     kernels = [
         p.kernels,
-        make_system_kernels(p.functions, p.dtype, block=False),
-        make_streamed_kernels(p.functions, p.dtype),
+        make_kernels(p.functions._replace(block=None), p.dtype, on_cpu=True),
+        make_gpu_kernels(p.functions, p.dtype),
     ]
     return p, [dataclasses.replace(p, wide=None, kernels=k) for k in kernels]
 

@@ -1,4 +1,4 @@
-"""The sweeps of large states, which only GPUs take, beside those of rollout.py, both on a CPU."""
+"""The sweeps of GPUs, a world a thread, beside those of CPUs, both on a CPU."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from warp_sims.bridge.passes import sweeps
 from warp_sims.bridge.passes.spec import Cotangents, Spec
 from warp_sims.bridge.runtime.arrays import WARP_DTYPE
 from warp_sims.bridge.runtime.registry import prepare
-from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
+from warp_sims.kernels.sweeps.rollout import make_gpu_kernels
 from warp_sims.kernels.systems.elements import is_large
 
 import warp_sims as ws
@@ -26,10 +26,10 @@ place."""
 
 
 def streamed(name, dtype):
-    """A system on a CPU with its own kernels, and with those of large states."""
+    """A system on a CPU with its own kernels, and with those of a GPU."""
     p = prepare(SYSTEMS[name].number, dtype, torch.device("cpu"))
     functions = p.functions._replace(memory=None) if name.endswith("by value") else p.functions
-    return p, dataclasses.replace(p, kernels=make_streamed_kernels(functions, WARP_DTYPE[dtype]))
+    return p, dataclasses.replace(p, kernels=make_gpu_kernels(functions, WARP_DTYPE[dtype]))
 
 
 @pytest.mark.parametrize("check", ["", "RRMMNNSSR"], ids=["one field", "two fields"])

@@ -152,7 +152,7 @@ class _Group:
     """The launches of one thread and what they write on the way, for a group of world blocks at a time.
 
     With one control the policy is linearised before the sweep; with several, its backward pass runs in the
-    sweep (kernels/sweeps/fused_adjoint.py), and no Jacobian is kept.
+    sweep (kernels/sweeps/adjoint.py), and no Jacobian is kept.
     """
 
     def __init__(self, whole: "_Backward", p: Prepared, spec: Spec, network: str, shape: Shape) -> None:
@@ -202,7 +202,7 @@ class _Group:
         if several:
             states_of_block = array(size, fields, BLOCK, n, components=1)
             states_of_block.data = pulled.data_ptr()
-            values = policy | a.values | {"flat_mu": fixed(whole.mu.view(-1))}
+            values = a.values | policy | {"flat_mu": fixed(whole.mu.view(-1))}
             values |= {"pulled": states_of_block, "flat_pulled": fixed(pulled.view(-1))}
             self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), values, True))
         else:

@@ -239,6 +239,12 @@ class AdjointArguments:
             "member_worlds": nworld // shape.members,
             "mu": self.mu,
             "adj_x0": self.adj_x0,
+            # of a policy whose backward pass runs in the sweep, see fused_backward.py
+            **dict.fromkeys(("layers", "row", "row_adj", "hidden_first", "hidden_steps"), 0),
+            **dict.fromkeys(("params", "hidden"), array(size, 0, 0)),
+            **dict.fromkeys(("flat_mu", "d", "flat_pulled"), array(size, 0)),
+            "table": array(4, 0),
+            "pulled": array(size, 0, 0, n, components=1),
         }
         self.values |= spec.weights.arguments(shape.loss_worlds or nworld // shape.members, horizon, m)
         self._trajectories: list[tuple[Any, int, int]] = []

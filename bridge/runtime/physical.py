@@ -7,7 +7,6 @@ launches borrows it, so that neither threads nor nested calls share one.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +15,7 @@ import warp as wp
 from torch import Tensor
 
 from ...kernels.sweeps.physical import names_of, with_values
-from ...kernels.sweeps.rollout import make_system_kernels
-from ...kernels.sweeps.streamed import make_cuda_system_kernels
+from ...kernels.sweeps.rollout import make_kernels
 from ...kernels.system import ParameterFunctions
 from .arrays import stream, warp_device
 from .contract import functions_of
@@ -108,10 +106,7 @@ class WithValues:
             shape=(rows,),
             device=wp.device_from_torch(device),
         )
-        make = make_cuda_system_kernels
-        if base.device.is_cpu:
-            make = functools.partial(make_system_kernels, block=True)
-        kernels = make(functions, base.dtype)
+        kernels = make_kernels(functions, base.dtype, base.device.is_cpu)
         self.prepared = dataclasses.replace(
             base, functions=functions, params=params, kernels=kernels, wide=None
         )

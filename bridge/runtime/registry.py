@@ -6,17 +6,18 @@ Append-only: a number, once given, stands for the same system for the life of th
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import warp as wp
 
-from ...kernels.sweeps.fused_adjoint import make_fused_adjoint
+from ...kernels.policy.dense import make_network_functions
+from ...kernels.policy.layout import BLOCK
+from ...kernels.sweeps.adjoint import make_adjoint
+from ...kernels.sweeps.forms import block_form
 from ...kernels.sweeps.fused_rollout import make_fused_rollout
-from ...kernels.sweeps.rollout import SystemKernels, make_system_kernels, make_wide_kernels
-from ...kernels.sweeps.streamed import make_cuda_system_kernels
+from ...kernels.sweeps.rollout import SystemKernels, make_kernels, make_wide_kernels
 from ...kernels.system import DeviceFunctions
 from .arrays import WARP_DTYPE, warp_device
 from .contract import check_contract, functions_of, has_generated_adjoint
@@ -88,8 +89,10 @@ class Prepared:
         return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu, composed)
 
     def fused_adjoint(self, fields: int, composed: bool) -> wp.Kernel:
-        """Adjoint sweep with the policy fused in, for CPUs."""
-        return make_fused_adjoint(self.functions, self.dtype, fields, composed)
+        """Adjoint sweep with the policy's backward pass in it, for CPUs."""
+        form = self.functions.block or block_form(self.functions)
+        policy = make_network_functions(self.dtype, composed)
+        return make_adjoint(self.functions, self.dtype, fields, form, BLOCK, policy)
 
 
 def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -134,10 +137,6 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
     on = warp_device(device)
     functions, params = functions_of(system, scalar), system.parameters(scalar)
     check_contract(system, functions, params, scalar)
-    make = make_cuda_system_kernels
-    # kernels for large states call adjoints from functions, behind which Warp emits generated ones
-    if on.is_cpu or has_generated_adjoint(system, scalar):
-        make = functools.partial(make_system_kernels, block=on.is_cpu)
     return Prepared(
         dtype,
         device,
@@ -147,6 +146,6 @@ def _prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         on,
         functions,
         params.to(wp.device_from_torch(device)),  # a struct may hold arrays
-        make(functions, scalar),
+        make_kernels(functions, scalar, on.is_cpu),
         make_wide_kernels(functions, scalar) if on.is_cpu else None,
     )

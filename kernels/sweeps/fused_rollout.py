@@ -13,7 +13,8 @@ from ..policy.layout import BLOCK
 from ..system import DeviceFunctions
 from ..systems.elements import make_elements, takes_memory
 from .blocks import group_worlds
-from .rollout import make_world_loss, sweep_kernel
+from .forms import sweep_kernel
+from .rollout import make_world_loss
 
 
 @functools.cache

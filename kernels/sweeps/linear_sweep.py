@@ -11,14 +11,16 @@ from typing import Any
 
 import warp as wp
 
-from ..flow import NETWORK, PHYSICS
+from ..flow import NETWORK
+from .adjoint import make_leave
+from .forms import sweep_kernel
 
 
 @functools.cache
 def make_linear_sweep(dtype: Any) -> wp.Kernel:
     """Returns the kernel for a scalar type, launched over (nworld, fields)."""
+    leave = make_leave(dtype, dtype)
 
-    @wp.kernel(module="unique", enable_backward=False, module_options={"max_unroll": 4})
     def linear_sweep(
         # In:
         # (steps, nworld, n, n + m) dS/dx and dS/du; of the m inputs the first ones can be a policy's controls
@@ -59,15 +61,13 @@ def make_linear_sweep(dtype: Any) -> wp.Kernel:
                     mu[field, t, world, c] = mu[field, t, world, c] + lam_i * jac_step[t, world, i, n + c]
             edge = edges[field, t0 + t]
             for j in range(n):
-                lam_j = dtype(0.0)
+                direct = dtype(0.0)
                 if adj_states.shape[0] > 0:
-                    lam_j = adj_states[t, world, j]
-                # a closed gate selects, it never multiplies: 0 inf is NaN
-                if edge & wp.static(PHYSICS):
-                    lam_j += decay * through[field, world, j]
+                    direct = adj_states[t, world, j]
+                through_network = dtype(0.0)
                 if edge & wp.static(NETWORK):
                     for c in range(jac_policy.shape[2]):
-                        lam_j += mu[field, t, world, c] * jac_policy[t, world, c, j]
-                lam[field, world, j] = lam_j
+                        through_network += mu[field, t, world, c] * jac_policy[t, world, c, j]
+                lam[field, world, j] = leave(edge, decay, direct, through[field, world, j], through_network)
 
-    return linear_sweep
+    return sweep_kernel(linear_sweep)

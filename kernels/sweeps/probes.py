@@ -13,12 +13,7 @@ import warp as wp
 
 from ..policy.layout import BLOCK
 from ..system import DeviceFunctions
-
-_OPTIONS = {"max_unroll": 4}
-
-
-def _kernel(function: Any) -> wp.Kernel:
-    return wp.kernel(function, module="unique", enable_backward=False, module_options=dict(_OPTIONS))
+from .forms import sweep_kernel
 
 
 @functools.cache
@@ -51,7 +46,7 @@ def make_value_probe(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
             cost[world] = loss(x[world], p)
             adj_x_cost[world] = loss_vjp(x[world], p, adj_cost[world])
 
-    return _kernel(value_probe)
+    return sweep_kernel(value_probe)
 
 
 @functools.cache
@@ -78,7 +73,7 @@ def make_lanes_probe(functions: DeviceFunctions) -> wp.Kernel:
         step(states, controls, p, t, nworld, world0, worlds)
         step_vjp(states, controls, p, t, nworld, world0, worlds, adj, adj_u)
 
-    return _kernel(lanes_probe)
+    return sweep_kernel(lanes_probe)
 
 
 @functools.cache
@@ -111,4 +106,4 @@ def make_memory_probe(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
         if wp.static(has_loss_vjp):
             loss_vjp(states, p, t, world, adj_cost[world], adj_x_cost[world])
 
-    return _kernel(memory_probe)
+    return sweep_kernel(memory_probe)

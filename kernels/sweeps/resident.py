@@ -25,6 +25,7 @@ from ..policy.layout import BLOCK, Column, Layout, layout
 from ..system import DeviceFunctions
 from ..systems.elements import REGISTER_BYTES, is_large, make_elements, takes_memory
 from .blocks import block_worlds
+from .forms import sweep_kernel
 from .rollout import make_cost
 
 BANK = 16
@@ -271,7 +272,7 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
     in_memory = takes_memory(functions)
     kept = not in_memory and not is_large(State)
     step_in_memory = functions.memory.step if functions.memory else None
-    cost = make_cost(functions, dtype, in_memory)
+    cost = make_cost(functions, in_memory)
     has_cost = cost is not None
     read_state = "x.c[i]" if kept else "wp::address(states, t, world)->c[i]"
     Weights = wp.types.vector(length=plan.weights, dtype=dtype)
@@ -366,10 +367,4 @@ def make_resident_rollout(functions: DeviceFunctions, dtype: Any, plan: Plan) ->
                 total += w_control * effort
             world_loss[world] = total
 
-    return wp.kernel(
-        resident_rollout,
-        module="unique",
-        enable_backward=False,
-        module_options={"max_unroll": 4},
-        launch_bounds=(plan.threads, 1),
-    )
+    return sweep_kernel(resident_rollout, launch_bounds=(plan.threads, 1))

@@ -11,8 +11,7 @@ from warp_sims.bridge.passes import sweeps
 from warp_sims.bridge.passes.spec import Cotangents, Spec
 from warp_sims.bridge.runtime import registry
 from warp_sims.kernels.agreement import CHUNK
-from warp_sims.kernels.sweeps.rollout import make_system_kernels
-from warp_sims.kernels.sweeps.streamed import make_streamed_kernels
+from warp_sims.kernels.sweeps.rollout import make_gpu_kernels
 
 import warp_sims as ws
 
@@ -87,10 +86,8 @@ def test_long_and_many(name, nworld, horizon, emulator):
 
 
 OTHER_FORMS = {
-    "small state streamed": ("4 poles", make_streamed_kernels, {}),
-    "large state by value": ("17 points", make_streamed_kernels, {"memory": None}),
-    "several controls streamed": ("2 drivers, 4 evaders", make_streamed_kernels, {}),
-    "large state in registers": ("17 points", make_system_kernels, {}),
+    "small state in memory": ("4 points", make_gpu_kernels, {}),
+    "large state by value": ("17 points", make_gpu_kernels, {"memory": None}),
 }
 """Forms that a GPU takes for a state of another size, or for systems without a step in memory."""
 
@@ -144,6 +141,5 @@ def test_no_form_of_a_cpu_is_left(emulator):
     for dtype in (torch.float32, torch.float64):
         for system in SYSTEMS.values():
             own, gpu = on_cpu(system, dtype).kernels, on_emulator(emulator, system, dtype).kernels
-            block = own.worlds > 1
-            assert gpu.worlds == 1 and (gpu.simulate is not own.simulate) == block
+            assert gpu.worlds == 1 and gpu.simulate is not own.simulate
     assert wp.get_device("cpu").is_cpu and not emulator.is_cpu

@@ -22,7 +22,7 @@ from ..bridge.runtime.registry import prepare
 from ..bridge.runtime.tracing import Event, trace
 from ..flows import Flow, schedule
 from ..kernels.agreement import make_combine
-from ..kernels.sweeps.streamed import make_cuda_system_kernels
+from ..kernels.sweeps.rollout import make_kernels
 from ..plans import Loss
 from ..policies.networks import fused_network
 from ..rollouts import rollout
@@ -327,7 +327,7 @@ def _kernel_profiles(case: Case, ran: dict[str, Any], arch: int) -> tuple[Kernel
     """Compile time of the kernels that ran, and resources of those that a GPU runs instead or as well."""
     p = prepare(case.system.number, case.x0.dtype, case.device)
     # a CPU may run another form of them
-    forms = make_cuda_system_kernels(p.functions, p.dtype)
+    forms = make_kernels(p.functions, p.dtype, on_cpu=False)
     fused = fused_network(case.policy)
     if fused is None:
         on_gpu = {"simulate": forms.simulate, "loss": forms.loss}
