@@ -16,7 +16,7 @@ from .bridge.runtime.estimators import with_clip
 from .flows import check_decay
 from .systems import System
 
-__all__ = ["Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
+__all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
 
 Combiner = Callable[[Tensor], Tensor]
 """Takes two gradients (2, components), base and check, to the one that is used (components,); what `torchjd`
@@ -107,3 +107,34 @@ class Blend:
         if self.weight in (0.0, 1.0):
             return pair[int(self.weight)].clone()
         return torch.lerp(pair[0], pair[1], self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anneal:
+    """A `Blend` whose weight goes from `start` to `end` in equal parts over so many updates and stays there,
+    for the `combiner` of a `TrainConfig`: Anneal(1.0, 0.0, updates=2000) begins with R and ends with M.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+
+    start: float
+    end: float
+    updates: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Anneal: {name} is {value!r}, expected a number from 0 (base) to 1 (check)")
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"Anneal: {name} is {value!r}, expected a number from 0 (base) to 1 (check)")
+        if isinstance(self.updates, bool) or not isinstance(self.updates, int):
+            raise TypeError(f"Anneal: updates is {self.updates!r}, expected an int of at least 1")
+        if self.updates < 1:
+            raise ValueError(f"Anneal: updates is {self.updates}, expected at least 1")
+
+    def at(self, update: int) -> Blend:
+        """The combiner of an update, counted from 0."""
+        done = min(update / self.updates, 1.0)
+        return Blend((1.0 - done) * self.start + done * self.end)

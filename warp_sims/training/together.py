@@ -162,7 +162,7 @@ class _Group:
         """Runs an epoch, in which members may diverge; returns whether the group can go on as it is."""
         record = self._updates.new_record()
         try:
-            self._updates.run(record)
+            self._updates.run(record, self.runs[0].epoch + 1)
         except Exception as error:
             # As for a run alone: what was raised may be the consequence of a loss that was not finite. The
             # others then repeat their epoch without it.
@@ -259,6 +259,12 @@ def _check_alike(configs: Any) -> list[TrainConfig]:
                 "copy.deepcopy(policy)"
             )
     if len(configs) > 1:
+        if first.draws is not None:
+            raise ValueError(
+                f"{call}: {len(configs)} configs whose policies are given inputs, expected policies of "
+                "states alone: stacked, they run inside the sweeps, which hand them states; train each on "
+                "its own"
+            )
         if first.on_divergence == "skip":
             raise ValueError(
                 f"{call}: on_divergence='skip' with {len(configs)} configs, expected 'stop': all take the "
