@@ -183,9 +183,23 @@ def test_annealing_is_checked():
     assert [ws.Anneal(1.0, 0.5, 2).at(i).weight for i in range(4)] == [1.0, 0.75, 0.5, 0.5]
 
 
-def test_together_says_that_it_takes_no_inputs():
-    with pytest.raises(ValueError, match="policies are given inputs, expected policies of states alone"):
-        ws.train_together([config(gaussian()), config(gaussian())], progress=False)
+def test_together(tmp_path):
+    """Each has the weights that it would have alone, to the bit, resumed too."""
+
+    def policies():
+        return [ws.GaussianPolicy(make_net(CART, seed=seed), std=0.3) for seed in (1, 2)]
+
+    for epochs in (1, 3):
+        both, folders = policies(), [tmp_path / "a", tmp_path / "b"]
+        ws.train_together(
+            [config(policy, epochs=epochs) for policy in both], folders, resume=True, progress=False
+        )
+    for policy, one in zip(both, policies()):
+        alone = trained(one, epochs=3)
+        assert all(torch.equal(a, b) for a, b in zip(alone, policy.parameters()))
+
+
+def test_an_annealed_ensemble():
     nets = [make_net(CART, seed=seed) for seed in (1, 2)]
     more = {"flow": "C", "combiner": ws.Anneal(1.0, 0.0, 4)}
     ws.train_together([config(net, **more) for net in nets], progress=False)
