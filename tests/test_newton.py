@@ -68,6 +68,12 @@ def test_gradient_through_a_contact():
     assert float(jac[0, 3, 0]) < -20.0 and abs(float(jac[1, 3, 0])) < 1e-6
 
 
+def test_a_foot_near_the_edge_of_its_contact_is_not_refused():
+    """The gradient is right; a difference of 3 mm reaches across the edge, one of 1 mm does not."""
+    x = torch.tensor([[0.5, -0.46, 0.0, 0.0], [0.6, -0.55, 0.1, -0.3]])
+    ws.step(LEG["make_system"](2), x, torch.zeros(2, 1))
+
+
 def test_a_rollout_through_a_touchdown():
     """Central differences along the gradient, of a rollout in which feet meet the ground and leave it."""
     system, net = LEG["make_system"](3), make_net(ws.CartPole(poles=1), dtype=torch.float32, gain=1.0)
@@ -84,7 +90,8 @@ def test_a_rollout_through_a_touchdown():
     along = gradient / gradient.norm()
     with torch.no_grad():
         difference = (out(x0 + 3e-3 * along).loss - out(x0 - 3e-3 * along).loss) / 6e-3
-    assert abs(float(difference / gradient.norm()) - 1.0) < 2e-2
+    # what a touchdown within a substep leaves
+    assert abs(float(difference / gradient.norm()) - 1.0) < 1e-2
 
 
 def test_a_solver_that_does_not_differentiate_is_refused():
