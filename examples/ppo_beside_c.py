@@ -1,14 +1,18 @@
-"""The same physics by reinforcement learning and by its gradient: PPO of stable-baselines3 beside flow C.
+"""The same physics by reinforcement learning and by its gradient: PPO of a library beside flow C.
 
-    pip install stable-baselines3
+    pip install stable-baselines3         # or rsl-rl-lib, with --library rsl-rl
     python examples/ppo_beside_c.py
 
 A pole is to swing up and stay there: the cost is the mean of 1 - cos q over 100 steps from hanging. Both
 policies have the same shape and see the same states. PPO meets the system as a Gymnasium environment, flow C
 as a rollout. What is printed is the cost on states that neither was trained on, after so many simulated steps
-and seconds; stable-baselines3 has its defaults but for a rollout of one episode and a falling learning rate.
+and seconds; stable-baselines3 has its defaults but for a rollout of one episode and a falling learning rate,
+rsl-rl what its own examples train robots with, but for the same rollout and no bonus on entropy.
 """
 
+import argparse
+import contextlib
+import io
 import time
 
 import numpy as np
@@ -153,10 +157,76 @@ def by_ppo(steps=1_000_000, worlds=64):
     return course
 
 
-def main(**options):
+def adapted_for_rsl_rl(env):
+    """A vector environment of Gymnasium ("same_step") as one of rsl-rl, which never resets it."""
+    from rsl_rl.env import VecEnv
+    from tensordict import TensorDict
+
+    class Adapted(VecEnv):
+        def __init__(self):
+            self.num_envs, self.num_actions = env.num_envs, SYSTEM.control_size
+            self.max_episode_length, self.device, self.cfg = HORIZON, "cpu", {}
+            self.episode_length_buf = torch.zeros(env.num_envs, dtype=torch.long)
+            self._seen = env.reset()[0]
+
+        def get_observations(self):
+            return TensorDict({"policy": torch.from_numpy(self._seen)}, batch_size=[self.num_envs])
+
+        def step(self, actions):
+            self._seen, rewards, terminations, truncations, _ = env.step(actions.numpy())
+            over = torch.from_numpy(terminations | truncations)
+            self.episode_length_buf = torch.where(over, 0, self.episode_length_buf + 1)
+            extras = {"time_outs": torch.from_numpy(truncations)}
+            return self.get_observations(), torch.from_numpy(rewards), over.long(), extras
+
+    return Adapted()
+
+
+class Mean(torch.nn.Module):
+    """The mean action of an rsl-rl policy, as the environment takes it."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, x):
+        return FORCE * self.policy({"policy": x}).clamp(-1.0, 1.0)
+
+
+def by_rsl_rl(steps=1_000_000, worlds=64):
+    """Yields the same of rsl-rl's PPO."""
+    from rsl_rl.runners import OnPolicyRunner
+
+    torch.manual_seed(0)
+    env = ws.gymnasium_env(SYSTEM, worlds, limit=HORIZON, scale=FORCE, autoreset="same_step", seed=1)
+    net = {"class_name": "MLPModel", "hidden_dims": list(HIDDEN), "activation": "elu"}
+    spread = {"class_name": "GaussianDistribution", "init_std": 1.0}
+    settings = {
+        "num_steps_per_env": HORIZON,
+        "save_interval": 1 << 30,
+        "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
+        "actor": {**net, "distribution_cfg": spread},
+        "critic": net,
+        "algorithm": {"class_name": "PPO", "entropy_coef": 0.0},
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a table at every rollout
+        runner = OnPolicyRunner(adapted_for_rsl_rl(env), settings)
+    seconds, rounds = 0.0, max(1, steps // (8 * worlds * HORIZON))
+    for part in range(1, 9):
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            runner.learn(rounds)
+        seconds += time.perf_counter() - start
+        yield part * rounds * worlds * HORIZON, seconds, tried(Mean(runner.alg.get_policy()))
+
+
+LIBRARIES = {"sb3": by_ppo, "rsl-rl": by_rsl_rl}
+
+
+def main(library="sb3", **options):
     """Prints both courses, and returns their last lines."""
     last = {}
-    for name, course in (("flow C", by_gradient), ("PPO", by_ppo)):
+    for name, course in (("flow C", by_gradient), ("PPO", LIBRARIES[library])):
         print(f"{name:8} {'steps':>10} {'seconds':>9} {'cost':>8}")
         for steps, seconds, cost in course(**options.get(name, {})):
             print(f"{'':8} {steps:10} {seconds:9.1f} {cost:8.4f}", flush=True)
@@ -165,5 +235,7 @@ def main(**options):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--library", choices=LIBRARIES, default="sb3", help="whose PPO (default: sb3)")
     torch.set_num_threads(1)
-    main()
+    main(parser.parse_args().library)

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "network": {"flow": "network", "control_cost": 0.1},
     "stopped": {"flow": "stopped", "control_cost": 0.1},
     "evaluated": {"flow": "combined"},
+    "noise": {"flow": "combined", "combiner": ws.Anneal(1.0, 0.0, updates=9)},
 }
 
 
@@ -43,7 +44,7 @@ def config(case: str, seed: int = 0, **settings: Any) -> ws.TrainConfig:
     net = ws.MLP(SYSTEM.state_size, (8,), 1)
     net.reset_parameters(seed=seed)
     net.double()
-    policy = Evaluated(net) if case == "evaluated" else net
+    policy = {"evaluated": Evaluated, "noise": ws.GaussianPolicy}.get(case, lambda own: own)(net)
     sizes = {"horizon": 8, "samples": SAMPLES, "batch": BATCH, "epochs": 3, "lr": 1e-2}
     return ws.TrainConfig(system=SYSTEM, policy=policy, **(sizes | CASES.get(case, {}) | settings))
 

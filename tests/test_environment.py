@@ -208,3 +208,19 @@ def test_ppo_trains_on_it():
     assert course[-1][0] == 16 * 6400 and course[-1][2] < 0.9 * course[0][2]
     *_, last = example["by_gradient"](updates=80)
     assert last[2] < course[-1][2]
+
+
+def test_ppo_of_rsl_rl_trains_on_it():
+    """The same with the other library, whose environments are never reset from outside."""
+    pytest.importorskip("rsl_rl")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "ppo_beside_c.py"))
+    course = list(example["by_rsl_rl"](steps=16 * 6400, worlds=64))
+    assert course[-1][0] == 16 * 6400 and course[-1][2] < 0.9 * course[0][2]
+    env = example["adapted_for_rsl_rl"](
+        ws.gymnasium_env(example["SYSTEM"], 3, limit=2, autoreset="same_step", seed=0)
+    )
+    _, _, over, extras = env.step(torch.zeros(3, 1))
+    assert not over.any() and env.episode_length_buf.tolist() == [1, 1, 1]
+    seen, rewards, over, extras = env.step(torch.zeros(3, 1))
+    assert over.all() and extras["time_outs"].all() and env.episode_length_buf.tolist() == [0, 0, 0]
+    assert seen["policy"].shape == (3, 4) and rewards.shape == (3,)

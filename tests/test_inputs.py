@@ -145,8 +145,8 @@ def test_recorded_on_a_tape(system, flow):
 
 def test_who_takes_none_says_so():
     policy, x0 = ws.GaussianPolicy(make_net(CART)), make_states(CART, WORLDS)
-    with pytest.raises(ValueError, match="given as inputs=, which training does not take"):
-        ws.train(ws.TrainConfig(CART, policy, samples=WORLDS, batch=WORLDS, epochs=1), progress=False)
+    with pytest.raises(ValueError, match="what it takes beside the states is given as inputs="):
+        ws.rollout(CART, policy, x0, horizon=HORIZON)
     noise = policy.draw(HORIZON, x0)
     with pytest.raises(ValueError, match="inputs for an Ensemble"):
         ws.rollout(CART, ws.Ensemble([policy.mean]), x0, horizon=HORIZON, inputs=noise)

@@ -14,7 +14,7 @@ def test_the_page_runs(tmp_path):
     pytest.importorskip("jax")
     text = (ROOT / "docs" / "simulators.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     program = tmp_path / "page.py"
     program.write_text("\n\n".join(blocks))
     names = runpy.run_path(str(program))

@@ -34,7 +34,7 @@ from .checking.report import CheckReport
 from .checking.run import check
 from .environments import gymnasium_env
 from .episodes import Resets
-from .estimators import Blend, PerSecond, project_conflicting
+from .estimators import Anneal, Blend, PerSecond, project_conflicting
 from .flows import Flow
 from .gradients import GradientPair, gradient_pair
 from .linearization import linearize
@@ -76,6 +76,7 @@ __all__ = [
     "Blend",
     "ActorCriticConfig",
     "ActorCriticResult",
+    "Anneal",
     "Ant",
     "BlockFunctions",
     "CartPole",

@@ -19,7 +19,7 @@ from .bench.command import add_bench_options, run_bench
 from .checking.command import add_check_options, run_check
 from .demo import run_demo
 from .flows import Flow
-from .named import find_loss, make_policy, own_policy
+from .named import find_combiner, find_function, find_loss, make_policy, own_policy
 from .options import (
     DEFAULTS,
     QUICK_EPOCHS,
@@ -219,6 +219,7 @@ def _run_train(options: argparse.Namespace) -> None:
     settings = {name: given[name] for name in DEFAULTS if name in given and name != "system"}
     flow = Flow.parse(options.flow)
     settings["loss"] = find_loss(options.loss)
+    settings |= _functions(options)
     policy = make_policy(options, system, options.seed, options.zero_last)
     policy.to(getattr(torch, options.dtype))
     with _processes(options.device) as device:
@@ -244,10 +245,25 @@ def _run_resumed(options: argparse.Namespace) -> None:
         if isinstance(loss, str):
             raise UsageError(f"--loss {loss} is not for --resume, expected module:name of the run's own loss")
         config = resumed_config(
-            options.resume, epochs=options.epochs, device=device, policy=policy, loss=loss
+            options.resume,
+            epochs=options.epochs,
+            device=device,
+            policy=policy,
+            loss=loss,
+            **_functions(options),
         )
         result = train(config, options.resume, resume=True, progress=options.progress)
         _report(result)
+
+
+def _functions(options: argparse.Namespace) -> dict[str, Any]:
+    """Combiner and inputs where they are named."""
+    found: dict[str, Any] = {}
+    if options.combiner is not None:
+        found["combiner"] = find_combiner(options.combiner)
+    if options.inputs is not None:
+        found["inputs"] = find_function(options.inputs, "inputs")
+    return found
 
 
 @contextlib.contextmanager

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bridge.passes.foreign import Simulator
-from .bridge.passes.foreign_clipped import ClippedSimulator
-from .bridge.runtime import registry
+from .bridge.passes import foreign
 from .bridge.runtime.contract import has_generated_adjoint
 from .bridge.runtime.estimators import with_clip
 from .flows import check_decay
 from .systems import System
 
-__all__ = ["Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
+__all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
 
 Combiner = Callable[[Tensor], Tensor]
 """Takes two gradients (2, components), base and check, to the one that is used (components,); what `torchjd`
@@ -61,8 +59,8 @@ def clipped_number(call: str, system: System, limit: Any, parameters: Any) -> in
         raise TypeError(f"{call}: clip_cotangent is {limit!r}, expected a number above 0 or None")
     if not 0.0 < limit < math.inf:
         raise ValueError(f"{call}: clip_cotangent is {limit!r}, expected a finite number above 0 or None")
-    if isinstance(system, Simulator):
-        return registry.register(ClippedSimulator(system.number, float(limit)))  # pyright: ignore[reportArgumentType]
+    if isinstance(system, foreign.Simulator):
+        return foreign.with_clip(system.number, float(limit))
     if parameters:
         raise ValueError(
             f"{call}: clip_cotangent with parameters, expected one of them: the cotangents of numbers of the "
@@ -107,3 +105,34 @@ class Blend:
         if self.weight in (0.0, 1.0):
             return pair[int(self.weight)].clone()
         return torch.lerp(pair[0], pair[1], self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anneal:
+    """A `Blend` whose weight goes from `start` to `end` in equal parts over so many updates and stays there,
+    for the `combiner` of a `TrainConfig`: Anneal(1.0, 0.0, updates=2000) begins with R and ends with M.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was expected.
+    """
+
+    start: float
+    end: float
+    updates: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Anneal: {name} is {value!r}, expected a number from 0 (base) to 1 (check)")
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"Anneal: {name} is {value!r}, expected a number from 0 (base) to 1 (check)")
+        if isinstance(self.updates, bool) or not isinstance(self.updates, int):
+            raise TypeError(f"Anneal: updates is {self.updates!r}, expected an int of at least 1")
+        if self.updates < 1:
+            raise ValueError(f"Anneal: updates is {self.updates}, expected at least 1")
+
+    def at(self, update: int) -> Blend:
+        """The combiner of an update, counted from 0."""
+        done = min(update / self.updates, 1.0)
+        return Blend((1.0 - done) * self.start + done * self.end)

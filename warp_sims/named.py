@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from .estimators import Anneal, Blend, project_conflicting
 from .options import HIDDEN, POLICIES, WIDTH
 from .policies.networks import ACTIVATIONS, MLP, WaveCNN
 from .systems import QuantumControl
@@ -123,3 +124,36 @@ def find_loss(name: str) -> str | Callable[..., torch.Tensor]:
     if not callable(found):
         raise ValueError(f"loss {name!r} is {found!r}, expected a function of (states, controls)")
     return cast(Callable[..., torch.Tensor], found)
+
+
+def find_combiner(name: str) -> Any:
+    """Returns the combiner of --combiner: project, blend:W, anneal:A:B:N, or a function of a pair.
+
+    Raises:
+        ValueError: no such combiner.
+    """
+    kind, *numbers = name.split(":")
+    try:
+        if name == "project":
+            return project_conflicting
+        if kind == "blend" and len(numbers) == 1:
+            return Blend(float(numbers[0]))
+        if kind == "anneal" and len(numbers) == 3:
+            return Anneal(float(numbers[0]), float(numbers[1]), int(numbers[2]))
+    except ValueError as error:
+        raise ValueError(f"combiner {name!r}: {error}, expected blend:0.3 or anneal:1:0:2000") from error
+    return find_function(name, "combiner", "project, blend:W, anneal:A:B:N, or ")
+
+
+def find_function(name: str, what: str, instead: str = "") -> Callable[..., Any]:
+    """Returns the function that `module:name` stands for.
+
+    Raises:
+        ValueError: it cannot be imported from here, or is none.
+    """
+    if ":" not in name:
+        raise ValueError(f"unknown {what} {name!r}, expected {instead}module:name of a function of your own")
+    found = _find(name, what)
+    if not callable(found):
+        raise ValueError(f"{what} {name!r} is {found!r}, expected a function")
+    return found

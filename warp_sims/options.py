@@ -111,6 +111,16 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
             "for 30% left after a second of simulated time",
         },
         "clip_cotangent": {"type": float},
+        "combiner": {
+            "metavar": "COMBINER",
+            "help": "of flow combined, another way to make one gradient of M and R: project (conflicting "
+            "ones), blend:W (W of R, the rest of M), anneal:A:B:N (W from A to B over N updates), or "
+            "module:name",
+        },
+        "inputs": {
+            "metavar": "module:name",
+            "help": "what the policy is given beside the states, a function of (x0, horizon, generator)",
+        },
         "samples": {"type": int},
         "batch": {"type": int},
         "epochs": {"type": int},
@@ -169,7 +179,12 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=int, metavar="N", help="how many in all (default: as many as it was begun with)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:INDEX (default: as begun)")
-    for option, what in (("policy", "policy, a torch.nn.Module"), ("loss", "loss")):
+    for option, what in (
+        ("policy", "policy, a torch.nn.Module"),
+        ("loss", "loss"),
+        ("combiner", "combiner"),
+        ("inputs", "inputs"),
+    ):
         parser.add_argument(
             f"--{option}",
             dest="network" if option == "policy" else option,

@@ -69,7 +69,7 @@ def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Ten
                 u = call_with(policy.module, substitutes, copy, beside)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 beside_states = "required positional argument" in str(error) and given is None
-                hint = "; what it takes beside the states is given as inputs=, which training does not take"
+                hint = "; what it takes beside the states is given as inputs="
                 raise ValueError(
                     f"{call}: policy failed on states of shape {tuple(x.shape)}, expected a map to "
                     f"(n, {system.control_size}): {error}{hint if beside_states else ''}"

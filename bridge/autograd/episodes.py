@@ -66,8 +66,6 @@ class EpisodePath(NamedTuple):
 
     path: TorchPath
     resets: Resets
-    clip: float | None = None
-    """Bound on the norm of a world's ups wherever it enters a step; None: no bound."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> Trajectory:
         """The trajectory, step by step."""
@@ -109,8 +107,6 @@ class EpisodePath(NamedTuple):
         ends = {t + 1 for t, ended in enumerate((over | bad).any(1).tolist()) if ended}
         # a step that is not finite stands alone: another point takes its place
         ends |= {t for t, lost in enumerate(bad.any(1).tolist()) if lost}
-        if self.clip is not None:
-            ends = set(range(1, spec.horizon))
         fields = len(spec.schedules)
         lam = states.new_zeros((fields, *states.shape[1:]))
         if g.states is not None:
@@ -127,8 +123,6 @@ class EpisodePath(NamedTuple):
                 ups = torch.where(over[end - 1].unsqueeze(1), 0.0, lam)
                 if direct_next is not None:
                     ups = ups + direct_next[end - 1]
-                if self.clip is not None:
-                    ups = ups * (self.clip / ups.norm(dim=2, keepdim=True)).clamp(max=1.0)
                 # what arrives behind a step that is not finite has no way back
                 lost = bad[end - 1] & (ups != 0.0).any(2)
                 ups = torch.where(lost.unsqueeze(2), torch.nan, ups)

@@ -13,6 +13,8 @@ Shapes and arguments are those of sweeps.py, which does the same for systems wit
 from __future__ import annotations
 
 import abc
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from ...kernels.flow import NETWORK, PHYSICS, Flow
 from ...kernels.sweeps.linear_sweep import make_linear_sweep
 from ..runtime.arrays import WARP_DTYPE, capturing, constant, stream, warp_device
-from ..runtime.registry import find
+from ..runtime.registry import find, register
 from ..runtime.tracing import span
 from .segments import pieces
 from .spec import Cotangents, Spec
@@ -49,6 +51,8 @@ class Simulator(abc.ABC):
     """Kinds of states whose gradients have been checked."""
     checks_gradient: bool
     """Whether its gradients are checked before the first use."""
+    clip: float | None = None
+    """Largest norm of what a step is given to pull back, in every world; see kernels/sweeps/clipped.py."""
 
     @property
     @abc.abstractmethod
@@ -122,6 +126,24 @@ def foreign(number: int) -> Simulator | None:
     """The foreign simulator that has this number; None where it is a system with kernels."""
     system = find(number)
     return system if isinstance(system, Simulator) else None
+
+
+@functools.lru_cache(maxsize=256)
+def with_clip(number: int, limit: float) -> int:
+    """Returns the number of the same simulator with a `clip`; the same for the same limit."""
+    simulator = copy.copy(find(number))
+    object.__setattr__(simulator, "clip", limit)
+    return register(simulator)
+
+
+def clipped(adj: Tensor, limit: float | None) -> Tensor:
+    """Cotangents (nworld, state_size), the norm of each at most the limit; a copy. What is not finite stays
+    so.
+    """
+    if limit is None:
+        return adj.clone()
+    norm = torch.linalg.vector_norm(adj, dim=1, keepdim=True)
+    return torch.where((norm > limit) & (norm < torch.inf), adj * (limit / norm), adj)
 
 
 def with_values(simulator: Simulator, controls: Tensor, values: Tensor | None) -> Tensor:
@@ -240,12 +262,13 @@ def adjoint(
         lam = states.new_zeros((fields, nworld, n))
     mu = states.new_empty((fields, *controls.shape))
     elements = nworld * n * (n + m)
-    if not simulator.rowwise or elements > JACOBIAN_WORK:
+    # clipped, a pullback is not linear: no Jacobian stands for it
+    if not simulator.rowwise or simulator.clip is not None or elements > JACOBIAN_WORK:
         for t in range(steps - 1, -1, -1):
             x_next, pull = simulator.linearize(states[t], controls[t])
             _check_recomputed(simulator, x_next.unsqueeze(0), states[t + 1 : t + 2], t0 + t)
             # a pull may write into its cotangent
-            pulled = [pull(adj.clone()) for adj in lam.unbind()]
+            pulled = [pull(clipped(adj, simulator.clip)) for adj in lam.unbind()]
             through_x, through_u = (torch.stack(parts) for parts in zip(*pulled))
             mu[:, t] = through_u
             if direct_u is not None:

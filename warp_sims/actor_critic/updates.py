@@ -15,6 +15,7 @@ from ..bridge.autograd.rollout import split
 from ..bridge.autograd.torch_path import TorchPath, places
 from ..bridge.passes.spec import Spec
 from ..bridge.runtime.tracing import span
+from ..estimators import clipped_number
 from ..flows import schedule
 from ..kernels.agreement import SUMS
 from .config import ActorCriticConfig
@@ -50,7 +51,8 @@ class Updates:
             "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, betas=config.betas),
         }
         base, check = schedule(config.flow, config.horizon, config.window, "train_actor_critic")
-        self._spec = Spec(self.task.number, base, check, config.decay)
+        number = clipped_number("train_actor_critic", config.system, config.step_clip, None)
+        self._spec = Spec(number, base, check, config.decay)
         where = places(self.actor)
         self._path = TorchPath(self.actor, tuple(where[n] for n, _ in self.actor.named_parameters()), None)
 
@@ -80,7 +82,7 @@ class Updates:
         parameters = [p.detach() for p in self.actor.parameters()]
         fresh = worlds.fresh(self.update)
         resets = Resets(fresh, self.task.fallen, self.task.episode_steps, worlds.ages)
-        path = EpisodePath(self._path._replace(inputs=worlds.noise(self.update)), resets, config.step_clip)
+        path = EpisodePath(self._path._replace(inputs=worlds.noise(self.update)), resets)
         with span("forward"), torch.no_grad():
             run = path.forward(self._spec, worlds.states, parameters)
         ends = Ends(run.done, run.done | run.truncated)

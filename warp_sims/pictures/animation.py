@@ -17,6 +17,7 @@ from ..actor_critic.folder import load_actor
 from ..flows import Flow
 from ..rollouts import Rollout, rollout
 from ..systems import System
+from ..training.inputs import draw_inputs
 from ..training.runs import ACTOR_CRITIC, is_run, load_run, read_config
 from .plots import COLOURS, need_matplotlib
 
@@ -133,7 +134,9 @@ def _run_panel(
     if policy is None and is_run(path, ACTOR_CRITIC):
         return _actor_panel(title, path, system, world, horizon, checkpoint)
     read_config(path)  # says what is wrong with the folder before anything is built
-    config, policy, _ = load_run(path, checkpoint=checkpoint, system=system, policy=policy, loss=_no_loss)
+    config, policy, _ = load_run(
+        path, checkpoint=checkpoint, system=system, policy=policy, loss=_no_loss, combiner=_no_loss
+    )
     if not 0 <= world < config.samples:
         raise ValueError(
             f"animate: world={world}, expected one of the run's {config.samples} test states, from 0"
@@ -142,7 +145,13 @@ def _run_panel(
     x0 = x0.to(dtype=config.torch_dtype, device=str(config.device))
     with torch.no_grad():
         out = rollout(
-            config.system, policy, x0, horizon=horizon or config.horizon, flow=Flow.REGULAR, loss=None
+            config.system,
+            policy,
+            x0,
+            horizon=horizon or config.horizon,
+            flow=Flow.REGULAR,
+            loss=None,
+            inputs=draw_inputs(config, x0, "animation", horizon),
         )
     name = config.flow.name.lower() if isinstance(config.flow, Flow) else "schedule"
     return _states_panel(title or f"flow {name}", out, config.system, 0)

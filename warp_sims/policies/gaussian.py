@@ -64,11 +64,15 @@ class GaussianPolicy(nn.Module):
             )
         return self.mean(x) + self.log_std.exp() * noise
 
-    def draw(self, horizon: int, x0: Tensor, seed: int | None = None) -> Tensor:
+    def draw(
+        self, horizon: int, x0: Tensor, seed: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Standard normal noise (horizon, nworld, control_size) for a rollout from x0 (nworld, state_size).
 
-        Of its dtype and on its device; from torch's own generator where there is no seed.
+        Of its dtype and on its device; from torch's own generator where there is neither a seed nor another.
+        `ws.train` draws it for every update by itself.
         """
-        generator = None if seed is None else torch.Generator(x0.device).manual_seed(seed)
+        if seed is not None:
+            generator = torch.Generator(x0.device).manual_seed(seed)
         shape = (horizon, x0.shape[0], self.log_std.shape[0])
         return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)

@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 
-from ..estimators import PerSecond, clipped_number, decay_of
+from ..estimators import Anneal, Combiner, PerSecond, clipped_number, decay_of
 from ..flows import MOST_STEPS, Flow, schedule
 from ..policies.ensembles import Ensemble
+from ..policies.gaussian import GaussianPolicy
 from ..systems import System
 from .optimizers import ON_HOST, OPTIMIZERS
 
@@ -36,6 +37,12 @@ class TrainConfig:
         window: Truncation window in steps: both edges closed at every multiple of it. None: no truncation.
         decay: Factor in [0, 1] on what crosses the physics edge backwards, or a `PerSecond`.
         clip_cotangent: Largest norm of what a step is given to pull back, in every world; None: no bound.
+        combiner: Of flow "combined": another way to make one gradient of M and R, see `GradientPair.combine`;
+            `Anneal` blends them with a weight that changes over the updates. None: the published one.
+        inputs: What the policy is given beside the states, (x0, horizon, generator) -> (horizon, nworld, k),
+            such as references or noise; asked for every update and every evaluation, with a generator that
+            depends on `seed` and the update alone, for evaluations on `seed`. None: nothing; of a
+            `GaussianPolicy` its noise.
         samples: Number of initial states in the training set, and as many in the test set.
         batch: Initial states of one update. Batches are taken in order and never shuffled.
         epochs: Passes over the training set.
@@ -73,6 +80,8 @@ class TrainConfig:
     window: int | None = None
     decay: float | PerSecond = 1.0
     clip_cotangent: float | None = None
+    combiner: Combiner | Anneal | None = None
+    inputs: Callable[[torch.Tensor, int, torch.Generator], torch.Tensor] | None = None
     samples: int = 256
     batch: int = 8
     epochs: int = 1000
@@ -142,9 +151,41 @@ class TrainConfig:
         if not isinstance(self.graph, bool):
             raise TypeError(f"TrainConfig: graph={self.graph!r}, expected True or False")
         self._set("flow", self._checked_flow())
+        self._check_combiner()
+        if self.inputs is not None and not callable(self.inputs):
+            raise TypeError(
+                f"TrainConfig: inputs={self.inputs!r}, expected a function of (x0, horizon, generator) or "
+                "None"
+            )
         self._check_parameters()
         if self.graph:
             self._check_graph()
+
+    @property
+    def draws(self) -> Callable[[torch.Tensor, int, torch.Generator], torch.Tensor] | None:
+        """What draws the inputs of an update, where the policy is given any."""
+        policy = self.policy
+        if self.inputs is None and isinstance(policy, GaussianPolicy):
+            return lambda x0, horizon, generator: policy.draw(horizon, x0, generator=generator)
+        return self.inputs
+
+    def combiner_at(self, update: int) -> Combiner | None:
+        """What makes one gradient of two in an update, counted from 0."""
+        return self.combiner.at(update) if isinstance(self.combiner, Anneal) else self.combiner
+
+    def _check_combiner(self) -> None:
+        if self.combiner is None:
+            return
+        if not isinstance(self.combiner, Anneal) and not callable(self.combiner):
+            raise TypeError(
+                f"TrainConfig: combiner={self.combiner!r}, expected a function of two gradients (2, "
+                "components), such as ws.project_conflicting or ws.Anneal(1.0, 0.0, updates=2000), or None"
+            )
+        if self.flow is not Flow.COMBINED:
+            raise ValueError(
+                f"TrainConfig: combiner={self.combiner!r} with flow={self.flow!r}, expected flow='combined', "
+                "which has two gradients"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -200,6 +241,12 @@ class TrainConfig:
                 f"TrainConfig: graph=True with the policy on {str(self.device)!r}, but graphs need CUDA; "
                 "move it with policy.to('cuda'), or leave graph=False"
             )
+        for name, value in (("combiner", self.combiner), ("inputs", self.draws)):
+            if value is not None:
+                raise ValueError(
+                    f"TrainConfig: graph=True with {name}={value!r}, which the host calls at every update; "
+                    "leave graph=False"
+                )
         if self.optimizer in ON_HOST:
             raise ValueError(
                 f"TrainConfig: graph=True with optimizer={self.optimizer!r}, which counts its steps on the "

@@ -25,7 +25,10 @@ def meet(config: TrainConfig, processes: Processes) -> None:
     policy = config.policy
     mine = {name: repr(value) for name, value in config.settings().items() if not callable(value)}
     mine["device"] = torch.device(str(config.device)).type  # each may have a card of its own
-    mine |= {"loss": getattr(config.loss, "__qualname__", config.loss), "system": repr(config.system)}
+    for name in ("loss", "combiner", "inputs"):
+        value = getattr(config, name)
+        mine[name] = getattr(value, "__qualname__", repr(value))
+    mine["system"] = repr(config.system)
     mine["order of parameters"] = str([name for name, _ in policy.named_parameters()])
     for name, value in policy.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):

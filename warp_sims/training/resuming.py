@@ -79,13 +79,13 @@ def read_stopped(path: str | os.PathLike[str], config: TrainConfig) -> Stopped |
 def go_on(config: TrainConfig, path: str | os.PathLike[str]) -> str:
     """Says how a run is resumed."""
     written = run_config.to_json(config)
-    loss = written["training"]["loss"]
+    functions = [written["training"][name] for name in ("loss", "combiner", "inputs")]
     named = (
         written["system"]["class"]
         and written["system"]["fields"] is not None
         and written["policy"]["class"]
         and written["policy"]["arguments"] is not None
-        and (not isinstance(loss, dict) or loss["callable"])
+        and all(not isinstance(f, dict) or f.get("callable", True) for f in functions)
     )
     if named:
         return f"warp-sims train --resume {shlex.quote(os.fspath(path))}"
@@ -99,6 +99,8 @@ def resumed_config(
     device: str | None = None,
     policy: torch.nn.Module | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
+    combiner: Callable[..., torch.Tensor] | None = None,
+    inputs: Callable[..., torch.Tensor] | None = None,
 ) -> TrainConfig:
     """Returns the settings of the run at `path`, to go on with it.
 
@@ -106,10 +108,10 @@ def resumed_config(
         path: The run folder.
         epochs: How many there shall be in all; None: as many as it was begun with.
         device: Where it shall take place; None: where it was begun.
-        policy, loss: The run's own, where its config.json does not say how they are made.
+        policy, loss, combiner, inputs: The run's own, where its config.json does not say how they are made.
     """
     data = read_config(path)
-    config = run_config.from_json(data, policy=policy, loss=loss)
+    config = run_config.from_json(data, policy=policy, loss=loss, combiner=combiner, inputs=inputs)
     where = device or data["training"].get("device") or "cpu"
     try:
         config.policy.to(where)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import systems
-from ..estimators import PerSecond
+from ..estimators import Anneal, Blend, PerSecond
 from ..flows import Flow
 from ..policies.networks import ACTIVATIONS, MLP, NORMS, Bound, WaveCNN
 from .config import TrainConfig
@@ -37,6 +37,9 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     )
     if callable(config.loss):
         settings["loss"] = {"callable": _import_name(config.loss)}
+    settings["combiner"] = _combiner_json(config.combiner)
+    if config.inputs is not None:
+        settings["inputs"] = {"callable": _import_name(config.inputs)}
     if isinstance(config.decay, PerSecond):
         settings["decay"] = {"per_second": config.decay.factor}
     return {
@@ -63,6 +66,8 @@ def from_json(
     system: systems.System | None = None,
     policy: torch.nn.Module | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
+    combiner: Callable[..., torch.Tensor] | None = None,
+    inputs: Callable[..., torch.Tensor] | None = None,
 ) -> TrainConfig:
     """Returns the settings that `to_json` wrote; what is given here takes the place of what is written."""
     settings = dict(data["training"])
@@ -78,6 +83,11 @@ def from_json(
     settings = known | settings  # of an earlier version: what it lacks is as it was then
     if isinstance(settings["loss"], dict):
         settings["loss"] = loss or _imported(settings["loss"].get("callable"), "loss")
+    if settings["combiner"] is not None:
+        settings["combiner"] = combiner or _build_combiner(settings["combiner"])
+    if settings["inputs"] is not None:
+        written = settings["inputs"].get("callable")
+        settings["inputs"] = inputs or _imported(written, "inputs")
     if isinstance(settings["decay"], dict):
         factor: Any = settings["decay"].get("per_second")
         settings["decay"] = PerSecond(factor)
@@ -93,6 +103,22 @@ def from_json(
         dtypes = {"float32": torch.float32, "float64": torch.float64}
         policy = policy.to(dtypes.get(made or "float32"))
     return TrainConfig(system=system, policy=policy, **settings)
+
+
+def _combiner_json(combiner: Any) -> Any:
+    if isinstance(combiner, Blend):
+        return {"blend": combiner.weight}
+    if isinstance(combiner, Anneal):
+        return {"anneal": [combiner.start, combiner.end, combiner.updates]}
+    return None if combiner is None else {"callable": _import_name(combiner)}
+
+
+def _build_combiner(written: Any) -> Any:
+    if "blend" in written:
+        return Blend(written["blend"])
+    if "anneal" in written:
+        return Anneal(*written["anneal"])
+    return _imported(written.get("callable"), "combiner")
 
 
 def build_system(data: Mapping[str, Any]) -> systems.System:

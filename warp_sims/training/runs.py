@@ -329,6 +329,8 @@ def load_run(
     system: System | None = None,
     policy: torch.nn.Module | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
+    combiner: Callable[..., torch.Tensor] | None = None,
+    inputs: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[TrainConfig, torch.nn.Module, Log]:
     """Reads a run folder that `ws.train` wrote.
 
@@ -340,7 +342,7 @@ def load_run(
             training).
         system: Takes the place of the system in config.json; needed where its class cannot be imported.
         policy: Takes the weights; needed where config.json cannot say how the policy was made.
-        loss: Takes the place of a callable loss that cannot be imported.
+        loss, combiner, inputs: Take the place of functions that cannot be imported.
 
     Returns:
         The settings, the policy with the checkpoint's weights (on the CPU, unless given), and the log as one
@@ -351,7 +353,9 @@ def load_run(
     data = read_config(path)
     log = read_log(path)
     weights = read_checkpoint(path, checkpoint)["policy"]
-    config = run_config.from_json(data, system=system, policy=policy, loss=loss)
+    config = run_config.from_json(
+        data, system=system, policy=policy, loss=loss, combiner=combiner, inputs=inputs
+    )
     try:
         config.policy.load_state_dict(weights)
     except Exception as error:

@@ -40,7 +40,8 @@ def train_together(
 
     Args:
         configs: The runs. They differ in nothing but the weights of their policies, which an `Ensemble` takes
-            (several `MLP` or `WaveCNN` of one size).
+            (several `MLP` or `WaveCNN` of one size). Policies that are given inputs may be any; each of their
+            runs takes its epochs by itself, which saves no time.
         outs: A run folder for each of them. None: nothing is written.
         overwrite: As for `train`, for every run.
         resume: As for `train`, for every run. Those that are behind the others catch up first.
@@ -136,10 +137,11 @@ class TrainingTogether:
         behind = min(run.epoch for run in self.active)
         runs = [run for run in self.active if run.epoch == behind]
         if self._group is None or self._group.runs != runs:
-            self._group = _Group(runs) if len(runs) > 1 else None
+            self._group = _Group(runs) if len(runs) > 1 and not _given_inputs(runs) else None
         if self._group is None:
-            with _may_diverge(runs[0]):
-                runs[0].run_epoch()
+            for run in runs:
+                with _may_diverge(run):
+                    run.run_epoch()
         elif not self._group.run_epoch():
             self._group = None
         for run in runs:
@@ -162,7 +164,7 @@ class _Group:
         """Runs an epoch, in which members may diverge; returns whether the group can go on as it is."""
         record = self._updates.new_record()
         try:
-            self._updates.run(record)
+            self._updates.run(record, self.runs[0].epoch + 1)
         except Exception as error:
             # As for a run alone: what was raised may be the consequence of a loss that was not finite. The
             # others then repeat their epoch without it.
@@ -193,6 +195,13 @@ class _Group:
             for parameter, values in zip(run.config.policy.parameters(), stacked, strict=True):
                 parameter.copy_(values[k])
             run.updates.load_optimizer(_member(state, k))
+
+
+def _given_inputs(runs: Sequence[TrainingRun]) -> bool:
+    """Whether policies are given more than states, which the sweeps do not hand to stacked ones: each then
+    takes its epoch by itself.
+    """
+    return any(run.config.draws is not None for run in runs)
 
 
 @contextlib.contextmanager
@@ -270,7 +279,8 @@ def _check_alike(configs: Any) -> list[TrainConfig]:
                 f"{call}: {len(configs)} configs in a group of {processes.count} processes, expected one; "
                 "train each on its own, or outside of the group"
             )
-        Ensemble([config.policy for config in configs])
+        if all(config.draws is None for config in configs):
+            Ensemble([config.policy for config in configs])
     return list(configs)
 
 

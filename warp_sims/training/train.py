@@ -253,7 +253,7 @@ class TrainingRun:
         """Runs one pass over the training set, then logs and checkpoints where they are due."""
         record = self.updates.new_record()
         try:
-            self.updates.run(record)
+            self.updates.run(record, self.epoch + 1)
         except Exception as error:
             # What was raised may be the consequence of a loss that was not finite: that is then reported.
             self.check_finite(record, error)
@@ -321,8 +321,8 @@ class TrainingRun:
         """
         try:
             self.return_to_snapshot()
-            self.updates.run(self.updates.new_record(), update)
-            place = self.updates.locate(update)
+            self.updates.run(self.updates.new_record(), self.epoch + 1, update)
+            place = self.updates.locate(update, self.epoch + 1)
         except Exception:  # a policy or a loss of the user's own that raises, or does not repeat itself
             return ""
         if place is None:

@@ -15,6 +15,7 @@ from ..rollouts import Rollout, rollout
 from .config import TrainConfig
 from .divergence import RECORDED, Place, locate, lost, reason
 from .graphed import GraphedUpdate
+from .inputs import draw_inputs
 from .optimizers import ON_HOST, make_optimizer
 from .processes import Processes
 
@@ -101,6 +102,8 @@ class Updates:
             momentum=config.momentum,
             capturable=capturable,
         )
+        self._number = 0
+        """Of the update that is made, from the first of the run on."""
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
@@ -145,19 +148,25 @@ class Updates:
         shape = (*self._members, len(RECORDED), math.ceil(self.config.samples / self.config.batch))
         return torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
 
-    def run(self, record: torch.Tensor, count: int | None = None) -> None:
+    def run(self, record: torch.Tensor, epoch: int, count: int | None = None) -> None:
         """Makes the updates of an epoch, or the first of them, and records them."""
-        for i, x0 in enumerate(self._train_states.split(self.config.batch)[:count]):
+        batches = self._train_states.split(self.config.batch)
+        for i, x0 in enumerate(batches[:count]):
+            self._number = epoch * len(batches) + i
             self.step(x0, record[..., i])
 
-    def locate(self, update: int) -> Place | None:
-        """Returns where the rollout of an update of the epoch is first not finite under the present weights,
+    def locate(self, update: int, epoch: int) -> Place | None:
+        """Returns where the rollout of an update of an epoch is first not finite under the present weights,
         in terms of the worlds of its whole batch; None where it is finite.
         """
-        batch = self._train_states.split(self.config.batch)[update]
-        x0, worlds = self.processes.share(batch)
+        batches = self._train_states.split(self.config.batch)
+        self._number = epoch * len(batches) + update
+        x0, worlds = self.processes.share(batches[update])
+        given = self._inputs(batches[update], f"update {self._number}")
         with torch.no_grad():
-            out = rollout(self.config.system, self.policy, x0, horizon=self.config.horizon, loss=None)
+            out = rollout(
+                self.config.system, self.policy, x0, horizon=self.config.horizon, loss=None, inputs=given
+            )
         place = locate(out.states, out.controls) if worlds else None
         each = self.processes.gather((place, worlds))
         found, before = [], 0
@@ -172,24 +181,32 @@ class Updates:
         # The loss is the same for every flow; a flow matters backwards only.
         options = {name: self._options[name] for name in ("horizon", "loss", "control_cost")}
         losses = []
-        for states in (self._train_states, self._test_states):
+        for split, states in (("train", self._train_states), ("test", self._test_states)):
             x0, worlds = self.processes.share(states)
-            out = rollout(self.config.system, self.policy, x0, flow=Flow.REGULAR, **options)
+            given = self._inputs(states, f"evaluation {split}")
+            out = rollout(self.config.system, self.policy, x0, flow=Flow.REGULAR, inputs=given, **options)
             losses += self.processes.mean([_loss(out)], worlds, states.shape[0])
         return torch.stack(losses, dim=-1).tolist()
+
+    def _inputs(self, x0: torch.Tensor, what: str) -> torch.Tensor | None:
+        """What this process's share of the worlds is given beside the states."""
+        given = draw_inputs(self.config, x0, what)
+        return None if given is None else self.processes.share(given.transpose(0, 1))[0].transpose(0, 1)
 
     def _gradient(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Fills the gradients of the parameters; returns the loss, and the sums of a comparison."""
         config, total = self.config, x0.shape[-2]
+        given = self._inputs(x0, f"update {self._number}")
         x0, worlds = self.processes.share(x0)
         if config.flow is Flow.COMBINED:
-            pair = gradient_pair(config.system, self.policy, x0, **self._options)
+            pair = gradient_pair(config.system, self.policy, x0, inputs=given, **self._options)
             if self.processes.several:
                 pair = pair.reduced(worlds, total)
-            pair.assign(self.policy)
+            pair.assign(self.policy, combiner=config.combiner_at(self._number))
             return pair.loss.detach(), pair.sums
         self.optimizer.zero_grad(set_to_none=True)
-        loss = _loss(rollout(config.system, self.policy, x0, flow=config.flow, **self._options))
+        out = rollout(config.system, self.policy, x0, flow=config.flow, inputs=given, **self._options)
+        loss = _loss(out)
         loss.backward(torch.ones_like(loss))
         loss = loss.detach()
         if self.processes.several:
