@@ -84,6 +84,18 @@ class Gain(nn.Module):
         return self.shift + x * self.scale
 
 
+class SharedNorm(nn.Module):
+    """A normalised value that a scale and shift reads, and a sum reads again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.gain = width, Gain(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.layer_norm(x, (self.width,))
+        return torch.tanh(self.gain(y)) + y
+
+
 class Bounded(nn.Module):
     """low + (high - low) sigmoid(x), or scale tanh(x)."""
 
@@ -126,13 +138,17 @@ def networks(draw: st.DrawFn, state_size: int, control_size: int) -> nn.Module:
         parts.append(nn.Linear(width, units, bias=draw(st.booleans())))
         width = units
         for _ in range(draw(st.integers(0, 3))):
-            kind = draw(st.sampled_from(["activation", "activation", "norm", "residual", "skips", "gain"]))
+            kind = draw(
+                st.sampled_from(["activation", "activation", "norm", "residual", "skips", "gain", "shared"])
+            )
             if kind == "activation":
                 parts.append(ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]())
             elif kind == "norm" and width > 1:
                 parts.append(NORMS[draw(st.sampled_from(sorted(NORMS)))](width))
             elif kind == "skips":
                 parts.append(Skips(width))
+            elif kind == "shared" and width > 1:
+                parts.append(SharedNorm(width))
             elif kind == "gain":
                 parts.append(Gain(width))
             elif kind == "residual":

@@ -207,9 +207,12 @@
   };
   vec place_in_vector;
   for (int i = 0; i < VL; ++i) place_in_vector[i] = real(i);
-  // everything but a product, of some rows
+  // everything but a product, of some rows; a normalisation takes the scale and shift behind it along
   const auto at_row = [&](int r) { return r * (wp::int64)row + (r < BLOCK ? 0 : gap); };
-  const auto elementwise = [&](const int* T, real* rows, int count) __attribute__((noinline)) {
+  const auto takes_next = [](const int* T) {
+    return T[KIND] == NORMALIZE && T[TABLE + KIND] == AFFINE && T[TABLE + INPUT] == T[OUTPUT];
+  };
+  const auto elementwise = [&](const int* T, real* rows, int count, bool both) __attribute__((noinline)) {
     const int units = T[UNITS], pitch = T[PITCH_UNITS];
     const real* from = rows + T[INPUT];
     real* to = rows + T[OUTPUT];
@@ -226,6 +229,14 @@
         for (int r = 0; r < count; ++r) {
           const real* x = from + at_row(r);
           real* y = to + at_row(r);
+          const int* next = both ? T + TABLE : T;
+          real* z = rows + at_row(r) + next[OUTPUT];
+          const real* scale = P + next[BACKWARD];
+          const real* shift = P + next[BIAS];
+          const auto put = [&](int j, vec v) {
+            WS_STORE(y + j, v);
+            if (both) WS_STORE(z + j, WS_FMA(v, WS_LOAD(scale + j), WS_LOAD(shift + j)));
+          };
           // paddings are zero
           const int whole = units / VL * VL;
           const auto tail = [&](int j) {
@@ -242,8 +253,8 @@
           for (int j = 0; j < whole; j += VL) { const vec v = WS_LOAD(x + j) - center; s = WS_FMA(v, v, s); }
           if (whole < units) { const vec v = (WS_LOAD(x + whole) - center) * tail(whole); s = WS_FMA(v, v, s); }
           const real factor = real(1) / wp::sqrt(sum_of(s, sum_of) / real(units) + p[0]);
-          for (int j = 0; j < whole; j += VL) WS_STORE(y + j, (WS_LOAD(x + j) - center) * factor);
-          for (int j = whole; j < pitch; j += VL) WS_STORE(y + j, (WS_LOAD(x + j) - center) * factor * tail(j));
+          for (int j = 0; j < whole; j += VL) put(j, (WS_LOAD(x + j) - center) * factor);
+          for (int j = whole; j < pitch; j += VL) put(j, (WS_LOAD(x + j) - center) * factor * tail(j));
           for (int j = 0; j < LINE; ++j) rows[at_row(r) + T[SECOND] + j] = j ? real(0) : factor;
         }
         break;
@@ -272,7 +283,13 @@
     };
     for (int l = 0; l < layers; ++l) {
       const int* T = table.data + l * TABLE;
-      if (T[KIND] != LINEAR) { elementwise(T, rows, ROWS); continue; }
+      if (T[KIND] != LINEAR) {
+        const bool both = l + 1 < layers && takes_next(T);
+        fetch();
+        elementwise(T, rows, ROWS, both);
+        l += both;
+        continue;
+      }
       const int units = T[UNITS], window = T[WINDOW], pitch_window = T[PITCH_WINDOW], pitch_units = T[PITCH_UNITS];
       const real* x = rows + T[INPUT];
       const real* b = P + T[BIAS];
@@ -335,8 +352,13 @@
     if constexpr (sizeof(v) == sizeof(real)) return v;
     else return halve(v.lo + v.hi, halve);
   };
+  // a normalisation takes the scale behind it along, where the cotangent between them is nobody else's
+  const auto takes_last = [](const int* T) {
+    return T[KIND] == AFFINE && !T[ADDS] && T[KIND - TABLE] == NORMALIZE && T[INPUT] == T[OUTPUT - TABLE];
+  };
   // everything but a product, of some rows
-  const auto elementwise = [&](const int* T, const real* rows, real* ds, int count) __attribute__((noinline)) {
+  const auto elementwise = [&](const int* T, const real* rows, real* ds, int count,
+                               bool both) __attribute__((noinline)) {
     const int units = T[UNITS], pitch = T[PITCH_UNITS];
     const real* d_out = ds + T[ADJ_OUTPUT];
     real* d_in = ds + T[ADJ_INPUT];
@@ -361,17 +383,22 @@
         // d_x = factor (d_y - mean d_y - y mean(d_y y)), the first mean where it is centered; paddings of d_y are 0
         for (int r = 0; r < count; ++r) {
           const real* y_r = rows + r * row + T[OUTPUT];
-          const real* d_r = d_out + r * row_adj;
+          const int* next = both ? T + TABLE : T;
+          const real* d_r = ds + r * row_adj + next[ADJ_OUTPUT];
+          const real* scale = P + next[BACKWARD];
+          const auto given = [&](int j) -> vec {
+            return both ? WS_LOAD(d_r + j) * WS_LOAD(scale + j) : WS_LOAD(d_r + j);
+          };
           vec s = (vec)(real(0)), sy = (vec)(real(0));
           for (int j = 0; j < pitch; j += VL) {
-            const vec d = WS_LOAD(d_r + j);
+            const vec d = given(j);
             s += d;
             sy = WS_FMA(d, WS_LOAD(y_r + j), sy);
           }
           const real mean = T[CENTERED] ? sum_of(s, sum_of) / real(units) : real(0);
           const real mean_y = sum_of(sy, sum_of) / real(units), factor = rows[r * row + T[SECOND]];
           for (int j = 0; j < pitch; j += VL) {
-            vec d = (WS_LOAD(d_r + j) - mean - WS_LOAD(y_r + j) * mean_y) * factor;
+            vec d = (given(j) - mean - WS_LOAD(y_r + j) * mean_y) * factor;
             real* to = d_in + r * row_adj + j;
             if (T[ADDS] & 1) d += WS_LOAD(to);
             WS_STORE(to, d);
@@ -425,7 +452,13 @@
     for (int l = layers - 1; l >= 0; --l) {
       const int* T = table.data + l * TABLE;
       if (!want_jac && !T[INNER]) continue;
-      if (T[KIND] != LINEAR) { elementwise(T, rows, ds, ROWS); continue; }
+      if (T[KIND] != LINEAR) {
+        const bool both = l > 0 && takes_last(T);
+        fetch();
+        elementwise(both ? T - TABLE : T, rows, ds, ROWS, both);
+        l -= both;
+        continue;
+      }
       const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], adds = T[ADDS] & 1;
       const real* w = P + T[BACKWARD];
       const real* x = ds + T[ADJ_OUTPUT];
@@ -477,6 +510,14 @@
       __builtin_prefetch(next, 0, 2);
     }
   };
+  // strips of columns, because a row is further from the next than the hardware looks ahead
+  struct Strip { enum { VECTORS = 4 }; };
+  struct Single { enum { VECTORS = 1 }; };
+  const auto in_strips = [](int pitch, const auto& take) {
+    for (int at = 0; at < pitch;)
+      if (at + 4 * VL <= pitch) { take(Strip(), at); at += 4 * VL; }
+      else { take(Single(), at); at += VL; }
+  };
   for (int f = 0; f < fields; ++f) {
     const real* mu_f = mu.data + f * mu_field;
     real* g = grads.data + g0 + f * g_field;
@@ -494,16 +535,23 @@
       const int column = T[ADJ_OUTPUT];
       const real* a = rows + T[INPUT];
       if (T[KIND] == AFFINE && T[TRAINED]) {
-        for (int j = 0; j < pitch_units; j += VL) {
-          vec scale = (vec)(real(0)), shift = (vec)(real(0));
-          for (int r = 0; r < nrows; ++r) {
-            const vec y = cotangent(r, column + j);
-            scale = WS_FMA(y, WS_LOAD(a + r * row + j), scale);
-            shift += y;
+        const auto sums = [&](auto strip, int at) {
+          enum { V = decltype(strip)::VECTORS };
+          vec scale[V], shift[V];
+          _Pragma("unroll") for (int v = 0; v < V; ++v) scale[v] = shift[v] = (vec)(real(0));
+          for (int r = 0; r < nrows; ++r)
+            _Pragma("unroll") for (int v = 0; v < V; ++v) {
+              const vec y = cotangent(r, column + at + v * VL);
+              scale[v] = WS_FMA(y, WS_LOAD(a + r * row + at + v * VL), scale[v]);
+              shift[v] += y;
+            }
+          _Pragma("unroll") for (int v = 0; v < V; ++v) {
+            const int j = at + v * VL;
+            if (T[TRAINED] & 1) WS_STORE(g + T[BACKWARD] + j, WS_LOAD(g + T[BACKWARD] + j) + scale[v]);
+            if (T[TRAINED] & 2) WS_STORE(g + T[BIAS] + j, WS_LOAD(g + T[BIAS] + j) + shift[v]);
           }
-          if (T[TRAINED] & 1) WS_STORE(g + T[BACKWARD] + j, WS_LOAD(g + T[BACKWARD] + j) + scale);
-          if (T[TRAINED] & 2) WS_STORE(g + T[BIAS] + j, WS_LOAD(g + T[BIAS] + j) + shift);
-        }
+        };
+        in_strips(pitch_units, sums);
       }
       if (T[KIND] != LINEAR) continue;
       // the bias takes the sum of the cotangents
@@ -520,12 +568,7 @@
           }
         _Pragma("unroll") for (int v = 0; v < V; ++v) WS_STORE(gb + v * VL, s[v]);
       };
-      // strips, because a row is further from the next than the hardware looks ahead
-      struct Strip { enum { VECTORS = 4 }; };
-      struct Single { enum { VECTORS = 1 }; };
-      for (int at = 0; at < pitch_units;)
-        if (at + 4 * VL <= pitch_units) { scale(Strip(), at); at += 4 * VL; }
-        else { scale(Single(), at); at += VL; }
+      in_strips(pitch_units, scale);
       if (units <= FEW) {
         for (int c = 0; c < units; ++c)
           for (int j = 0; j < pitch_window; j += VL) {

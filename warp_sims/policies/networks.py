@@ -295,6 +295,8 @@ def _specialised(policy: nn.Module) -> FusedNetwork | None:
     kind = type(policy)
     if (kind is not MLP and kind is not WaveCNN) or is_changed(policy):
         return None
+    if kind is MLP and any(type(m) not in (nn.Linear, nn.Tanh) for m in policy._modules.values()):
+        return None
     parameters: dict[str, torch.Tensor] = {}
     for name, layer in policy._modules.items():
         if layer is None or is_changed(layer):

@@ -24,6 +24,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Accepted difference of a module and its operations, relative to the largest output."""
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 """Attributes that every module has, which are looked at one by one."""
+_SIMPLE = (type(None), bool, int, float, str, bytes, torch.dtype)
+"""Types whose values are compared as they are."""
 _LONG = 100
 """Entries of a list or dictionary up to which a record holds them."""
 _DEPTH = 4
@@ -156,15 +158,26 @@ def _modules_of(policy: nn.Module) -> list[nn.Module]:
 
 def _record(module: nn.Module) -> Any:
     """The same of a module without its parts."""
+    # lists, and no calls for what nearly all attributes are: this runs for every part at every rollout
     own = module.__dict__
     return (
         type(module),
         type(module).forward,
-        tuple((k, _kind(q)) for k, q in module._parameters.items()),
-        tuple((k, _kind(q)) for k, q in module._buffers.items()),
+        _kinds(module._parameters),
+        _kinds(module._buffers),
         tuple(module._modules),
-        tuple((k, _state(v, _DEPTH)) for k, v in own.items() if k not in _OWN),
+        tuple(
+            [
+                (k, type(v), v) if type(v) in _SIMPLE else (k, _state(v, _DEPTH))
+                for k, v in own.items()
+                if k not in _OWN
+            ]
+        ),
     )
+
+
+def _kinds(tensors: dict[str, Any]) -> Any:
+    return tuple([(k, _kind(q)) for k, q in tensors.items()]) if tensors else ()
 
 
 def _kind(tensor: Any) -> Any:
@@ -173,7 +186,7 @@ def _kind(tensor: Any) -> Any:
 
 def _state(value: Any, depth: int) -> Any:
     """Something to compare that changes with a value, however it is nested."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype)):
+    if isinstance(value, _SIMPLE):
         return type(value), value
     if isinstance(value, (Tensor, nn.Module, type)) or callable(value) or depth == 0:
         return id(value)
