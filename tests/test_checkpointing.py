@@ -21,7 +21,8 @@ from cases import (
     on_road,
 )
 from warp_sims.bridge.autograd import operators
-from warp_sims.bridge.passes import fused, fused_backward, segments, sweeps
+from warp_sims.bridge.passes import fused, fused_backward, sweeps
+from warp_sims.bridge.passes import spec as segments
 from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
 from warp_sims.bridge.runtime.registry import prepare
 from warp_sims.bridge.runtime.team import Program

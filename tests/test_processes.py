@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from warp_sims.bridge.runtime import threads
+from warp_sims.bridge.runtime import team
 
 PROLOGUE = """
 import copy, os, threading, warnings
@@ -123,19 +123,19 @@ def test_threads_that_wait_step_aside(order, policy):
 
 
 def test_busy_cores_are_named_once(monkeypatch):
-    watch = threads._Watch()
+    watch = team._Watch()
     watch.warned = False
-    monkeypatch.setattr(threads, "_watch", watch)
+    monkeypatch.setattr(team, "_watch", watch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        threads.settle()
+        team.settle()
     monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0, 0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(3 * threads._ASKED_EVERY):
-            threads.settle()
+        for _ in range(3 * team._ASKED_EVERY):
+            team.settle()
     assert ["OMP_WAIT_POLICY=PASSIVE" in str(w.message) for w in caught] == [True]
 
 

@@ -17,7 +17,7 @@ import sys as _sys
 from pathlib import Path as _Path
 
 # Threads of OpenMP that spin while they wait keep a busy core from the thread they wait for: 60 times slower
-# there, no quicker elsewhere. Read once, when torch is loaded; bridge/runtime/threads.py warns where it came
+# there, no quicker elsewhere. Read once, when torch is loaded; bridge/runtime/team.py warns where it came
 # first.
 if "torch" not in _sys.modules and "GOMP_SPINCOUNT" not in _os.environ:
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from .bridge.autograd.fused_path import FusedPath
 from .bridge.autograd.torch_path import TorchPath, places
 from .bridge.passes.foreign import Simulator
-from .bridge.passes.segments import (
+from .bridge.passes.spec import (
+    BY_SIZE,
     CACHED_ROWS,
     MANY_WORLDS,
+    NONE_KEPT,
     STORED_BYTES,
+    Spec,
     fused_segment,
     recordings_bytes,
     torch_segment,
 )
-from .bridge.passes.spec import BY_SIZE, NONE_KEPT, Spec
-from .bridge.runtime.threads import settle
-from .estimators import clipped_number, decay_of
-from .flows import MOST_STEPS, as_int
+from .bridge.runtime.team import settle
+from .estimators import PerSecond, clipped_number, decay_of
+from .flows import MOST_STEPS, as_int, check_decay
 from .policies.ensembles import Ensemble, fused_ensemble
 from .policies.networks import FusedNetwork, recognise
 from .probing import probe
@@ -113,10 +115,11 @@ def make_plan(
         )
     ensemble = policy if isinstance(policy, Ensemble) else None
     x0 = check_states(system, x0, call, "x0", None if ensemble is None else len(ensemble))
-    decay = decay_of(call, system, decay)
+    decay = decay_of(call, system, decay) if isinstance(decay, PerSecond) else check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    spec = Spec(clipped_number(call, system, clip, physics), base, check, decay, *weights)
+    number = system.number if clip is None else clipped_number(call, system, clip, physics)
+    spec = Spec(number, base, check, decay, *weights)
     foreign = isinstance(system, Simulator)
     if stepwise and ensemble is not None:
         raise ValueError(f"{call}: resets for an Ensemble, expected None; roll out its members() one by one")
@@ -169,7 +172,9 @@ def make_plan(
             if network is not None:
                 parameters[i] = parameter.to(x0.dtype)
     members = 0 if ensemble is None else len(ensemble)
-    physical, given = check_parameters(call, system, physics, x0, members, isinstance(loss, str))
+    physical, given = None, ()
+    if physics is not None:
+        physical, given = check_parameters(call, system, physics, x0, members, isinstance(loss, str))
     if network is not None:
         constants = tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
         path: FusedPath | TorchPath = FusedPath(network, constants, physical)

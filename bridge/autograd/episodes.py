@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ..passes.foreign import foreign
 from ..passes.physical import split_physical, with_physical
-from ..passes.segments import pieces
-from ..passes.spec import Spec
+from ..passes.spec import Spec, pieces
 from . import operators
 from .mapping import one_by_one
 from .rollout import BackwardPass, combined, differentiable, split, x0_is_wanted

@@ -19,8 +19,7 @@ from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
 from ..passes import physical_check as physical_check  # likewise
 from ..passes.fused_backward import backward
-from ..passes.segments import with_segment
-from ..passes.spec import Cotangents, Spec, described
+from ..passes.spec import Cotangents, Spec, described, with_segment
 from ..runtime.arrays import capturing
 from ..runtime.compat import batching, dispatch_mode, transforming
 from ..runtime.physical import prepared_with

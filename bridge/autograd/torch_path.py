@@ -20,8 +20,7 @@ from ..passes import sweeps
 from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
 from ..passes.physical import Physical, split_physical, with_physical
-from ..passes.segments import pieces
-from ..passes.spec import Cotangents, Saved, Spec
+from ..passes.spec import Cotangents, Saved, Spec, pieces
 from ..runtime.arrays import empty
 from ..runtime.registry import prepare
 from ..runtime.tracing import span

@@ -27,8 +27,7 @@ from ...kernels.sweeps.linear_sweep import make_linear_sweep
 from ..runtime.arrays import WARP_DTYPE, capturing, constant, stream, warp_device
 from ..runtime.registry import find, register
 from ..runtime.tracing import span
-from .segments import pieces
-from .spec import Cotangents, Spec
+from .spec import Cotangents, Spec, pieces
 from .sweeps import edge_masks
 
 Pull = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -17,8 +17,7 @@ from ..runtime.arrays import constant, empty, stream
 from ..runtime.launches import Launch, Pool, array
 from ..runtime.registry import Prepared
 from ..runtime.team import Team, shares
-from .segments import blocks_of, hidden_shape, pieces
-from .spec import LossWeights
+from .spec import LossWeights, blocks_of, hidden_shape, pieces
 from .sweeps import check_has_loss, loss, members_of, total
 
 GPU_LANES = 128
@@ -150,7 +149,7 @@ def rollout(
     weights: LossWeights,
     segment: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fused forward sweep: states, controls, loss and hidden activations, see `segments.hidden_shape`.
+    """Fused forward sweep: states, controls, loss and hidden activations, see `hidden_shape`.
 
     With x0 (members, nworld, state_size) and packed (members, packed), every member drives its own worlds and
     has its own loss. With a `segment` the activations are scratch: on a CPU those of one step; on a GPU those

@@ -1,7 +1,7 @@
 """The backward pass of a rollout whose policy is fused into it: linearisation, sweep and products.
 
 All time steps at once where the forward sweep kept its activations, else one segment after the other from the
-last to the first, see segments.py. Like sweeps.py, this allocates outputs, picks kernels and spreads CPU work
+last to the first, see spec.py. Like sweeps.py, this allocates outputs, picks kernels and spreads CPU work
 over threads, and knows no autograd.
 """
 
@@ -21,8 +21,7 @@ from ..runtime.team import Program, Step, Task, Team, shares
 from ..runtime.tracing import span
 from . import composed, wide
 from .fused import activations, blocks_per_thread, fixed, table
-from .segments import SEGMENT_BYTES, blocks_of, cpu_steps, pieces
-from .spec import Cotangents, Spec
+from .spec import SEGMENT_BYTES, Cotangents, Spec, blocks_of, cpu_steps, pieces
 from .sweeps import AdjointArguments, Shape, adjoint, shape_of
 
 GROUP = 2

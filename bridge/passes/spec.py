@@ -1,12 +1,25 @@
-"""One description of a rollout, from the public call to the launch, and what its passes hand on."""
+"""One description of a rollout, from the public call to the launch, and what its passes hand on.
+
+The hidden activations of a policy depend on the states and the weights alone, and the states are outputs of
+the rollout: they are kept anyway. A rollout that does not keep its activations recomputes those of one
+segment of time steps after the other, from the last to the first, while the adjoint sweep carries the
+cotangent of the state from each to the one before it. On a CPU nothing is simulated again: the activations of
+the points of a segment do not depend on one another. On a GPU the forward sweep itself runs again over the
+segment, so that whatever form it has, what it finds has the bits it had: one forward and one adjoint launch a
+segment.
+
+All decisions here follow from shapes, so that a traced graph knows them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ...kernels.flow import network_open
+from ...kernels.policy.layout import BLOCK, layout
 
 BY_SIZE, NONE_KEPT = -1, -2
 """Segments of a fused rollout that its size decides: activations are kept up to a bound, or in no case."""
@@ -49,7 +62,7 @@ class Spec(NamedTuple):
     """Loss weights, see `LossWeights`."""
     segment: int = 0
     """Steps whose activations are recomputed at once in the backward pass; 0 where they are kept, or, of a
-    policy that torch evaluates, where all steps go at once; BY_SIZE or NONE_KEPT. See segments.py.
+    policy that torch evaluates, where all steps go at once; BY_SIZE or NONE_KEPT.
     """
 
     @property
@@ -126,3 +139,94 @@ class Cotangents(NamedTuple):
             None if self.states is None else self.states[:, part],
             None if self.controls is None else self.controls[:, part],
         )
+
+
+# Segments
+
+STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
+"""Activations up to which a rollout keeps them, by device."""
+SEGMENT_BYTES = {"cpu": 1 << 20, "cuda": 1 << 30}
+"""Activations that are recomputed at once: on a CPU by a thread, so that they stay in cache; on a GPU of all
+worlds. At least one step."""
+POINT_ELEMENTS = 1 << 25
+"""Elements that a policy which torch evaluates holds at once, as far as they can be foreseen."""
+
+CACHED_ROWS = 1 << 12
+"""Rows that a policy which torch evaluates takes at once on a CPU: of more, the pages of fresh memory cost as
+much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
+"""
+MANY_WORLDS = 192
+"""Worlds from which the steps of such a policy go back one by one on a CPU: what autograd costs a step is
+then less than what a second evaluation and a second pull would.
+"""
+RECORDED = 3
+"""Tensors that autograd keeps of a layer, about: before a norm, before and behind an activation."""
+
+
+def blocks_of(nworld: int) -> int:
+    """World blocks of `nworld` worlds of one policy."""
+    return (nworld + BLOCK - 1) // BLOCK
+
+
+def hidden_shape(x0: torch.Tensor, horizon: int, row: int, segment: int) -> tuple[int, ...]:
+    """Shape of the stored activations, (blocks * horizon * BLOCK, row), of each member for an ensemble;
+    without rows where they are recomputed.
+    """
+    blocks = 0 if segment else blocks_of(x0.shape[-2])
+    return (*x0.shape[:-2], blocks * horizon * BLOCK, row)
+
+
+def pieces(horizon: int, segment: int) -> list[tuple[int, int]]:
+    """First and last step (exclusive) of the segments, in the order of the backward pass."""
+    return [(t, min(t + segment, horizon)) for t in range(0, horizon, segment)][::-1]
+
+
+def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = True) -> int:
+    """Steps of a segment of a fused rollout; 0 where all activations are kept, never without `keep`."""
+    size, device = x0.element_size(), x0.device.type
+    blocks = x0.shape[:-2].numel() * blocks_of(x0.shape[-2])
+    step = BLOCK * layout(network, size).row * size
+    if keep and blocks * step * horizon <= STORED_BYTES[device]:
+        return 0
+    if device == "cpu":
+        return cpu_steps(step, horizon)
+    return _even(horizon, SEGMENT_BYTES[device] // (max(blocks, 1) * step))
+
+
+def with_segment(spec: Spec, network: str, x0: torch.Tensor) -> Spec:
+    """The description of a fused rollout with the segment that its size asks for, where none is given."""
+    if spec.segment >= 0:
+        return spec
+    return spec._replace(segment=fused_segment(network, x0, spec.horizon, spec.segment == BY_SIZE))
+
+
+def cpu_steps(step: int, horizon: int, whole: int = 0) -> int:
+    """Steps of a segment on a CPU, of `step` bytes each; all where they come to no more than `whole`."""
+    return horizon if step * horizon <= whole else _even(horizon, SEGMENT_BYTES["cpu"] // step)
+
+
+def torch_segment(
+    parameters: Sequence[torch.Tensor], x0: torch.Tensor, control_size: int, jacobians: bool, horizon: int
+) -> int:
+    """Steps of a segment of a rollout whose policy torch evaluates.
+
+    What the policy keeps of a row is its own affair; foreseen are its inputs and outputs, a unit for every
+    row of a weight or entry of a bias, and the Jacobian.
+    """
+    state_size = x0.shape[-1]
+    row = state_size + control_size + sum(q.shape[0] for q in parameters if q.ndim)
+    if jacobians:
+        row += control_size * state_size
+    return _even(horizon, POINT_ELEMENTS // (max(x0.shape[-2], 1) * row))
+
+
+def recordings_bytes(parameters: Sequence[torch.Tensor], x0: torch.Tensor, horizon: int) -> int:
+    """What autograd's recordings of all forward steps take, as far as it can be foreseen."""
+    row = RECORDED * sum(q.shape[0] for q in parameters if q.ndim > 1)
+    return horizon * x0.shape[0] * row * x0.element_size()
+
+
+def _even(horizon: int, most: int) -> int:
+    """The shortest segment that needs no more segments than one of `most` steps."""
+    count = -(-horizon // max(1, min(most, horizon)))
+    return -(-horizon // count)

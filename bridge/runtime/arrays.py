@@ -100,7 +100,7 @@ class Reserve:
 
 
 RESERVE = Reserve(5 << 28)
-"""Of this process: room for the activations that a rollout may keep (`segments.STORED_BYTES`) and the rest of
+"""Of this process: room for the activations that a rollout may keep (`spec.STORED_BYTES`) and the rest of
 it.
 """
 

@@ -1,4 +1,4 @@
-"""Prepared launches that run at once on the threads of a CPU.
+"""Prepared launches that run at once on the threads of a CPU, torch's where these neither hang nor are slow.
 
 A `Team` has tasks: launches, and programs of launches. Where it can, it hands all of them to a kernel
 (kernels/programs.py) whose threads run them one after the other without Python. With Python in each thread,
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from ...kernels import programs as native
 from . import tracing
 from .compat import TEAM_TASK, DirectCall, address, openmp
 from .launches import Launch
+
+_HOME = os.getpid()
 
 
 class Backoff:
@@ -235,7 +238,6 @@ def _native_calls(calls: Sequence[_Call]) -> Any:
     return made
 
 
-_HOME = os.getpid()
 _pending: dict[int, _Work] = {}
 _backoff = Backoff()
 
@@ -294,3 +296,69 @@ def shares(count: int, least: int = 1) -> list[range]:
     threads = max(1, min(torch.get_num_threads(), count // least))
     bounds = [count * i // threads for i in range(threads + 1)]
     return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+
+
+# Forked processes and busy cores
+
+_ASKED_EVERY = 1024
+"""Rollouts between two looks at the machine's load."""
+
+
+class _Watch:
+    """What is known of this process; one look a rollout, which costs less than a microsecond."""
+
+    def __init__(self) -> None:
+        self.settled = _HOME
+        self.calls = 0
+        self.warned = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
+
+
+_watch = _Watch()
+
+
+def settle() -> None:
+    """Called before each rollout.
+
+    A forked process is left with one thread of torch's: the others did not survive, and the first parallel
+    operation would wait for them for ever. Where other programs keep all cores busy and torch's threads wait
+    by spinning, which makes an update up to 60 times slower, it says so once.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _watch.settled != os.getpid():
+        _settle_fork()
+    if not _watch.warned:
+        if _watch.calls % _ASKED_EVERY == 0:
+            _look_at_load()
+        _watch.calls += 1
+
+
+def _settle_fork() -> None:
+    _watch.settled = os.getpid()
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "warp_sims: this process was forked from one that had used torch, whose threads do not survive a "
+            "fork; it computes on one thread (start processes with the spawn method for more)",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def others_fill(load: float, cores: int, threads: int) -> bool:
+    """Whether programs beside this one, which may have `threads` running, give every core something to do."""
+    return threads > 1 and load - threads > cores
+
+
+def _look_at_load() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if others_fill(load, cores, torch.get_num_threads()):
+        _watch.warned = True
+        warnings.warn(
+            f"warp_sims: the {cores} cores are busy (load {load:.1f}), and torch's threads wait for each "
+            "other by spinning, which can make a small rollout tens of times slower; import warp_sims before "
+            "torch, or start with OMP_WAIT_POLICY=PASSIVE in the environment",
+            RuntimeWarning,
+            stacklevel=5,
+        )

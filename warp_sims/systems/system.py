@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -121,7 +122,7 @@ class System(abc.ABC):
             f"seed=42, split='train')"
         )
 
-    @property
+    @functools.cached_property
     def has_loss(self) -> bool:
         """Whether the system has a loss of its own, so that loss='final' and loss='running' exist."""
         import warp as wp
