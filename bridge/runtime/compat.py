@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_
 __all__ = [
     "DIRECT_CALLS",
     "DirectCall",
-    "TEAM_TASK",
     "OpenMP",
     "address",
     "array_descriptor",
@@ -135,17 +134,13 @@ def address(function: Any) -> int:
     return value
 
 
-TEAM_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-"""A function that all threads of a team run, of a pointer."""
-
-
 class OpenMP(NamedTuple):
-    """Functions of an OpenMP runtime."""
+    """Addresses of functions of an OpenMP runtime."""
 
-    start: Callable[..., None]
+    start: int
     """Runs a function on all threads of a team: (function, its argument, threads, flags)."""
-    number: Callable[[], int]
-    """Of the calling thread in its team."""
+    number: int
+    """Returns the number of the calling thread in its team."""
 
 
 @functools.cache
@@ -158,8 +153,5 @@ def openmp() -> OpenMP | None:
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(str(path))
-            start = library.GOMP_parallel
-            start.argtypes = (TEAM_TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            start.restype = None
-            return OpenMP(start, library.omp_get_thread_num)
+            return OpenMP(address(library.GOMP_parallel), address(library.omp_get_thread_num))
     return None

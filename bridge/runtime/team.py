@@ -14,14 +14,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
 
 from ...kernels import programs as native
 from . import tracing
-from .compat import TEAM_TASK, DirectCall, address, openmp
+from .compat import DirectCall, address, openmp
 from .launches import Launch
 
 _HOME = os.getpid()
@@ -57,35 +57,6 @@ class Backoff:
             self._penalty = self._left = min(max(2 * self._penalty, self.FIRST), self.MOST)
         else:
             self._penalty //= 2
-
-
-class _Work:
-    """Tasks that a team shares."""
-
-    def __init__(self, tasks: Sequence[Callable[[], None]]) -> None:
-        self._tasks = list(tasks)
-        self.times: list[int] = []
-        """CPU time of each thread that came [ns]."""
-        self.error: BaseException | None = None
-
-    def take(self) -> None:
-        """What each thread of a team does: take tasks until none is left, however many threads there came."""
-        start = time.thread_time_ns()
-        while self._tasks:
-            try:
-                task = self._tasks.pop()
-            except IndexError:
-                break
-            try:
-                task()
-            except BaseException as error:  # raised again by the caller of in_parallel
-                self.error = error
-        self.times.append(time.thread_time_ns() - start)
-
-    def finish(self) -> None:
-        """Raises what a task has raised."""
-        if self.error is not None:
-            raise self.error
 
 
 class Step(NamedTuple):
@@ -182,12 +153,12 @@ class _Job:
             programs=(native.Program * len(rows))(*rows),
             count=len(rows),
             read_clock=address(clock),
-            number=None if team is None else address(team.number),
+            number=None if team is None else team.number,
             monotonic=time.CLOCK_MONOTONIC,
             cpu=time.CLOCK_THREAD_CPUTIME_ID,
         )
         self._directs = list({id(call.direct): call.direct for calls in programs for call in calls}.values())
-        start = 0 if team is None else address(team.start)
+        start = 0 if team is None else team.start
         kernel: Any = native.run_job
         values = {"job": ctypes.addressof(self._job), "team": start, "threads": 1}
         direct = Launch(kernel, 1, values, "cpu").direct
@@ -216,7 +187,7 @@ class _Job:
         if programs == 1 or _backoff.alone():
             run()
         elif openmp() is None or os.getpid() != _HOME:
-            _with_own_threads([run] * programs)
+            in_parallel([run] * programs)
         else:
             run.put("threads", programs)
             start = time.perf_counter_ns()
@@ -238,13 +209,7 @@ def _native_calls(calls: Sequence[_Call]) -> Any:
     return made
 
 
-_pending: dict[int, _Work] = {}
 _backoff = Backoff()
-
-
-@TEAM_TASK
-def _take_tasks(call: int | None) -> None:
-    _pending[call or 0].take()
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,40 +218,17 @@ def _threads(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="warp-sims")
 
 
-def _with_own_threads(tasks: Sequence[Callable[[], None]]) -> None:
+def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
+    """Runs the tasks at once on threads of Python's, one of them on this one. Warp's CPU kernels are serial
+    and leave the GIL free. A `Team` runs what is known before without Python.
+    """
     futures = [_threads(os.getpid()).submit(task) for task in tasks[1:]]
     try:
         tasks[0]()
     finally:
-        for future in futures:
-            future.result()
-
-
-def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks at once through Python, some of them on this thread. Warp's CPU kernels are serial and
-    leave the GIL free. A `Team` runs what is known before without Python.
-    """
-    if len(tasks) == 1:
-        tasks[0]()
-        return
-    work = _Work(tasks)
-    if _backoff.alone():
-        work.take()
-        work.finish()
-        return
-    team = openmp()
-    # the runtime's threads do not survive a fork either, and it would wait for them for ever
-    if team is None or os.getpid() != _HOME:
-        _with_own_threads(tasks)
-        return
-    call, start = id(work), time.perf_counter_ns()
-    _pending[call] = work
-    try:
-        team.start(_take_tasks, call, len(tasks), 0)
-    finally:
-        del _pending[call]
-    work.finish()
-    _backoff.report(time.perf_counter_ns() - start, sum(work.times))
+        wait(futures)
+    for future in futures:
+        future.result()
 
 
 def shares(count: int, least: int = 1) -> list[range]:
