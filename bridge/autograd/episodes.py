@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..passes.foreign import foreign
-from ..passes.physical import split_physical, with_physical
+from ..passes.physical import with_physical
 from ..passes.spec import Spec, pieces
 from . import operators
 from .mapping import one_by_one
@@ -68,7 +68,7 @@ class EpisodePath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> Trajectory:
         """The trajectory, step by step."""
-        policy, values = split_physical(self.path.physical, parameters)
+        policy, values = self.path.physical.split(parameters) if self.path.physical else (parameters, None)
         resets, x, age = self.resets, x0, self.resets.ages
         states, led, controls, ends, cuts = [x0], [], [], [], []
         for t in range(spec.horizon):
@@ -97,7 +97,7 @@ class EpisodePath(NamedTuple):
         """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
         compared.
         """
-        policy, values = split_physical(self.path.physical, parameters)
+        policy, values = self.path.physical.split(parameters) if self.path.physical else (parameters, None)
         states, controls = trajectory.states, trajectory.controls
         direct_next = _reached(spec, trajectory, g)
         spec = spec._replace(final=0.0, running=0.0)

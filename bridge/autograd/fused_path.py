@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..passes.physical import Physical, split_physical, with_physical
+from ..passes.physical import Physical, with_physical
 from ..passes.spec import Cotangents, Saved, Spec
 from . import operators
 
@@ -26,7 +26,7 @@ class FusedPath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
-        policy, values = split_physical(self.physical, parameters)
+        policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
         inputs = [*policy, *self.constants]
         out = operators.fused_rollout(*spec.arguments(), self.network, inputs, x0, values)
         states, controls, loss, hidden, packed = out
@@ -42,7 +42,7 @@ class FusedPath(NamedTuple):
         given = self.network, packed, hidden, saved.states, saved.controls
         if self.physical is None:
             return operators.fused_backward(*spec.arguments(), *given, *g)[:2]
-        _, values = split_physical(self.physical, parameters)
+        _, values = self.physical.split(parameters)
         wanted = self.physical.wanted
         grads, adj_x0, adj = operators.fused_backward(*spec.arguments(), *given, *g, values, wanted)
         return with_physical(self.physical, grads, adj, parameters), adj_x0

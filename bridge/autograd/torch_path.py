@@ -19,7 +19,7 @@ from ...kernels.flow import NETWORK, Flow
 from ..passes import sweeps
 from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
-from ..passes.physical import Physical, split_physical, with_physical
+from ..passes.physical import Physical, with_physical
 from ..passes.spec import Cotangents, Saved, Spec, pieces
 from ..runtime.arrays import empty
 from ..runtime.registry import prepare
@@ -169,7 +169,7 @@ class TorchPath(NamedTuple):
         if plain and not operators.watched(x0, list(parameters)):
             return self._forward_in_place(spec, x0, parameters)
         x, states, controls = x0, [x0], []
-        parameters, values = split_physical(self.physical, parameters)
+        parameters, values = self.physical.split(parameters) if self.physical else (parameters, None)
         simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
@@ -233,7 +233,7 @@ class TorchPath(NamedTuple):
             return self._steps_back(spec, saved, parameters, g)
         if self.physical is None:
             return self._pull(spec, saved, parameters, None, g)[:2]
-        policy, values = split_physical(self.physical, parameters)
+        policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
         grads, adj_x0, adj = self._pull(spec, saved, policy, values, g)
         return with_physical(self.physical, grads, adj, parameters), adj_x0
 

@@ -34,6 +34,11 @@ class Physical(NamedTuple):
             table[:, column] = q.detach()[0] if self.members else q.detach()
         return table
 
+    def split(self, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+        """The policy's parameters, and the table of the numbers of the physics behind them."""
+        own = len(parameters) - len(self.names)
+        return parameters[:own], self.table(parameters[own:])
+
     def gradients(self, adj: Tensor, given: Sequence[Tensor]) -> Tensor:
         """Flat gradients (fields, numbers), (fields, members, numbers) of an ensemble, of cotangents (fields,
         worlds of all members, count): of one number for all worlds the sum over them.
@@ -45,16 +50,6 @@ class Physical(NamedTuple):
             parts.append(own if self._by_world(q) else own.sum(-1, keepdim=True))
         flat = torch.cat(parts, dim=-1)
         return flat if self.members else flat[:, 0]
-
-
-def split_physical(
-    physical: Physical | None, parameters: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The policy's parameters, and the table of the numbers of the physics behind them."""
-    if physical is None:
-        return parameters, None
-    own = len(parameters) - len(physical.names)
-    return parameters[:own], physical.table(parameters[own:])
 
 
 def with_physical(physical: Physical, grads: Tensor, adj: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "array_descriptor",
     "batching",
     "dispatch_mode",
+    "is_changed",
     "off_tape",
     "openmp",
     "transforming",
@@ -40,6 +41,16 @@ __all__ = [
 def transforming() -> bool:
     """Whether a transform of torch.func runs, in which values cannot be read. torch tells nobody else."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_changed(module: torch.nn.Module) -> bool:
+    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 _BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")

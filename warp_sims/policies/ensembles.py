@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ..bridge.runtime.compat import is_changed
 from .networks import MLP, FusedNetwork, WaveCNN, fused_network
-from .recognition import is_changed
 
 __all__ = ["Ensemble", "fused_ensemble"]
 

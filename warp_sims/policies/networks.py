@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .recognition import composition_of, is_changed, tensors_of
+from ..bridge.runtime.compat import is_changed
+from .recognition import composition_of, tensors_of
 
 __all__ = ["MLP", "Bound", "FusedNetwork", "WaveCNN", "explain", "fused_network", "recognise"]
 

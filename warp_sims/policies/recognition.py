@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bridge.passes.composed import evaluate
-from ..bridge.runtime.compat import transforming
+from ..bridge.runtime.compat import is_changed, transforming
 from .composing import MODULES, compose
 from .translation import Composition, NotComposed
 
-__all__ = ["composition_of", "is_changed", "record_of", "tensors_of"]
+__all__ = ["composition_of", "record_of", "tensors_of"]
 
 _ROWS = 5
 """Rows on which a module is tried."""
@@ -33,16 +33,6 @@ _DEPTH = 4
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Composition | str]] = weakref.WeakKeyDictionary()
 """What has been found of a module, with the record it was found under."""
-
-
-def is_changed(module: nn.Module) -> bool:
-    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def composition_of(policy: nn.Module, in_size: int) -> Composition | str:
