@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..flows import Flow, check_decay, schedule
+from ..training.checks import real, whole
 from .task import as_task
 
 CALL = "ActorCriticConfig"
@@ -85,7 +85,7 @@ class ActorCriticConfig:
 
     def __post_init__(self) -> None:
         as_task(self.system, CALL)
-        whole = (
+        counts = (
             "worlds",
             "horizon",
             "updates",
@@ -96,24 +96,24 @@ class ActorCriticConfig:
             "eval_worlds",
             "checkpoint_every",
         )
-        for name in whole:
-            self._set(name, _whole(name, getattr(self, name), 1))
-        self._set("seed", _whole("seed", self.seed, 0))
+        for name in counts:
+            self._set(name, whole(CALL, name, getattr(self, name), 1))
+        self._set("seed", whole(CALL, "seed", self.seed, 0))
         for name in ("actor_hidden", "critic_hidden"):
             widths = getattr(self, name)
             if isinstance(widths, (str, bytes)) or not hasattr(widths, "__iter__"):
                 raise TypeError(f"{CALL}: {name}={widths!r}, expected widths such as (128, 64, 32)")
-            self._set(name, tuple(_whole(name, width, 1) for width in widths))
+            self._set(name, tuple(whole(CALL, name, width, 1) for width in widths))
         for name in ("actor_lr", "critic_lr", "last_lr", "clip_at", "std"):
-            self._set(name, _real(name, getattr(self, name), 0.0, math.inf, open_below=True))
+            self._set(name, real(CALL, name, getattr(self, name), 0.0, math.inf, above=True))
         for name in ("gamma", "trace", "target_keep"):
-            self._set(name, _real(name, getattr(self, name), 0.0, 1.0))
+            self._set(name, real(CALL, name, getattr(self, name), 0.0, 1.0))
         if self.step_clip is not None:
-            self._set("step_clip", _real("step_clip", self.step_clip, 0.0, math.inf, open_below=True))
+            self._set("step_clip", real(CALL, "step_clip", self.step_clip, 0.0, math.inf, above=True))
         betas = tuple(self.betas)
         if len(betas) != 2:
             raise ValueError(f"{CALL}: betas={self.betas!r}, expected two numbers")
-        self._set("betas", tuple(_real("betas", beta, 0.0, 1.0) for beta in betas))
+        self._set("betas", tuple(real(CALL, "betas", beta, 0.0, 1.0) for beta in betas))
         self._set("decay", check_decay(self.decay, CALL))
         if not isinstance(self.flow, str):
             raise TypeError(f"{CALL}: flow={self.flow!r}, expected a name, a letter or a ws.Flow")
@@ -147,27 +147,3 @@ class ActorCriticConfig:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "system"}
         assert isinstance(self.flow, Flow)
         return found | {"flow": self.flow.name.lower()}
-
-
-def _whole(name: str, value: Any, at_least: int) -> int:
-    expected = f"expected a whole number of at least {at_least}"
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{CALL}: {name}={value!r} is a {type(value).__name__}, {expected}") from None
-    if number < at_least:
-        raise ValueError(f"{CALL}: {name}={number}, {expected}")
-    return number
-
-
-def _real(name: str, value: Any, low: float, high: float, *, open_below: bool = False) -> float:
-    expected = (
-        "expected a finite number above 0" if open_below else f"expected a number from {low:g} to {high:g}"
-    )
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{CALL}: {name}={value!r} is a {type(value).__name__}, {expected}")
-    if not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
-        raise ValueError(f"{CALL}: {name}={value:g}, {expected}")
-    return float(value)

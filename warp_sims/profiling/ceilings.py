@@ -63,15 +63,16 @@ def _best(work: Callable[[], object], device: torch.device, seconds: float) -> f
     work()
     best, end, repeats = float("inf"), time.perf_counter() + seconds, 0
     while repeats < 3 or time.perf_counter() < end:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - start)
         repeats += 1
     return best
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Waits for what was launched on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -15,6 +15,7 @@ from ..bridge.runtime.registry import Prepared, prepare
 from ..kernels.sweeps.generated import MAX_UNROLL, make_generated_kernels
 from ..rollouts import rollout, simulate
 from ..systems import System
+from .ceilings import wait
 from .result import AgainstRow, spread
 from .verdict import decide
 
@@ -83,17 +84,13 @@ def compare_with_generated(
 
 
 def _time(way: _Way, device: torch.device) -> tuple[float, float]:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
+    wait(device)
     start = time.perf_counter()
     backward = way.forward()
-    wait()
+    wait(device)
     between = time.perf_counter()
     backward()
-    wait()
+    wait(device)
     return between - start, time.perf_counter() - between
 
 

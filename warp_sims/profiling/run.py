@@ -29,7 +29,7 @@ from ..rollouts import rollout
 from ..systems import System
 from .attribution import REST, attribute
 from .case import FLOWS, Case, check_count, make_case
-from .ceilings import measure_ceilings
+from .ceilings import measure_ceilings, wait
 from .generated import compare_with_generated
 from .resources import cuda_rollout, device_resources, find_ptxas
 from .result import FlowProfile, KernelProfile, Memory, Pass, Profile, Row, spread
@@ -151,11 +151,6 @@ class _Part(NamedTuple):
     end: int
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _forward(case: Case, flow: Flow) -> Tensor:
     out = rollout(
         case.system,
@@ -173,20 +168,20 @@ def _forward(case: Case, flow: Flow) -> Tensor:
 def _passes(case: Case, flow: Flow) -> tuple[float, float]:
     """Seconds of a forward and of a backward pass."""
     case.policy.zero_grad(set_to_none=True)
-    _wait(case.device)
+    wait(case.device)
     start = time.perf_counter()
     value = _forward(case, flow)
-    _wait(case.device)
+    wait(case.device)
     between = time.perf_counter()
     value.backward()
-    _wait(case.device)
+    wait(case.device)
     return between - start, time.perf_counter() - between
 
 
 def _traced(case: Case, flow: Flow, count: bool = False) -> tuple[_Part, _Part]:
     """The events of both passes; with `count` also torch's operations, and then without sensible times."""
     case.policy.zero_grad(set_to_none=True)
-    _wait(case.device)
+    wait(case.device)
     if not count:
         return _recorded(case, flow, None)
     with TorchOperations() as operations:
@@ -197,7 +192,7 @@ def _recorded(case: Case, flow: Flow, count: Callable[[], int] | None) -> tuple[
     with trace(case.device, count) as tracer:
         with tracer.span("forward"):
             value = _forward(case, flow)
-        _wait(case.device)
+        wait(case.device)
         with tracer.span("backward"):
             value.backward()
         events = tracer.events()

@@ -11,7 +11,6 @@ import numpy as np
 from ..kernels.systems.articulated_tables import ACTUATOR_NAMES as _ACTUATOR
 from ..kernels.systems.articulated_tables import (
     BALL,
-    DOF_SIZE,
     HINGE,
     QPOS_SIZE,
     SLIDE,
@@ -242,14 +241,6 @@ def as_model(value: Any) -> Model:
         if kind is not None:
             fields[i] = tuple(kind(*row) for row in fields[i])
     return Model(*fields)
-
-
-def state_names(model: Model) -> list[str]:
-    """What each component of a state is, for tables and curves."""
-    axes = {HINGE: [""], SLIDE: [""], SLIDES: [" x", " y", " z"], BALL: [" w", " x", " y", " z"]}
-    found = [link.joint + axis for link in model.links for axis in axes[link.kind]]
-    rates = [link.joint + axis for link in model.links for axis in axes[link.kind][-DOF_SIZE[link.kind] :]]
-    return found + [f"{name}'" for name in rates]
 
 
 def number_names(model: Model) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +15,7 @@ from ..flows import MOST_STEPS, Flow, schedule
 from ..policies.ensembles import Ensemble
 from ..policies.gaussian import GaussianPolicy
 from ..systems import System
+from .checks import real, whole
 from .optimizers import ON_HOST, OPTIMIZERS
 
 CLIPS = ("none", "value", "norm")
@@ -116,8 +116,8 @@ class TrainConfig:
                 "each of its members() to ws.train_together"
             )
         for name in ("horizon", "samples", "batch", "epochs", "log_every", "checkpoint_every"):
-            self._set(name, _whole(name, getattr(self, name), at_least=1))
-        self._set("seed", _whole("seed", self.seed, at_least=0))
+            self._set(name, whole("TrainConfig", name, getattr(self, name), 1))
+        self._set("seed", whole("TrainConfig", "seed", self.seed, 0))
         if self.batch > self.samples:
             raise ValueError(
                 f"TrainConfig: batch={self.batch} is larger than samples={self.samples}; give a batch of at "
@@ -129,8 +129,8 @@ class TrainConfig:
             ("lr", 0.0, math.inf),
             ("clip_at", 0.0, math.inf),
         ):
-            positive = name in ("lr", "clip_at")
-            self._set(name, _real(name, getattr(self, name), low, high, positive=positive))
+            above = name in ("lr", "clip_at")
+            self._set(name, real("TrainConfig", name, getattr(self, name), low, high, above=above))
         step_decay = decay_of("TrainConfig", self.system, self.decay)
         self._set("decay", self.decay if isinstance(self.decay, PerSecond) else step_decay)
         clipped_number("TrainConfig", self.system, self.clip_cotangent, None)
@@ -267,37 +267,6 @@ class TrainConfig:
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the run as torch's own."""
         return _dtype(cast(str, self.dtype))
-
-
-def _whole(name: str, value: Any, *, at_least: int) -> int:
-    expected = f"expected a whole number of at least {at_least}"
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"TrainConfig: {name}={value!r} is a {type(value).__name__}, {expected}") from None
-    if number < at_least:
-        raise ValueError(f"TrainConfig: {name}={number}, {expected}")
-    return number
-
-
-def _real(name: str, value: Any, low: float, high: float, *, positive: bool) -> float:
-    if positive:
-        expected = "expected a finite number above 0"
-    elif high == math.inf:
-        expected = "expected a finite number of at least 0"
-    else:
-        expected = f"expected a number from {low:g} to {high:g}"
-    if isinstance(value, (bool, str)):
-        raise TypeError(f"TrainConfig: {name}={value!r} is a {type(value).__name__}, {expected}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"TrainConfig: {name}={value!r} is a {type(value).__name__}, {expected}") from None
-    if not math.isfinite(number) or not low <= number <= high or (positive and number == 0.0):
-        raise ValueError(f"TrainConfig: {name}={number:g}, {expected}")
-    return number
 
 
 def _dtype(value: str | torch.dtype) -> torch.dtype:
