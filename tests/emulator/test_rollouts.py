@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from cases import make_net
-from warp_sims.bridge.passes import segments
+from warp_sims.bridge.passes import spec as segments
 
 import warp_sims as ws
 

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -122,7 +121,7 @@ class System(abc.ABC):
             f"seed=42, split='train')"
         )
 
-    @functools.cached_property
+    @property
     def has_loss(self) -> bool:
         """Whether the system has a loss of its own, so that loss='final' and loss='running' exist."""
         import warp as wp
