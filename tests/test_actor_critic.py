@@ -227,6 +227,7 @@ def test_other_settings_and_folders_in_the_way_are_refused(tmp_path):
         ({"decay": 2.0}, ValueError, "decay"),
         ({"actor_hidden": 5}, TypeError, "actor_hidden=5, expected widths"),
         ({"clip_at": "1"}, TypeError, "clip_at='1' is a str"),
+        ({"clip_at": b"1"}, TypeError, "clip_at=b'1' is a bytes"),
         ({"device": "abacus"}, ValueError, "abacus"),
         ({"system": ws.CartPole()}, ValueError, "CartPole has no observe, reward, fallen, episode_steps"),
         ({"system": 3}, TypeError, "expected a ws.System"),

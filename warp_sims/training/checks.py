@@ -45,7 +45,7 @@ def real(call: str, name: str, value: Any, low: float, high: float, *, above: bo
         expected = "expected a finite number of at least 0"
     else:
         expected = f"expected a number from {low:g} to {high:g}"
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str, bytes)):
         raise TypeError(f"{call}: {name}={value!r} is a {type(value).__name__}, {expected}")
     try:
         number = float(value)
