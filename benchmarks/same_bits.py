@@ -141,6 +141,8 @@ def main() -> int:
     print(f"{len(found)} cases, {len(changed)} with other bits, {len(missing)} missing")
     for name in changed[:20]:
         print("  ", name)
+    if len(changed) > 20:
+        print(f"   and {len(changed) - 20} more")
     return int(bool(changed or missing))
 
 

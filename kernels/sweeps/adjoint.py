@@ -8,7 +8,7 @@ A rollout may be swept in segments, from the last to the first: the cotangent of
 comes from the steps behind it.
 
 `leave` is the last line, for every sweep. A CPU takes a block of worlds a thread and keeps lam in adj_x0
-(`make_adjoint`), a GPU a world a thread and keeps it in registers or local memory (`make_world_adjoint`).
+(`make_adjoint`), a GPU a world a thread and keeps it in that thread's local memory (`make_world_adjoint`).
 
 (dN/dx)^T mu and the hidden cotangents of a policy need mu alone. For one control they are mu times those of a
 unit cotangent, which policy/network.py takes out of the sweep, once for both gradient fields. For m controls

@@ -1,8 +1,8 @@
 """The two forms in which sweeps take a step: a block of worlds a thread on a CPU, a world a thread on a GPU.
 
 `system.BlockFunctions` and `system.MemoryFunctions` say what each does. Where a system does not give one, it
-is made here from the step by value. A CPU is best off with whole vectors. A GPU keeps small states in
-registers; large ones stay in memory, a component at a time (see systems/elements.py). Inlined by value for
+is made here from the step by value. A CPU is best off with whole vectors. A GPU takes small
+states whole too, large ones a component at a time (see systems/elements.py). Inlined by value for
 both fields, the adjoint of 32 grid points in float64 spilled 10 KB a thread.
 
 Warp emits a function that calls wp.grad behind the functions that call it. So an adjoint that Warp generates

@@ -38,7 +38,7 @@ class SystemKernels(NamedTuple):
 def make_kernels(functions: DeviceFunctions, dtype: Any, on_cpu: bool) -> SystemKernels:
     """Returns the kernels of a system that need no policy."""
     if not on_cpu:
-        # small states are better off in registers
+        # only large states are taken a component at a time
         return make_gpu_kernels(
             functions if takes_memory(functions) else functions._replace(memory=None), dtype
         )

@@ -75,10 +75,10 @@ WORKS = {
     ),
     "composed": Work("fused_rollout", "any network", functools.partial(_rollout, "composed herd")),
     "adjoint": Work("adjoint", "as chosen", functools.partial(_open_loop, ws.CartPole(poles=2))),
-    "adjoint, streamed": Work(
+    "adjoint, in memory": Work(
         "adjoint", "as chosen", functools.partial(_open_loop, ws.QuantumControl(points=17))
     ),
-    "open loop, streamed": Work(
+    "open loop, in memory": Work(
         "simulate", "as chosen", functools.partial(_open_loop, ws.QuantumControl(points=17))
     ),
     "loss": Work("loss", "as chosen", functools.partial(_open_loop, ws.CartPole(poles=2))),
@@ -194,20 +194,20 @@ PLANTS = [
         "var_adj_states, var_steps - 1",
     ),
     Plant(
-        "adjoint, streamed",
+        "adjoint, in memory",
         "component of a cotangent one too high",
         "bounds",
         "states.data[k].c[i] = value",
         "states.data[k].c[i + 1] = value",
     ),
     Plant(
-        "adjoint, streamed",
+        "adjoint, in memory",
         "elimination begins beside the wall",
         "bounds",
         "substitute(y, N - 1 - k)",
         "substitute(y, N - k)",
     ),
-    Plant("open loop, streamed", "a pair of rows too few", "numbers", "k < PAIRS", "k < PAIRS - 1"),
+    Plant("open loop, in memory", "a pair of rows too few", "numbers", "k < PAIRS", "k < PAIRS - 1"),
     Plant("loss", "cost of a step too far", "index", "wp::range(", "wp::range(1 + "),
     Plant(
         "comparison", "one component too many", "index", "var_begin, var_count", "var_begin, 1 + var_count"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 
@@ -27,7 +28,8 @@ def meet(config: TrainConfig, processes: Processes) -> None:
     mine["device"] = torch.device(str(config.device)).type  # each may have a card of its own
     for name in ("loss", "combiner", "inputs"):
         value = getattr(config, name)
-        mine[name] = getattr(value, "__qualname__", repr(value))
+        # of an object, not where this process has it
+        mine[name] = re.sub(" at 0x[0-9a-f]+", "", getattr(value, "__qualname__", repr(value)))
     mine["system"] = repr(config.system)
     mine["order of parameters"] = str([name for name, _ in policy.named_parameters()])
     for name, value in policy.state_dict(keep_vars=True).items():

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 place."""
 
 
-def streamed(name, dtype):
+def both(name, dtype):
     """A system on a CPU with its own kernels, and with those of a GPU."""
     p = prepare(SYSTEMS[name].number, dtype, torch.device("cpu"))
     functions = p.functions._replace(memory=None) if name.endswith("by value") else p.functions
@@ -36,9 +36,9 @@ def streamed(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("outside", [True, False], ids=["all cotangents", "loss alone"])
-def test_streamed_adjoint_is_the_adjoint(name, dtype, check, outside):
+def test_same_gradients(name, dtype, check, outside):
     horizon, nworld = 9, 5
-    system, (p, q) = SYSTEMS[name], streamed(name, dtype)
+    system, (p, q) = SYSTEMS[name], both(name, dtype)
     draw = torch.Generator().manual_seed(5)
     controls = torch.randn(horizon, nworld, system.control_size, generator=draw, dtype=dtype)
     jac = torch.randn(*controls.shape, system.state_size, generator=draw, dtype=dtype)
@@ -55,7 +55,7 @@ def test_streamed_adjoint_is_the_adjoint(name, dtype, check, outside):
 @pytest.mark.parametrize("flow", "MN")
 def test_a_closed_gate_selects(flow):
     system = SYSTEMS["quantum"]
-    p, q = streamed("quantum", torch.float64)
+    p, q = both("quantum", torch.float64)
     controls = torch.zeros(3, 2, 1, dtype=torch.float64)
     states = sweeps.simulate(p, make_states(system, 2), controls)
     jac = torch.full((3, 2, 1, system.state_size), torch.inf, dtype=torch.float64)
@@ -69,6 +69,6 @@ def test_a_closed_gate_selects(flow):
         assert not adj_x0.any(), "both edges of the first steps are closed"
 
 
-def test_small_states_stay_in_registers():
+def test_which_states_are_large():
     assert not is_large(SYSTEMS["cartpole"].device_functions(WARP_DTYPE[torch.float64]).State)
     assert is_large(ws.QuantumControl(points=32).device_functions(WARP_DTYPE[torch.float32]).State)
