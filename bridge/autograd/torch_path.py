@@ -67,6 +67,12 @@ def recording_here() -> bool:
         return recording()
 
 
+def leaves(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same numbers, for autograd to record evaluations with that are nobody else's."""
+    with torch.inference_mode(False):
+        return tuple(ordinary(p).requires_grad_() for p in parameters)
+
+
 def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
     """The controls of an `MLP`, without putting its parameters into a module at every step."""
     last = len(parameters) - 2
@@ -84,11 +90,13 @@ class _Recording(NamedTuple):
     states: Tensor
     parameters: tuple[Tensor, ...]
 
-    def pull(self, adj: Tensor, of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Cotangents of some of its tensors for one of the controls."""
+    def pull(self, adj: Tensor, of: tuple[Tensor, ...], last: bool = False) -> tuple[Tensor, ...]:
+        """Cotangents of some of its tensors for one of the controls. The last pull frees what was recorded:
+        later ones find its memory, still in the cache.
+        """
         if not of or not self.controls.requires_grad:  # nothing of the policy depends on these
             return tuple(map(torch.zeros_like, of))
-        return torch.autograd.grad(self.controls, of, adj, retain_graph=True, materialize_grads=True)
+        return torch.autograd.grad(self.controls, of, adj, retain_graph=not last, materialize_grads=True)
 
 
 class TorchPath(NamedTuple):
@@ -109,8 +117,10 @@ class TorchPath(NamedTuple):
     """Numbers of the physics that stand behind the policy's parameters."""
     by_steps: bool = False
     """Whether the steps go back one by one."""
-    recorded: list[_Recording] | None = None
-    """Where the forward steps are then kept for the backward pass; None where they are evaluated again."""
+    recorded: list[_Recording | None] | None = None
+    """Where the forward steps are then kept for the backward pass; None where they are evaluated again, as
+    the steps are that a backward pass has used.
+    """
 
     def policy(
         self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None, own: bool = False
@@ -145,12 +155,11 @@ class TorchPath(NamedTuple):
                     return False
         return True
 
-    def _record(self, parameters: Sequence[Tensor], points: Tensor, given: Tensor | None) -> _Recording:
-        """An evaluation at points (n, state_size)."""
+    def _record(self, parameters: tuple[Tensor, ...], points: Tensor, given: Tensor | None) -> _Recording:
+        """An evaluation at points (n, state_size) with `leaves` of the parameters."""
         with torch.inference_mode(False), torch.enable_grad():
-            q = tuple(ordinary(p).requires_grad_() for p in parameters)
             x = ordinary(points).requires_grad_()
-            return _Recording(self.policy(q, x, given), x, q)
+            return _Recording(self.policy(parameters, x, given), x, parameters)
 
     def substitutes(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """Tensors in the order of the parameters, by the names of all places they take."""
@@ -196,6 +205,7 @@ class TorchPath(NamedTuple):
         saved.states[0].copy_(x0)
         own = self._owns(parameters)
         kept = self.recorded if recording_here() else None
+        q = () if kept is None else leaves(parameters)
         with sweeps.advancing(p, saved.states, saved.controls) as advance:
             for t, (x, u) in enumerate(zip(saved.states[:-1].unbind(), saved.controls.unbind())):
                 with span("policy"):
@@ -203,8 +213,9 @@ class TorchPath(NamedTuple):
                         u.copy_(self.control(parameters, x, t, own))
                     else:
                         given = None if self.inputs is None else self.inputs[t]
-                        kept.append(self._record(parameters, x, given))
-                        u.copy_(kept[-1].controls.detach())
+                        step = self._record(q, x, given)
+                        kept.append(step)
+                        u.copy_(step.controls.detach())
                 advance(t)
         return saved, operators.loss(*spec.arguments(), *saved[:2])
 
@@ -271,22 +282,22 @@ class TorchPath(NamedTuple):
         """
         physics = spec._replace(base=spec.base.translate(CLOSED), check=spec.check.translate(CLOSED))
         horizon, nworld, _ = saved.controls.shape
-        recorded = self.recorded or ()
+        recorded = self.recorded if self.recorded and len(self.recorded) == horizon else [None] * horizon
+        q, physics_edges = leaves(parameters), physics.arguments()
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[saved.states.dtype]
         grads: list[list[Tensor]] = [[] for _ in spec.schedules]
         adj_x0 = None
         for t in reversed(range(horizon)):
             states, controls = saved.states[t : t + 2], saved.controls[t : t + 1]
-            again = None
-            if len(recorded) == horizon:
-                own = recorded[t]
-            else:
+            own, again = recorded[t], None
+            if own is None:
                 with span("policy_again"):
                     given = None if self.inputs is None else self.inputs[t]
-                    own = self._record(parameters, saved.states[t], given)
+                    own = self._record(q, saved.states[t], given)
                     again = own.controls.detach().unsqueeze(0)
-            tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
+            recorded[t] = None
             mu, adj_x0, _ = operators.adjoint(
-                *physics.arguments(),
+                *physics_edges,
                 states,
                 controls,
                 again,
@@ -301,7 +312,7 @@ class TorchPath(NamedTuple):
                 is_open = Flow(schedule[t]).edges & NETWORK
                 with span("policy_weight_grad"):
                     of = (own.states, *own.parameters) if is_open else own.parameters
-                    found = own.pull(mu[f, 0], of)
+                    found = own.pull(mu[f, 0], of, last=f == len(grads) - 1)
                 if is_open:
                     adj_x0[f] += found[0]
                     found = found[1:]
@@ -386,7 +397,7 @@ class TorchPath(NamedTuple):
         pull_x: Any = None
         with span("policy_again"):
             if once:
-                own = self._record(parameters, points, given)
+                own = self._record(leaves(parameters), points, given)
                 recomputed = own.controls.detach()
             else:
                 recomputed, pull_q, *_ = vjp(lambda q: self.policy(q, points, given), tuple(parameters))
