@@ -35,8 +35,8 @@ from .checking.run import check
 from .environments import gymnasium_env
 from .episodes import Resets
 from .estimators import Anneal, Blend, PerSecond, project_conflicting
-from .flows import Flow
 from .gradients import GradientPair, gradient_pair
+from .kernels.flow import Flow
 from .linearization import linearize
 from .pictures.animation import animate
 from .pictures.recording import record_rollout

@@ -18,7 +18,7 @@ from .actor_critic.command import add_actor_critic_options, asks_for_actor_criti
 from .bench.command import add_bench_options, run_bench
 from .checking.command import add_check_options, run_check
 from .demo import run_demo
-from .flows import Flow
+from .kernels.flow import Flow
 from .named import find_combiner, find_function, find_loss, make_policy, own_policy
 from .options import (
     DEFAULTS,

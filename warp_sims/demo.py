@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .flows import Flow
+from .kernels.flow import Flow
 from .pictures.animation import animate
 from .pictures.plots import plot_curves
 from .policies.networks import MLP

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .flows import as_int
+from .kernels.flow import as_int
 from .plans import check_system
 from .systems import System
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .bridge.autograd import episodes as _bridge
-from .flows import as_int
+from .kernels.flow import as_int
 from .plans import check_like
 from .systems import System
 

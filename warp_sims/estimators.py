@@ -11,7 +11,7 @@ from torch import Tensor
 from .bridge.passes import foreign
 from .bridge.runtime.contract import has_generated_adjoint
 from .bridge.runtime.estimators import with_clip
-from .flows import check_decay
+from .kernels.flow import check_decay
 from .systems import System
 
 __all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]

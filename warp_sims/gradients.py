@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .bridge.autograd import operators
 from .bridge.passes.spec import Cotangents
 from .estimators import Combiner, PerSecond
-from .flows import Flow, schedule
+from .kernels.flow import Flow, schedule
 from .plans import Loss, Plan, check_horizon, custom_loss_value, make_plan
 from .systems import System
 from .systems.parameters import Parameters

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from . import systems
 from .demo import DEMO_EPOCHS
 from .estimators import PerSecond
-from .flows import Flow
+from .kernels.flow import Flow
 from .training.config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
 from .training.optimizers import OPTIMIZERS
 from .training.published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS

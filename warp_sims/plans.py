@@ -25,9 +25,10 @@ from .bridge.passes.spec import (
     recordings_bytes,
     torch_segment,
 )
+from .bridge.runtime.registry import has_loss
 from .bridge.runtime.team import settle
 from .estimators import PerSecond, clipped_number, decay_of
-from .flows import MOST_STEPS, as_int, check_decay
+from .kernels.flow import MOST_STEPS, as_int, check_decay
 from .policies.ensembles import Ensemble, fused_ensemble
 from .policies.networks import FusedNetwork, recognise
 from .probing import probe
@@ -420,7 +421,7 @@ def _loss_weights(
                 f"or None"
             )
         # tracing a compiled graph, device functions cannot be made; the operator checks again
-        if not torch.compiler.is_compiling() and not system.has_loss:
+        if not torch.compiler.is_compiling() and not has_loss(system.number):
             raise ValueError(
                 f"{call}: loss is {loss!r}, but {type(system).__name__} has no loss of its own; pass a "
                 f"callable of (states, controls) or "

@@ -14,7 +14,7 @@ from .bridge.runtime import arrays
 from .bridge.runtime.compat import transforming
 from .episodes import Resets, checked_resets
 from .estimators import PerSecond
-from .flows import Flow, schedule
+from .kernels.flow import Flow, schedule
 from .plans import (
     Loss,
     Plan,

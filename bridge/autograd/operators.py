@@ -22,9 +22,9 @@ from ..passes.fused_backward import backward
 from ..passes.spec import Cotangents, Spec, described, with_segment
 from ..runtime.arrays import capturing
 from ..runtime.compat import batching, dispatch_mode, transforming
+from ..runtime.launches import span
 from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
-from ..runtime.tracing import span
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of

@@ -22,8 +22,8 @@ from ..passes.foreign_torch import ordinary, recording
 from ..passes.physical import Physical, with_physical
 from ..passes.spec import Cotangents, Saved, Spec, pieces
 from ..runtime.arrays import empty
+from ..runtime.launches import span
 from ..runtime.registry import prepare
-from ..runtime.tracing import span
 from . import operators
 
 JACOBIAN_ELEMENTS = 1 << 26

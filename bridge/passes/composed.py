@@ -23,7 +23,7 @@ from ...kernels.policy.composed_layout import (
     Entry,
     parse,
 )
-from ..runtime.tracing import span
+from ..runtime.launches import span
 from .wide import Rows
 
 VALUES: dict[str, Callable[..., Tensor]] = {

@@ -25,8 +25,8 @@ from torch import Tensor
 from ...kernels.flow import NETWORK, PHYSICS, Flow
 from ...kernels.sweeps.linear_sweep import make_linear_sweep
 from ..runtime.arrays import WARP_DTYPE, capturing, constant, stream, warp_device
+from ..runtime.launches import span
 from ..runtime.registry import find, register
-from ..runtime.tracing import span
 from .spec import Cotangents, Spec, pieces
 from .sweeps import edge_masks
 

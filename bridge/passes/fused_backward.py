@@ -15,10 +15,9 @@ import torch
 from ...kernels.policy.layout import BLOCK, Column, layout
 from ...kernels.policy.network import SUM_CHUNK, chunk_rows, make_network_kernels
 from ..runtime.arrays import constant, empty
-from ..runtime.launches import Launch, Pool, array
+from ..runtime.launches import Launch, Pool, array, span
 from ..runtime.registry import Prepared
 from ..runtime.team import Program, Step, Task, Team, shares
-from ..runtime.tracing import span
 from . import composed, wide
 from .fused import activations, blocks_per_thread, fixed, table
 from .spec import SEGMENT_BYTES, Cotangents, Spec, blocks_of, cpu_steps, pieces

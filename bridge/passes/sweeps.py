@@ -341,10 +341,6 @@ def adjoint(
     return mu, adj_x0
 
 
-def _chunk(served: Any) -> int:
-    return CHUNK if served.is_cpu else GPU_CHUNK
-
-
 class _Combine:
     """Prepared comparison of two flat gradients."""
 
@@ -359,8 +355,9 @@ class _Combine:
         _served: int,
     ) -> None:
         served = warp_device(device)
-        itemsize, chunk = dtype.itemsize, _chunk(served)
-        threads = members * chunks(size, chunk)
+        itemsize, chunk = dtype.itemsize, CHUNK if served.is_cpu else GPU_CHUNK
+        self.chunks = chunks(size, chunk)
+        threads = members * self.chunks
         self.base, self.check, self.combined = (array(itemsize, members, size) for _ in range(3))
         self.stats = array(8, threads, NSTATS)
         values = {"base": self.base, "check": self.check, "size": size, "chunk": chunk}
@@ -380,12 +377,13 @@ def combine(base: torch.Tensor, check: torch.Tensor, keep_check: bool) -> tuple[
     """
     size = base.shape[-1]
     combined = torch.empty_like(base)
-    served = warp_device(base.device)
-    stats = base.new_empty((*base.shape[:-1], chunks(size, _chunk(served)), NSTATS), dtype=torch.float64)
-    if base.numel():
-        key = (base.dtype, base.device, base.numel() // size, size, keep_check)
-        with _combine.borrow(*key, torch.get_num_threads(), id(served)) as c, stream(base.device):
-            c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
-            c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
-            c.run()
+    if not base.numel():
+        return combined, base.new_zeros((*base.shape[:-1], NSTATS), dtype=torch.float64)
+    key = (base.dtype, base.device, base.numel() // size, size, keep_check)
+    served = id(warp_device(base.device))
+    with _combine.borrow(*key, torch.get_num_threads(), served) as c, stream(base.device):
+        stats = base.new_empty((*base.shape[:-1], c.chunks, NSTATS), dtype=torch.float64)
+        c.base.data, c.check.data = base.data_ptr(), check.data_ptr()
+        c.combined.data, c.stats.data = combined.data_ptr(), stats.data_ptr()
+        c.run()
     return combined, stats.sum(-2)

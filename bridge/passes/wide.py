@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.policy.layout import BLOCK, Column, Layout
-from ..runtime.tracing import span
+from ..runtime.launches import span
 
 
 class Rows(NamedTuple):

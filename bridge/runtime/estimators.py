@@ -27,6 +27,10 @@ class ClippedSystem:
     def control_size(self) -> int:
         return find(self.number).control_size
 
+    @property
+    def has_loss(self) -> bool:
+        return find(self.number).has_loss
+
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return clipped(functions_of(find(self.number), dtype), dtype)
 

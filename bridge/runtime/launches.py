@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 import torch
 import warp as wp
 
-from . import tracing
 from .arrays import cache_errors, keep
 from .compat import DirectCall, array_descriptor
 
@@ -28,6 +27,15 @@ work.
 
 PREPARING = threading.RLock()
 """Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
+
+tracer: Any = None
+"""The open trace of this process, see tracing.py."""
+
+
+def span(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Context of a named part of a pass, recorded while a trace is open."""
+    return contextlib.nullcontext() if tracer is None else tracer.span(name)
+
 
 T = TypeVar("T")
 
@@ -102,7 +110,6 @@ class Launch:
         return self.kernel.func.__name__.strip("_")
 
     def __call__(self) -> None:
-        tracer = tracing.active
         if tracer is None:
             self._run()
             return

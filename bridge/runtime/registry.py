@@ -6,6 +6,7 @@ Append-only: a number, once given, stands for the same system for the life of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ class SystemLike(Protocol):
     def state_size(self) -> int: ...
     @property
     def control_size(self) -> int: ...
+    @property
+    def has_loss(self) -> bool: ...
     def device_functions(self, dtype: Any) -> DeviceFunctions: ...
     def parameters(self, dtype: Any) -> Any: ...
 
@@ -51,6 +54,12 @@ def register(system: SystemLike) -> int:
 def find(number: int) -> SystemLike:
     """Returns the system that has this number."""
     return _systems[number]
+
+
+@functools.cache
+def has_loss(number: int) -> bool:
+    """Whether the system that has this number has a loss of its own."""
+    return find(number).has_loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

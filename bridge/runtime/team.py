@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...kernels import programs as native
-from . import tracing
+from . import launches
 from .compat import DirectCall, address, openmp
 from .launches import Launch
 
@@ -170,7 +170,7 @@ class _Job:
             direct.refresh()
         self._job.taken = self._job.cpu_time = 0
         self._start()
-        if tracing.active is None:
+        if launches.tracer is None:
             return
         for calls, made in zip(self._programs, self._made, strict=True):
             for call, done in zip(calls, made, strict=True):
@@ -179,7 +179,7 @@ class _Job:
                     call.launch.kernel,
                     threading.get_ident() + done.thread,
                 )
-                tracing.active.add(name, kernel, call.dim, thread, done.begin, done.end)
+                launches.tracer.add(name, kernel, call.dim, thread, done.begin, done.end)
 
     def _start(self) -> None:
         programs, run = len(self._programs), self._native

@@ -1,8 +1,8 @@
 """What runs when: launches and named parts of a pass, recorded while somebody asks for it.
 
-Nothing is recorded, and next to nothing paid, unless `trace` is open: a launch reads one name. Times are
-those of the host's clock on a CPU and of events on the current stream on a GPU, where a span is as long as
-the device took.
+Nothing is recorded, and next to nothing paid, unless `trace` is open: a launch reads one name,
+`launches.tracer`. Times are those of the host's clock on a CPU and of events on the current stream on a GPU,
+where a span is as long as the device took.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+from . import launches
 
 
 class Event(NamedTuple):
@@ -92,10 +94,6 @@ class _Span:
         )
 
 
-active: Tracer | None = None
-"""The open trace of this process."""
-
-
 @contextlib.contextmanager
 def trace(device: torch.device, count: Callable[[], int] | None = None) -> Iterator[Tracer]:
     """Records until it is left, everything that this process launches.
@@ -108,16 +106,10 @@ def trace(device: torch.device, count: Callable[[], int] | None = None) -> Itera
     Raises:
         RuntimeError: another trace is open.
     """
-    global active
-    if active is not None:
+    if launches.tracer is not None:
         raise RuntimeError("trace: another trace of this process is open; one can record at a time")
-    active = Tracer(device, count)
+    launches.tracer = tracer = Tracer(device, count)
     try:
-        yield active
+        yield tracer
     finally:
-        active = None
-
-
-def span(name: str) -> contextlib.AbstractContextManager[Any]:
-    """Context of a named part, recorded while a trace is open."""
-    return contextlib.nullcontext() if active is None else active.span(name)
+        launches.tracer = None

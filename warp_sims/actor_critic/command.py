@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import systems
-from ..flows import Flow
+from ..kernels.flow import Flow
 from ..options import add_flag, add_system_options, field_texts
 from ..training.runs import ACTOR_CRITIC, is_run, read_config
 from .config import ALGORITHMS, ActorCriticConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..flows import Flow, check_decay, schedule
+from ..kernels.flow import Flow, check_decay, schedule
 from ..training.checks import real, whole
 from .task import as_task
 

@@ -14,10 +14,10 @@ from ..bridge.autograd.episodes import Cotangents, EpisodePath, Resets, Trajecto
 from ..bridge.autograd.rollout import split
 from ..bridge.autograd.torch_path import TorchPath, places
 from ..bridge.passes.spec import Spec
-from ..bridge.runtime.tracing import span
+from ..bridge.runtime.launches import span
 from ..estimators import clipped_number
-from ..flows import schedule
 from ..kernels.agreement import SUMS
+from ..kernels.flow import schedule
 from .config import ActorCriticConfig
 from .networks import Actor, Critic, observation_size
 from .targets import Ends, discounts, td_lambda

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..actor_critic.folder import load_actor
-from ..flows import Flow
+from ..kernels.flow import Flow
 from ..rollouts import Rollout, rollout
 from ..systems import System
 from ..training.inputs import draw_inputs

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..bridge.autograd.tape import record
 from ..bridge.runtime.arrays import tensor_of
-from ..flows import Flow, schedule
+from ..kernels.flow import Flow, schedule
 from ..plans import check_horizon, make_plan
 from ..policies.ensembles import Ensemble
 from ..systems import System

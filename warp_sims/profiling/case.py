@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..flows import Flow
+from ..kernels.flow import Flow
 from ..kernels.policy.layout import layout
 from ..plans import Loss
 from ..policies.networks import MLP, fused_network

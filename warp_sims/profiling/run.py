@@ -20,8 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from ..bridge.runtime.launches import PREPARING
 from ..bridge.runtime.registry import prepare
 from ..bridge.runtime.tracing import Event, trace
-from ..flows import Flow, schedule
 from ..kernels.agreement import make_combine
+from ..kernels.flow import Flow, schedule
 from ..kernels.sweeps.rollout import make_kernels
 from ..plans import Loss
 from ..policies.networks import fused_network

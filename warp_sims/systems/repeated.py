@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bridge.passes.foreign import Pull, Simulator
 from ..bridge.runtime.contract import functions_of
-from ..flows import as_int
+from ..kernels.flow import as_int
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import repeated as _repeated
 from .foreign import ForeignSystem, foreign_system

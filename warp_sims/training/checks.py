@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..flows import as_int
+from ..kernels.flow import as_int
 
 
 def whole(call: str, name: str, value: Any, at_least: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from ..estimators import Anneal, Combiner, PerSecond, clipped_number, decay_of
-from ..flows import MOST_STEPS, Flow, schedule
+from ..kernels.flow import MOST_STEPS, Flow, schedule
 from ..policies.ensembles import Ensemble
 from ..policies.gaussian import GaussianPolicy
 from ..systems import System

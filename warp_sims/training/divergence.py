@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..bridge.runtime.arrays import capturing
-from ..flows import Flow
 from ..kernels.agreement import SUMS
+from ..kernels.flow import Flow
 from ..systems import System
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..flows import Flow
+from ..kernels.flow import Flow
 from ..policies.networks import MLP, WaveCNN
 from ..systems import CartPole, GuidanceByRepulsion, QuantumControl, System
 from .config import CLIPS, TrainConfig

@@ -18,7 +18,7 @@ import torch
 
 from .. import systems
 from ..estimators import Anneal, Blend, PerSecond
-from ..flows import Flow
+from ..kernels.flow import Flow
 from ..policies.networks import ACTIVATIONS, MLP, NORMS, Bound, WaveCNN
 from .config import TrainConfig
 from .provenance import versions

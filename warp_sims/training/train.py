@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..flows import Flow
+from ..kernels.flow import Flow
 from ..progress import Bars
 from . import run_config
 from .config import TrainConfig

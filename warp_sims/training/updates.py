@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..flows import Flow
 from ..gradients import gradient_pair
+from ..kernels.flow import Flow
 from ..policies.ensembles import Ensemble
 from ..rollouts import Rollout, rollout
 from .config import TrainConfig
