@@ -54,7 +54,7 @@ def _about(profile: Profile) -> Iterator[str]:
 def _flow(profile: Profile, flow: FlowProfile) -> Iterator[str]:
     yield (
         f"flow {flow.flow}: forward {_ms(flow.forward.time)} ms, backward {_ms(flow.backward.time)} ms, "
-        f"backward / forward {_spread(flow.ratio)}"
+        f"backward / forward {_ratio(flow.ratio.median)} [{_ratio(flow.ratio.low)} {_ratio(flow.ratio.high)}]"
     )
     if flow.flops is not None:
         needed = ((flow.forward.needed or 0) + (flow.backward.needed or 0)) / 1e6
@@ -130,16 +130,16 @@ def _number(value: float) -> str:
         return f"{value:.0f}"
     if value >= 0.1:
         return f"{value:#.3g}"
-    return f"{value:.3f}" if value >= 1e-3 else f"{value:.1g}"
-
-
-def _spread(spread: Spread, unit: float = 1.0) -> str:
-    low, high = _number(spread.low / unit), _number(spread.high / unit)
-    return f"{_number(spread.median / unit)} [{low} {high}]"
+    return f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}"
 
 
 def _ms(spread: Spread) -> str:
-    return _spread(spread, 1e-3)
+    low, high = _number(1e3 * spread.low), _number(1e3 * spread.high)
+    return f"{_number(1e3 * spread.median)} [{low} {high}]"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else _number(value)
 
 
 def _share(value: float) -> str:
