@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,12 +130,19 @@ class Settings:
         """All rows, in the order in which they are measured: rows of one reference follow one another."""
         for device in self.devices:
             for problem in self.scaled_problems:
-                for widths, kind in itertools.product(self.widths or ((),), self.policies or ("",)):
+                for kind, widths in self._networks():
                     for batch in SCALES["worlds"] if self.scaling == "worlds" else self.batches:
                         for value in SCALES[self.scaling] if self.scaling not in ("", "worlds") else (0,):
                             for flow in self.flows:
                                 horizon, size = (value, 0) if self.scaling == "horizon" else (0, value)
                                 yield Case(problem, flow, batch, device, widths, horizon, size, kind)
+
+    def _networks(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Policies, one after the other, with all widths; a module of the user's has its own."""
+        for kind in self.policies or ("",):
+            given = not kind or is_perceptron(kind)
+            for widths in self.widths if given and self.widths else ((),):
+                yield kind, widths
 
 
 def _convolutional(problem: str) -> bool:
