@@ -10,9 +10,9 @@ Backwards, with lam the cotangents of x and ups those of y, a reset is a gate of
     lam_t     = dL/dx_t + decay [physics open] (dS/dx)^T ups_{t+1} + [network open] (dN/dx)^T mu_t
 
 Between two steps at which worlds end, the recursion is that of flow.py, and the adjoint sweep of any rollout
-runs over them; the policy is linearised at all points at once as ever. A world whose step is not finite has
-ended. If nothing arrives there, nothing comes back: its point is left out (a select, because 0 inf is NaN).
-If something does, what comes back is NaN.
+runs over them. The policy is linearised at all points at once, as in other rollouts. A world whose step is
+not finite has ended. If no cotangent arrives at that step, its point is left out (a select, because 0 inf is
+NaN). If one does, the gradient is NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ class Trajectory(NamedTuple):
 
 
 class EpisodePath(NamedTuple):
-    """The way of a rollout with episodes; torch evaluates the policy."""
+    """The path of a rollout with episodes; torch evaluates the policy."""
 
     path: TorchPath
     resets: Resets
@@ -171,8 +171,8 @@ class Cotangents(NamedTuple):
 
 
 def _stretches(t0: int, t1: int, ends: set[int]) -> list[tuple[int, int]]:
-    """Steps t0 ... t1 - 1 from the last to the first in stretches that end where worlds end; of lengths that
-    are powers of two, so that few sizes of launches serve.
+    """Splits the steps t0 ... t1 - 1, from the last to the first, into stretches that end where worlds end.
+    Their lengths are powers of two, so that few sizes of launches are prepared.
     """
     found, end = [], t1
     marks = [t0, *sorted(t for t in ends if t0 < t < t1)]
@@ -188,8 +188,8 @@ def _stretches(t0: int, t1: int, ends: set[int]) -> list[tuple[int, int]]:
 def _direct(
     states: Tensor, adj_states: Tensor | None, adj_next: Tensor | None, first: int, end: int
 ) -> Tensor | None:
-    """What reaches the states `first` ... `end` of a stretch: inside it x_t is y_t. That of the last comes
-    with what is carried.
+    """Direct cotangents of the states `first` ... `end` of a stretch; inside it x_t is y_t. That of the last
+    state is part of what is carried.
     """
     if adj_states is None and adj_next is None:
         return None
@@ -202,7 +202,7 @@ def _direct(
 
 
 def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None:
-    """What reaches the states that steps lead to: cotangents of theirs and of the system's own loss."""
+    """Direct cotangents of the states that steps lead to: those given, and those of the system's own loss."""
     direct, y = g.next_states, trajectory.next_states
     if g.loss is None or not (spec.final or spec.running) or not y.shape[1]:
         return direct

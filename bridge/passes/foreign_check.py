@@ -1,10 +1,8 @@
-"""Whether a foreign simulator does what it is trusted with: asked once for each dtype and kind of device,
-at its first use.
+"""Checks a foreign simulator once for each dtype and kind of device, at its first use.
 
-A derivative that a simulator drops on the way, by detaching or overwriting something, would be a wrong
-gradient without a word. So its pullback is held against central differences at the first states it is given:
-of float64 copies where it takes them. Near a kink the length of the difference decides, so that several are
-taken and the best counts.
+A simulator that detaches or overwrites something silently gives a wrong gradient. So its pullback is compared
+with central differences at the first states it is given, as float64 copies if it takes them. Near a kink the
+right length of the difference varies, so several lengths are tried and the best counts.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ class Tolerance(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Words about a derivative that is found wrong."""
+    """The words that an error uses for a wrong derivative."""
 
     head: str
     """Whose it is, and what it is of."""
@@ -56,7 +54,7 @@ TOLERANCES = {
 
 
 def verify(simulator: Simulator, x: Tensor, u: Tensor) -> None:
-    """Raises TypeError or ValueError unless step and gradients of a simulator are what they should be.
+    """Raises TypeError or ValueError unless step and gradients of a simulator are right.
 
     Args:
         x, u: First states (nworld, state_size) and controls (nworld, control_size) it is to be used on.
@@ -79,7 +77,7 @@ def verify(simulator: Simulator, x: Tensor, u: Tensor) -> None:
 
 
 def _in_double(simulator: Simulator, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in float64 where the simulator takes it."""
+    """The same in float64 if the simulator takes it."""
     if x.dtype == torch.float64:
         return x, u
     try:
@@ -204,8 +202,8 @@ def compare(
     tolerance: Tolerance,
     state_size: int,
 ) -> None:
-    """Raises ValueError where a derivative (rows, outputs, inputs) agrees with the differences of no
-    length.
+    """Raises ValueError if a derivative (rows, outputs, inputs) agrees with the differences of none of the
+    lengths.
     """
     wrong, best = torch.ones_like(given, dtype=torch.bool), torch.full_like(given, torch.nan)
     excess = torch.full_like(given, torch.inf)

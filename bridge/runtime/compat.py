@@ -1,5 +1,5 @@
-"""What goes past the public interfaces of Warp and torch, all of it: checked with Warp 1.19 and torch 2.11 to
-2.13. Every item says what it brings, and what happens where it is not there.
+"""Everything that uses private interfaces of Warp and torch, checked with Warp 1.19 and torch 2.11 to 2.13.
+Every item says what it gains, and what happens without it.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ __all__ = [
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func runs, in which values cannot be read. torch tells nobody else."""
+    """Whether a transform of torch.func runs, so that values cannot be read; private to torch."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_changed(module: torch.nn.Module) -> bool:
-    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
+    """Whether a module has hooks or a forward of its own, so that it may differ from its class."""
     return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -62,9 +62,9 @@ operator by operator, by an older mechanism than that of `torch.func`. Asked at 
 
 @contextlib.contextmanager
 def off_tape() -> Iterator[None]:
-    """Nothing is recorded on a tape of the user's in here, and a tape of our own may be opened.
+    """In this context nothing is recorded on a user's tape, and a tape of our own can be opened.
 
-    Warp keeps the open tape in its runtime, which has no public name, and refuses a second one.
+    Warp keeps the open tape in its runtime, which is private, and refuses a second one.
     """
     runtime: Any = importlib.import_module("warp._src.context").runtime
     before, runtime.tape = runtime.tape, None
@@ -85,8 +85,8 @@ DIRECT_CALLS = "1.19."
 
 
 class DirectCall:
-    """A recorded launch on a CPU, called as Warp calls it, less what Warp makes anew each time: a structure
-    of all arguments, and its type looked up by theirs. That takes longer than a short kernel: 10 us of 13.
+    """A recorded launch on a CPU, called as Warp calls it. Warp makes a structure of all arguments at every
+    call and looks up its type; here that is done once. It takes longer than a short kernel: 10 us of 13.
     """
 
     def __init__(self, command: Any) -> None:
@@ -104,7 +104,7 @@ class DirectCall:
         self._kernel(*self._references)
 
     def refresh(self) -> None:
-        """Takes the addresses that the descriptors have now."""
+        """Copies the present addresses from the descriptors."""
         if self._command.device.is_capturing:
             self._command.launch()  # which says that addresses of torch's cannot be recorded
         arguments = self._arguments
@@ -116,7 +116,7 @@ class DirectCall:
         return address(self._kernel), ctypes.addressof(self._bounds), ctypes.addressof(self._arguments)
 
     def addresses_of_dim(self) -> list[int]:
-        """Where the number of threads of a launch with one axis stands; the lower 4 bytes of each."""
+        """Addresses of the number of threads of a launch with one axis; the lower 4 bytes of each."""
         bounds, base = type(self._bounds), ctypes.addressof(self._bounds)
         return [base + bounds.shape.offset, base + bounds.size.offset]
 
@@ -132,7 +132,7 @@ class DirectCall:
 
     @staticmethod
     def possible(command: Any) -> bool:
-        """Whether a launch can be made in this way, which Warp does not promise to keep."""
+        """Whether a launch can be called in this way, which Warp does not promise to keep."""
         if not wp.__version__.startswith(DIRECT_CALLS) or not command.device.is_cpu or command.adjoint:
             return False
         return command.block_dim == 1 and command.bounds.coord_mult == 1
@@ -156,10 +156,11 @@ class OpenMP(NamedTuple):
 
 @functools.cache
 def openmp() -> OpenMP | None:
-    """The GNU runtime that torch brings along for Linux; elsewhere None, and teams have threads of Python's.
+    """Returns the GNU OpenMP runtime that torch includes on Linux. Elsewhere it returns None, and teams use
+    Python threads.
 
-    Its threads spin for some milliseconds behind every parallel operation of torch's. Threads of our own
-    would wait for a core all that time; these are the ones that hold it.
+    Its threads spin for some milliseconds after every parallel operation of torch. Threads of our own would
+    have to wait for a core all that time, because these threads hold it.
     """
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         with contextlib.suppress(OSError, AttributeError):

@@ -1,9 +1,9 @@
-"""Prepared launches: what a launch needs besides addresses is packed once and kept.
+"""Prepared launches: everything that a launch needs, except addresses, is packed once and kept.
 
-`wp.launch` packs some twenty arguments anew each time, which for a small rollout takes longer than the
-kernels. A `Launch` here is recorded once for given shapes; afterwards only the addresses in its array
-descriptors are replaced. Whoever launches borrows the prepared object from a pool, so threads and nested
-calls never share one. Several launches at once are the affair of team.py.
+`wp.launch` packs some twenty arguments at every call, which for a small rollout takes longer than the
+kernels. A `Launch` here is recorded once for given shapes. Afterwards only the addresses in its array
+descriptors are replaced. Callers borrow the prepared object from a pool, so threads and nested calls never
+share one. team.py runs several launches at once.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 
 def array(itemsize: int, *shape: int, components: int = 0) -> Any:
-    """Descriptor of a contiguous array without an address yet; the last axes can be the components of a
-    vector element.
+    """Returns the descriptor of a contiguous array that has no address yet. The last axes can be the
+    components of a vector element.
     """
     strides = [itemsize] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
@@ -49,8 +49,8 @@ class Launch:
     Args:
         kernel: The kernel.
         dim: Its threads, on one axis or more.
-        values: What it is given, by the names of its arguments, arrays as descriptors from `array`; others
-            may be there, for other kernels.
+        values: Its arguments by name, arrays as descriptors from `array`. There may be more, for other
+            kernels.
         device: Warp's, or one that stands for it.
         block_dim: Threads of a block on a GPU.
 
@@ -111,7 +111,7 @@ class Launch:
 
 
 class Pool(Generic[T]):
-    """Prepared objects by key; one is borrowed by one caller at a time, the least recently used keys are
+    """Prepared objects by key. Only one caller at a time borrows an object. The least recently used keys are
     forgotten.
     """
 

@@ -1,6 +1,6 @@
-"""Systems by number: torch operators carry numbers and strings, not objects.
+"""Systems by number, because torch operators take numbers and strings, but no objects.
 
-Append-only: a number, once given, stands for the same system for the life of the process.
+The list only grows: a number stands for the same system as long as the process lives.
 """
 
 from __future__ import annotations

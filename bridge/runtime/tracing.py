@@ -1,8 +1,7 @@
-"""What runs when: launches and named parts of a pass, recorded while somebody asks for it.
+"""Records when launches and named parts of a pass run, while a `trace` is open.
 
-Nothing is recorded, and next to nothing paid, unless `trace` is open: a launch reads one name. Times are
-those of the host's clock on a CPU and of events on the current stream on a GPU, where a span is as long as
-the device took.
+Otherwise nothing is recorded and a launch only reads one name. Times are those of the host's clock on a CPU
+and of events on the current stream on a GPU, where a span is as long as the device took.
 """
 
 import contextlib
@@ -98,7 +97,7 @@ active: Tracer | None = None
 
 @contextlib.contextmanager
 def trace(device: torch.device, count: Callable[[], int] | None = None) -> Iterator[Tracer]:
-    """Records until it is left, everything that this process launches.
+    """Records everything that this process launches, until the context is left.
 
     Args:
         device: Whose clock is read.
