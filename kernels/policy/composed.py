@@ -7,8 +7,8 @@ With the operations f_1 ... f_n of a table, values a_i, and d_i the cotangent of
     pull         the same for d_n = mu: once, however many controls there are
     weight_grad  adj_p += sum_rows (df_i / dp)^T (sum_c mu_c d_i^c) for weights, biases, scales and shifts p
 
-The functions read the operations of the policy from the table at run time, so one kernel serves all policies.
-Their bodies are in composed.h.
+The functions are generic in the policy, whose operations they read from the table at run time: one kernel
+serves all. What they do is in composed.h.
 """
 
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
 """Where the parameters and activations of a composed policy lie: any chain of the operations below.
 
-One line describes a composed policy: its operations in order of evaluation, separated by `|`. Value 0 is the
-state, and every operation makes the next value. Here v and w are numbers of values:
+A composed policy is written down as one line, its operations in order of evaluation, separated by `|`. Value
+0 is the state, and every operation makes the next value. With v, w numbers of values:
 
     composed:10|linear 0 100 p0 p1|normalize 1 layer 1e-05|affine 2 p2 p3|elu 3 1.0|linear 4 1 p4 p5
 
@@ -13,12 +13,13 @@ state, and every operation makes the next value. Here v and w are numbers of val
     join v w ...                values behind one another
     elu v 1.0, tanh v, ...      an activation with its numbers, see ACTIVATIONS
 
-A tensor is `p3`, the policy's parameter number 3 (from 0), or `c0`, a constant. Numbers are written as they
-are, separated by commas if there is one for each component.
+Tensors are `p3`, the third of the policy's parameters, or `c0`, a constant; numbers stand as they are,
+separated by commas where there is one a component.
 
-Values are sections of a row of activations, [x | ...], and cotangents are sections of a row of cotangents. An
-operation works in place if nothing else reads its input, forwards or backwards. The native text of composed.h
-reads a table with a row for each operation, see `Entry`. In the table, `join` and `part` are copies.
+Values are sections of a row of activations, [x | ...], cotangents are sections of a row of cotangents. An
+operation works in place where nobody else reads its input, forwards and backwards. What the native text of
+composed.h reads is a table with a row for each operation, see `Entry`; joining and taking parts apart become
+copies there.
 """
 
 import dataclasses
@@ -34,8 +35,8 @@ TABLE_COLUMNS = 28
 
 
 class Entry(Column):
-    """Columns of the table of a composed policy. Those of `Column` mean the same; for an operation that is
-    not linear, `units` and `window` are its width.
+    """Columns of the table of a composed policy; those of `Column` mean the same, a `units` or a `window` is
+    the width of an operation that is not linear.
     """
 
     KIND = 11  # CLEAR ... COPY, or ACTIVATION + the place of an activation in ACTIVATIONS
@@ -63,7 +64,7 @@ CLEAR, LINEAR, NORMALIZE, AFFINE, ADD, COPY, ACTIVATION = 0, 1, 2, 3, 4, 5, 16
 
 
 class Activation(NamedTuple):
-    """An activation, except its text in composed.h."""
+    """What is known of an activation besides its text in composed.h."""
 
     numbers: int
     """Numbers that it takes."""
@@ -136,7 +137,7 @@ class _Tensor(NamedTuple):
 
 @dataclasses.dataclass
 class _Value:
-    """A value, while its places are chosen."""
+    """A value on its way to its places."""
 
     width: int
     consumers: list[int]
@@ -177,7 +178,7 @@ class _Composer:
         return op.kind == "normalize" or (op.kind in ACTIVATIONS and ACTIVATIONS[op.kind].by_output)
 
     def alone(self, i: int) -> bool:
-        """Whether operation i is the only reader of its first input."""
+        """Whether operation i is the only reader of its first input, which no other reads either."""
         op = self.operations[i]
         v = self.values[op.inputs[0]]
         return (
@@ -187,7 +188,7 @@ class _Composer:
         )
 
     def place_values(self) -> None:
-        """Places the values, in place where the backward pass does not need what is overwritten."""
+        """Columns of the values, in place where that loses nothing that the backward pass needs."""
         self.values[0].column = self.section(self.values[0].width)
         for i, op in enumerate(self.operations):
             source, target = self.values[op.inputs[0]], self.values[i + 1]
@@ -203,7 +204,7 @@ class _Composer:
                 target.column = self.section(op.width)
 
     def place_adjoints(self) -> None:
-        """Places their cotangents; those that weight products read are not overwritten."""
+        """The same of their cotangents; what weight products read stays."""
         for i in reversed(range(len(self.operations))):
             target = self.values[i + 1]
             if target.adjoint < 0:
@@ -257,8 +258,8 @@ def _copies(c: _Composer, i: int, op: Operation) -> list[dict[int, int]]:
 
 
 def _entries(c: _Composer) -> list[tuple[int, dict[int, int]]]:
-    """The rows of the table, each with its operation, in the order of the forward pass; the backward pass
-    takes them from the last to the first. The places of parameters are not set yet.
+    """The rows of the table, each with its operation: those of the forward pass in order, which the backward
+    pass takes from the last to the first; places of parameters are still missing.
     """
     e = Entry
     rows: list[tuple[int, dict[int, int]]] = []
@@ -291,8 +292,8 @@ def _entries(c: _Composer) -> list[tuple[int, dict[int, int]]]:
 
 
 def _order_sums(c: _Composer, rows: list[tuple[int, dict[int, int]]]) -> list[tuple[int, dict[int, int]]]:
-    """Sets which cotangents are written and which are added. Cotangents of values that `part` reads are
-    cleared before the first is added.
+    """Says which cotangents are written and which are added, and clears those of values that are taken
+    apart before the first is added.
     """
     e = Entry
     written: set[int] = set()

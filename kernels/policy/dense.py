@@ -1,8 +1,8 @@
 """Policies as stacks of dense layers, on blocks of worlds, in native snippets: forward, input Jacobian,
 weight products.
 
-One block is BLOCK worlds at one time step. Four device functions read the layers from the layout's table at
-run time, with one source for float32 and float64:
+One block is BLOCK worlds at one time step. Three device functions, generic in the layers (read at run time
+from the layout's table), one source for float32 and float64:
 
     forward      a_0 = x;  a_l = tanh(W_l a_{l-1} + b_l);  u = W_o a_L + b_o
     linearize    d_L = W_o[c] * (1 - a_L^2);  d_{l-1} = (W_l^T d_l) * (1 - a_{l-1}^2);  J[c] = W_1^T d_1
@@ -10,12 +10,11 @@ run time, with one source for float32 and float64:
     weight_grad  adj_W_l += sum_rows (sum_c mu_c d_l^c) a_{l-1}^T  and likewise for b_l, W_o, b_o
 
 `linearize` is the backward pass of the policy for a unit cotangent of control c. It does not depend on the
-cotangents of the rollout, so it need not be in the adjoint sweep. `weight_grad` scales its rows by these
-cotangents.
+cotangents of the rollout, so it is taken out of the adjoint sweep; `weight_grad` scales its rows by them.
 
-Their bodies are in dense.h. Layers may be convolutions. layout.py says so, and where everything lies in
-memory. The functions of composed policies have the same arguments, the text of composed.py and the table of
-composed_layout.py.
+What they do, and how, is in dense.h. Layers may be convolutions, see layout.py, which also says where
+everything lies. The functions of composed policies, whose table is that of composed_layout.py, have the same
+arguments and the text of composed.py.
 """
 
 import functools
@@ -34,9 +33,7 @@ _TEXT = sections(__file__)
 
 @functools.cache
 def make_load_rows(State: Any) -> Any:
-    """Returns the device function that copies states of a trajectory into the x sections of the rows of one
-    or two blocks.
-    """
+    """Returns the device function that writes the x sections of one or two blocks' rows from a trajectory."""
     dtype, large = State._wp_scalar_type_, is_large(State)
     unroll = '_Pragma("unroll 4")' if large else ""
 

@@ -1,8 +1,8 @@
 """Where the parameters and activations of a fused policy lie in the flat arrays that the kernels read.
 
-A policy is a stack of layers. A layer is applied at one or more positions. At position i it reads the
-`window` elements of its input that start at i * hop, and writes its units one after the other. A layer with
-one position is fully connected, one with several is a convolution with channels last.
+A policy is a stack of layers. A layer is applied at one or more positions: at position i it reads the
+`window` elements of its input that start at i * hop and writes its units behind one another. One position is
+a fully connected layer, several are a convolution with channels last.
 
 Rows of activations are `[x | a_1 | ... | a_L]`, each section padded to PAD bytes so that every vector load is
 whole; padded entries are zero, because the padded weights are.
@@ -146,8 +146,8 @@ def layout(network: str, itemsize: int) -> Layout:
             operations in composed_layout.py.
 
     The concatenated parameters are W_1, b_1, ..., W_o, b_o, each flattened: the order of the torch module's
-    `parameters()`. The packed parameters have the matrix of each layer with padded rows (for the backward
-    pass) and its bias, and after all layers the transposed matrices (for the forward pass).
+    `parameters()`. Packed, each layer has its matrix as it is (rows padded; read by the backward pass), its
+    bias, and behind all of these its transpose (read by the forward pass).
     """
     kind, _, numbers = network.partition(":")
     if kind == "composed":

@@ -1,10 +1,10 @@
-"""Wide kernels of a fused policy: the parts of its backward pass that need not run in time order.
+"""Wide kernels of a fused policy: everything of its backward pass that need not run in time order.
 
-`linearize` runs before the adjoint sweep and `weight_grad` after it. Both take the points of a group of world
-blocks that stays in cache: all time steps, or those of a segment. `sum_partial` adds up the results of the
-groups. If the forward sweep did not keep the activations, `activate` recomputes those of a segment from its
-states. It is the same function of the same numbers, so the bits are the same. No kernel here knows a system.
-These kernels run on CPUs; on a GPU torch computes the same products (see bridge/passes/wide.py).
+`linearize` runs before the adjoint sweep, `weight_grad` behind it, both over the points of a group of world
+blocks that stays in cache: those of all time steps, or of a segment of them. `sum_partial` adds up what the
+groups have found. `activate` gives the activations of a segment again, from its states, where the forward
+sweep did not keep them: the same function on the same numbers, hence the same bits. No kernel here knows a
+system. They run on CPUs; on a GPU the same products go through torch (see bridge/passes/wide.py).
 """
 
 import functools
@@ -27,7 +27,7 @@ written for each, cost little beside them.
 
 
 def chunk_rows(lay: Layout, itemsize: int, steps: int) -> int:
-    """Rows of a chunk, a multiple of BLOCK, for blocks of `steps` steps; chunks are as equal as possible."""
+    """Rows of a chunk, a multiple of BLOCK, for blocks of so many steps: as even as can be."""
     positions = max(lay.column(i, Column.POSITIONS) for i in range(lay.layers))
     least = max(4, CHUNK_PRODUCTS // (BLOCK * positions))
     most = max(least, min(32, CHUNK_BYTES // (lay.widest * itemsize * BLOCK)))
