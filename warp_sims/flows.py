@@ -68,7 +68,7 @@ def schedule(
 
 
 def as_int(value: object) -> int | None:
-    """A whole number of any library as an int, None for everything else, True and False included."""
+    """Returns a whole number of any library as an int; None for everything else, also for True and False."""
     if isinstance(value, bool):
         return None
     try:

@@ -23,9 +23,9 @@ Parameters = Mapping[str, Tensor | float] | None
 def check_parameters(
     call: str, system: System, parameters: Any, x0: Tensor, members: int = 0, own_loss: bool = False
 ) -> tuple[Physical | None, tuple[Tensor, ...]]:
-    """What the bridge is handed of given parameters, stacked for an ensemble of `members`; None for none.
+    """Returns given parameters as the bridge takes them, stacked for an ensemble of `members`; None for none.
 
-    `own_loss`: whether the system's own loss is asked for.
+    `own_loss`: whether the rollout has the system's own loss.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.
