@@ -1,4 +1,4 @@
-"""A pendulum of several links on a cart, as users name it."""
+"""`ws.LinkedPendulum`: a pendulum of several links on a cart."""
 
 from __future__ import annotations
 
