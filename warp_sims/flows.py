@@ -68,7 +68,7 @@ def schedule(
 
 
 def as_int(value: object) -> int | None:
-    """Returns a whole number of any library as an int; None for everything else, also for True and False."""
+    """A whole number of any library as an int, None for everything else, True and False included."""
     if isinstance(value, bool):
         return None
     try:

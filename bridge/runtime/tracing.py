@@ -1,7 +1,8 @@
-"""Records when launches and named parts of a pass run, while a `trace` is open.
+"""What runs when: launches and named parts of a pass, recorded while somebody asks for it.
 
-Otherwise nothing is recorded and a launch only reads one name. Times are those of the host's clock on a CPU
-and of events on the current stream on a GPU, where a span is as long as the device took.
+Nothing is recorded, and next to nothing paid, unless `trace` is open: a launch reads one name. Times are
+those of the host's clock on a CPU and of events on the current stream on a GPU, where a span is as long as
+the device took.
 """
 
 import contextlib
@@ -97,7 +98,7 @@ active: Tracer | None = None
 
 @contextlib.contextmanager
 def trace(device: torch.device, count: Callable[[], int] | None = None) -> Iterator[Tracer]:
-    """Records everything that this process launches, until the context is left.
+    """Records until it is left, everything that this process launches.
 
     Args:
         device: Whose clock is read.
