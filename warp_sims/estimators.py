@@ -17,8 +17,8 @@ from .systems import System
 __all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
 
 Combiner = Callable[[Tensor], Tensor]
-"""Takes two gradients (2, components), base and check, to the one that is used (components,); what `torchjd`
-calls an aggregator is one.
+"""A function that makes one gradient (components,) of two (2, components), base and check. The aggregators of
+`torchjd` are such functions.
 """
 
 

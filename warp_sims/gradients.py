@@ -33,15 +33,15 @@ class GradientPair:
     loss: Tensor
     """Scalar."""
     worlds: int
-    """Worlds (of a member) behind the means; the weight of this pair in a sum."""
+    """Number of worlds (of a member) of the means; the weight of this pair in a sum."""
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     flat: Tensor
-    """(2, components): base and check, all parameters behind one another in the order of `names`; (2,
-    members, components) of an ensemble.
+    """(2, components): base and check, all parameters one after the other in the order of `names`; (2,
+    members, components) for an ensemble.
     """
     physical: tuple[str, ...] = ()
-    """Those of the names that are numbers of the physics, not parameters of a policy."""
+    """Those of the names that are physical parameters, not parameters of the policy."""
 
     @property
     def base(self) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class Plan:
     names: tuple[str, ...]
     """Of the policy's parameters."""
     parameters: tuple[Tensor, ...]
-    """Stacked for an ensemble; the policy's, and behind them numbers of the physics."""
+    """Parameters of the policy (stacked for an ensemble), followed by physical parameters."""
     x0: Tensor
     """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None

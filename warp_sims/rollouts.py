@@ -43,21 +43,21 @@ class Rollout(NamedTuple):
     controls: Tensor
     """(horizon, nworld, control_size), (horizon, members, nworld, control_size) of an `Ensemble`."""
     loss: Tensor | None
-    """Scalar, (members,) of an `Ensemble`; None where loss=None."""
+    """Scalar, (members,) of an `Ensemble`; None if loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
     path: str = "fused"
     """How the policy was evaluated: "fused", or "torch: ..." with the reason why it is not."""
     next_states: Tensor | None = None
-    """With `resets`, where the steps led, (horizon, nworld, state_size), as the following; else None. Where a
-    world ended with step t, states[t + 1] is a fresh state.
+    """With `resets` the states that the steps led to, (horizon, nworld, state_size); else None, like the
+    fields below. If a world ended with step t, states[t + 1] is a fresh state.
     """
     done: Tensor | None = None
     """(horizon, nworld) bool: worlds that ended with the step."""
     truncated: Tensor | None = None
-    """(horizon, nworld) bool: worlds that had lived for as long as they may."""
+    """(horizon, nworld) bool: worlds that reached the limit of steps."""
     ages: Tensor | None = None
-    """(nworld,) int64: steps that worlds have lived in the end."""
+    """(nworld,) int64: steps since each world began, at the end of the rollout."""
 
 
 def rollout(

@@ -53,11 +53,11 @@ class Trajectory(NamedTuple):
     controls: Tensor
     loss: Tensor
     done: Tensor
-    """(horizon, nworld) bool, worlds that ended with the step, or were not finite behind it."""
+    """(horizon, nworld) bool, worlds that ended with the step, or were not finite after it."""
     truncated: Tensor
-    """The same of worlds that lived for as long as they may."""
+    """(horizon, nworld) bool, worlds that reached the limit of steps."""
     ages: Tensor
-    """(nworld,) steps that the worlds have lived in the end."""
+    """(nworld,) steps since each world began, at the end of the rollout."""
 
 
 class EpisodePath(NamedTuple):
@@ -104,7 +104,7 @@ class EpisodePath(NamedTuple):
         bad = ~(torch.isfinite(trajectory.next_states).all(2) & torch.isfinite(controls).all(2))
         over = trajectory.done | trajectory.truncated
         ends = {t + 1 for t, ended in enumerate((over | bad).any(1).tolist()) if ended}
-        # a step that is not finite stands alone: another point takes its place
+        # a step that is not finite is left out: another point takes its place
         ends |= {t for t, lost in enumerate(bad.any(1).tolist()) if lost}
         fields = len(spec.schedules)
         lam = states.new_zeros((fields, *states.shape[1:]))
@@ -122,7 +122,7 @@ class EpisodePath(NamedTuple):
                 ups = torch.where(over[end - 1].unsqueeze(1), 0.0, lam)
                 if direct_next is not None:
                     ups = ups + direct_next[end - 1]
-                # what arrives behind a step that is not finite has no way back
+                # a cotangent that arrives after a step that is not finite cannot be pulled back
                 lost = bad[end - 1] & (ups != 0.0).any(2)
                 ups = torch.where(lost.unsqueeze(2), torch.nan, ups)
                 part = torch.cat((x[first - t0 : end - t0], trajectory.next_states[end - 1 : end]))
@@ -214,7 +214,7 @@ def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None
     if simulator is not None:
         cost = simulator.cost_gradient(y.flatten(0, 1))
     else:
-        # behind closed edges the running cost of a state is all that reaches it
+        # with closed edges only the running cost of a state has a cotangent of it
         rows = y.flatten(0, 1)
         alone = Spec(spec.system, "SS", running=float(rows.shape[0]))
         points, still = torch.stack((rows, rows)), y.new_zeros((1, rows.shape[0], m))

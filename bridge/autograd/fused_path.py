@@ -23,7 +23,7 @@ class FusedPath(NamedTuple):
     constants: tuple[Tensor, ...] = ()
     """Vectors that the policy has besides its parameters."""
     physical: Physical | None = None
-    """Numbers of the physics that stand behind the policy's parameters."""
+    """Physical parameters, which come after the policy's parameters."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """Returns what the backward pass needs, and the loss. x0 is (nworld, state_size), for an ensemble

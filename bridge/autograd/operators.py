@@ -27,16 +27,16 @@ from ..runtime.registry import prepare
 from ..runtime.tracing import span
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of
-another size takes another summation order, and a policy amplifies it."""
+"""Largest difference of recomputed and stored controls, relative to the largest control, that rounding may
+cause: batches of different sizes are summed in different orders, and a policy amplifies this.
+"""
 
 
 _SPEC = 7
 """Arguments that describe the rollout, in front of all others: `Spec.arguments`."""
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, list, tuple, int, float, str, bool, type(None)})
-"""Types of arguments that may go past the dispatcher: subclasses of Tensor can be without memory of their
-own.
+"""Types of arguments that do not need the dispatcher. Subclasses of Tensor may have no memory of their own.
 """
 
 
@@ -79,8 +79,7 @@ def check_finite(x0: Tensor) -> None:
     """Raises ValueError if an initial state is NaN or infinite."""
     if x0.numel() == 0 or capturing(x0.device):
         return
-    # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they
-    # are
+    # usually one reduction: if the sum is finite, so are its terms; it may overflow although they are finite
     if math.isfinite(float(x0.detach().sum())):
         return
     finite = torch.isfinite(x0)

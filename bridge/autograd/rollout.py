@@ -79,7 +79,7 @@ def differentiable(
         if torch.compiler.is_compiling():
             # compiled graphs refuse second derivatives themselves
             return plain(*args) if backward_pass else function.apply(*args)
-        # a pullback may be called when the transform that wrapped its tensors is over
+        # a pullback may be called after the transform that wrapped its tensors has ended
         args = unwrap_dead_wrappers(args)
         if transforming():
             return reverse_only.apply(*args)
@@ -153,7 +153,7 @@ class Rollout(torch.autograd.Function):
         _, ctx.spec, ctx.path, *parameters = inputs
         states, controls, _, *kept = output
         ctx.kept = len(kept)
-        # not every path reads the parameters again, but a change between the passes must not go unseen
+        # not every path reads the parameters again, but torch must notice a change between the passes
         ctx.save_for_backward(states, controls, *kept, *parameters)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)

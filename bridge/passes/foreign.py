@@ -34,9 +34,11 @@ Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes the cotangent of the next states (nworld, state_size) to those of states and controls."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Difference of recomputed and stored next states, relative to the largest, that rounding may cause."""
+"""Largest difference of recomputed and stored next states, relative to the largest state, that rounding may
+cause.
+"""
 JACOBIAN_ELEMENTS = 1 << 22
-"""Elements of the Jacobians that are held at once; steps go through in segments where there are more."""
+"""Elements of the Jacobians that are held at once; with more, steps are taken in segments."""
 JACOBIAN_WORK = 1 << 14
 """Elements of one step's Jacobians above which steps are recorded one by one: the overhead of a recording is
 then small beside its work, of which Jacobians take state_size times as much.
@@ -51,7 +53,7 @@ class Simulator(abc.ABC):
     checks_gradient: bool
     """Whether its gradients are checked before the first use."""
     clip: float | None = None
-    """Largest norm of what a step is given to pull back, in every world; see kernels/sweeps/clipped.py."""
+    """Largest norm of the cotangent that a step pulls back, in every world; see kernels/sweeps/clipped.py."""
 
     @property
     @abc.abstractmethod
@@ -265,7 +267,7 @@ def adjoint(
         lam = states.new_zeros((fields, nworld, n))
     mu = states.new_empty((fields, *controls.shape))
     elements = nworld * n * (n + m)
-    # clipped, a pullback is not linear: no Jacobian stands for it
+    # a clipped pullback is not linear, so it has no Jacobian
     if not simulator.rowwise or simulator.clip is not None or elements > JACOBIAN_WORK:
         for t in range(steps - 1, -1, -1):
             x_next, pull = simulator.linearize(states[t], controls[t])

@@ -16,8 +16,8 @@ from torch import Tensor
 from .foreign import Simulator, name_of, stepped
 
 ROWS = 4
-"""States at which gradients are checked where rows do not mix; where they may, the first world is, by its own
-inputs and by those of the second.
+"""Number of states at which gradients are checked if rows do not mix. If they may, the first world is
+checked, by its own inputs and by those of the second.
 """
 
 
@@ -43,7 +43,7 @@ class Source(NamedTuple):
     output: str = ""
     """What is differentiated, where it is not a component of the next state."""
     inputs: tuple[str, ...] = ()
-    """What it is differentiated by last, behind states and controls."""
+    """Names of further inputs, after states and controls."""
 
 
 TOLERANCES = {
@@ -82,7 +82,7 @@ def _in_double(simulator: Simulator, x: Tensor, u: Tensor) -> tuple[Tensor, Tens
         return x, u
     try:
         stepped(simulator, x.double(), u.double())
-    except Exception:  # whatever a step makes of numbers that it is not made for
+    except Exception:  # a step may raise anything for numbers that it is not made for
         return x, u
     return x.double(), u.double()
 
@@ -212,7 +212,7 @@ def compare(
         largest = torch.where(finite, found.abs(), 0.0).amax(dim=2, keepdim=True)
         allowed = tolerance.own * found.abs() + tolerance.row * largest + rounding
         error = torch.where(given.isnan(), torch.inf, (found - given).abs())
-        # a difference across the edge of where the step is defined says nothing
+        # a difference that leaves the domain of the step says nothing
         wrong &= finite & (error > allowed)
         closer = finite & ((error - allowed < excess) | best.isnan())
         excess, best = torch.where(closer, error - allowed, excess), torch.where(closer, found, best)

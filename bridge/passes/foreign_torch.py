@@ -11,8 +11,8 @@ from torch.func import vjp
 from .foreign import Pull, check_output
 
 REPLICATED_ROWS = 1 << 14
-"""Rows up to which Jacobians come from one pull over copies of the rows, one copy for each component of the
-next state; from more rows a pull takes longer than its overhead, and there are as many pulls as components.
+"""Up to so many rows, Jacobians come from one pull over copies of the rows, one copy for each component of
+the next state. With more rows the overhead of a pull is small, and each component has its own pull.
 """
 
 Step = Callable[[Tensor, Tensor], Tensor]

@@ -25,7 +25,7 @@ GPU_LANES = 128
 """Threads of a GPU block in the forward sweep of a policy whose weights do not fit the registers."""
 THREAD_PRODUCTS = 1 << 18
 """Multiply-adds of a thread in one pass through the policy, below which a second thread costs more than it
-brings: some 6 us.
+gains (some 6 us).
 """
 
 

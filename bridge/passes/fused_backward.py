@@ -25,29 +25,29 @@ from .spec import SEGMENT_BYTES, Cotangents, Spec, blocks_of, cpu_steps, pieces
 from .sweeps import AdjointArguments, Shape, adjoint, shape_of
 
 GROUP = 2
-"""World blocks that go through linearisation, sweep and weight products together, so that their rows stay
-in cache; more where a segment is short.
+"""World blocks of a group, which is linearised, swept and multiplied before the next group, so that its rows
+stay in cache; more if a segment is short.
 """
 GROUP_BYTES = 1 << 22
-"""Activations of a block up to which all its steps go through at once; more are cut into segments, whether
-they are recomputed or not.
+"""Bytes of activations of a block up to which all its steps are taken at once. More are cut into segments,
+whether they are recomputed or not.
 """
 SLOTS = 8
-"""Partial sums of a member's weight gradients: fixed, so that results do not depend on the number of
-threads.
+"""Number of partial sums of a member's weight gradients. It is fixed, so that results do not depend on the
+number of threads.
 """
 PARTIAL_BYTES = 1 << 22
-"""Bound on the partial sums that are open at once, those of some members; more go through where the threads
-would lack work.
+"""Bound on the bytes of the partial sums that are held at once, those of some members; it is exceeded if
+threads would have no work.
 """
 
 PROGRAM_GROUPS = 2048
-"""Groups up to which a thread's launches are written down beforehand; with more, what Python costs between
-them is nothing.
+"""Number of groups up to which a thread's launches are prepared as a program. With more groups the time of
+Python between launches does not matter.
 """
 SUM_CHUNKS_PER_THREAD = 8
-"""Chunks of `kernels.network.SUM_CHUNK` elements below which a second thread costs the sum more than it
-brings.
+"""Chunks of `kernels.policy.network.SUM_CHUNK` elements below which a second thread costs the sum more than
+it gains.
 """
 
 

@@ -94,7 +94,7 @@ def _cost_gradients(number: int, p: Prepared, x: Tensor) -> Tensor:
     count, n = x.shape
     states = x.expand(2, count, n).contiguous()
     controls = x.new_zeros(1, count, p.control_size)
-    # the running cost of a segment's first state is all that reaches it past a closed edge
+    # with closed edges only its running cost gives a segment's first state a cotangent
     spec, g = Spec(number, "SS", running=float(count)), Cotangents(x.new_ones(()), None, None)
     carried = x.new_zeros(1, count, n)
     _, adj = sweeps.adjoint(p, spec, states, controls, None, g, 1, carried, count)

@@ -17,11 +17,11 @@ class Physical(NamedTuple):
     columns: tuple[int, ...]
     """Their places in the table."""
     numbers: tuple[float, ...]
-    """What the table holds where nothing is given."""
+    """The system's own values, for parameters that are not given."""
     wanted: bool
     """Whether somebody asks for a gradient."""
     members: int = 0
-    """Of an ensemble, whose members are given the same numbers; 0 without one."""
+    """Members of an ensemble, which are given the same numbers; 0 without an ensemble."""
 
     def _by_world(self, q: Tensor) -> bool:
         return q.ndim > (1 if self.members else 0)

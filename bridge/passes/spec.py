@@ -21,7 +21,9 @@ from ...kernels.flow import network_open
 from ...kernels.policy.layout import BLOCK, layout
 
 BY_SIZE, NONE_KEPT = -1, -2
-"""Segments of a fused rollout that its size decides: activations are kept up to a bound, or in no case."""
+"""Values of `Spec.segment` for which the size of a fused rollout decides: activations are kept up to a bound,
+or never.
+"""
 
 
 class LossWeights(NamedTuple):
@@ -50,9 +52,9 @@ class Spec(NamedTuple):
     system: int
     """Number of the system, see registry.py."""
     base: str
-    """One flow letter a step: the edges that leave x_t."""
+    """One flow letter for each step t, for the edges that leave x_t."""
     check: str = ""
-    """The same for the second gradient field of a combined gradient; empty where there is one field."""
+    """The same for the second field of a combined gradient; empty if there is one field."""
     decay: float = 1.0
     """Factor on what crosses a physics edge."""
     final: float = 0.0
@@ -60,8 +62,8 @@ class Spec(NamedTuple):
     control: float = 0.0
     """Loss weights, see `LossWeights`."""
     segment: int = 0
-    """Steps whose activations are recomputed at once in the backward pass; 0 where they are kept, or, of a
-    policy that torch evaluates, where all steps go at once; BY_SIZE or NONE_KEPT.
+    """Steps whose activations the backward pass recomputes together. 0 if activations are kept or, on the
+    torch path, if all steps are taken at once. Or BY_SIZE or NONE_KEPT.
     """
 
     @property
@@ -106,11 +108,12 @@ class Saved(NamedTuple):
     """What a forward pass leaves for the backward pass."""
 
     states: torch.Tensor
-    """(horizon + 1, nworld, state_size), with (members, nworld) for nworld of an ensemble, as below."""
+    """(horizon + 1, nworld, state_size); for an ensemble (members, nworld) replaces nworld, here and below.
+    """
     controls: torch.Tensor
     """(horizon, nworld, control_size)."""
     kept: tuple[torch.Tensor, ...] = ()
-    """What the path keeps besides, for itself alone."""
+    """Further tensors that only the path reads."""
 
 
 class Cotangents(NamedTuple):
@@ -144,23 +147,24 @@ class Cotangents(NamedTuple):
 # Segments
 
 STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
-"""Activations up to which a rollout keeps them, by device."""
+"""Bytes of activations up to which a rollout keeps them, by device."""
 SEGMENT_BYTES = {"cpu": 1 << 20, "cuda": 1 << 30}
-"""Activations that are recomputed at once: on a CPU by a thread, so that they stay in cache; on a GPU of all
-worlds. At least one step."""
+"""Bytes of activations that are recomputed together, at least one step: on a CPU those of a thread, which
+then stay in cache; on a GPU those of all worlds.
+"""
 POINT_ELEMENTS = 1 << 25
-"""Elements that a policy which torch evaluates holds at once, as far as they can be foreseen."""
+"""Estimated elements that a policy on the torch path may hold at once."""
 
 CACHED_ROWS = 1 << 12
-"""Rows that a policy which torch evaluates takes at once on a CPU: of more, the pages of fresh memory cost as
-much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
+"""Rows that a policy on the torch path takes at once on a CPU. With more rows, the pages of fresh memory cost
+as much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
 """
 MANY_WORLDS = 192
-"""Worlds from which the steps of such a policy go back one by one on a CPU: what autograd costs a step is
-then less than what a second evaluation and a second pull would.
+"""Number of worlds from which the backward pass of such a policy takes steps one by one on a CPU. Autograd's
+cost for a step is then less than that of a second evaluation and a second pull.
 """
 RECORDED = 3
-"""Tensors that autograd keeps of a layer, about: before a norm, before and behind an activation."""
+"""About how many tensors autograd keeps of a layer: before a norm, before and after an activation."""
 
 
 def blocks_of(nworld: int) -> int:

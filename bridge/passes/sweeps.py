@@ -25,7 +25,7 @@ from ..runtime.team import Team, shares
 from .spec import Cotangents, LossWeights, Spec
 
 WORLD_STEPS_PER_THREAD = 256
-"""Below this, a second thread costs a sweep without a policy more than it brings: some 5 to 10 us."""
+"""Below this, a second thread costs a sweep without a policy more than it gains (some 5 to 10 us)."""
 CHUNKS_PER_THREAD = 8
 """The same for the comparison of two gradients."""
 
@@ -124,7 +124,7 @@ def advancing(p: Prepared, states: torch.Tensor, controls: torch.Tensor) -> Iter
         state, control = (t.stride(0) * t.element_size() for t in (states, controls))
 
         def advance(t: int) -> None:
-            # its first state is where it is to be written
+            # its first state is already in place
             sweep.x0.data = sweep.states.data = x0 + t * state
             sweep.controls.data = u0 + t * control
             sweep.run()
@@ -202,7 +202,7 @@ class Shape(NamedTuple):
     adj_states: bool
     adj_controls: bool
     loss_worlds: int = 0
-    """Worlds over which the loss is a mean, where they are more than those of a member here."""
+    """Worlds over which the loss is a mean, if these are more than the worlds of a member here."""
 
 
 class AdjointArguments:

@@ -16,7 +16,7 @@ import torch
 import warp as wp
 
 _LARGE = 1 << 22
-"""Bytes from which memory on a CPU is kept, see `Reserve`."""
+"""Tensors of at least so many bytes on a CPU have memory that is kept, see `Reserve`."""
 
 _LINE = 64
 """Bytes of a cache line."""
@@ -101,8 +101,8 @@ class Reserve:
 
 
 RESERVE = Reserve(5 << 28)
-"""Of this process: room for the activations that a rollout may keep (`spec.STORED_BYTES`) and the rest of
-it.
+"""The reserve of this process. It has room for the activations that a rollout may keep (`spec.STORED_BYTES`)
+and its other tensors.
 """
 
 
@@ -155,8 +155,8 @@ def cache_errors() -> Iterator[None]:
 
 
 DEVICES: dict[torch.device, Any] = {}
-"""Warp's devices by torch's, as far as they were asked for. What stands here decides which forms of the
-kernels are launched; a test can put another device in the place of one, such as an emulated GPU.
+"""Warp's devices by torch devices, as they are asked for. The device decides which forms of the kernels are
+launched. A test can replace a device, for example by an emulated GPU.
 """
 
 

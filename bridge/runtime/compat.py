@@ -32,10 +32,10 @@ __all__ = [
     "unwrap_dead_wrappers",
 ]
 
-# unwrap_dead_wrappers: tensors of a transform of torch.func that is over, with which a pullback may still be
-# called. torch's own autograd functions do the same; without it they are refused.
-# dispatch_mode: whether somebody watches torch's operators, so that ours must go through the dispatcher.
-# unflatten_dense_tensors: a flat gradient as tensors like the parameters, by one call where views take many.
+# unwrap_dead_wrappers: a pullback may be called with tensors of a transform of torch.func that has ended;
+# without this function torch refuses them. torch's own autograd functions use it. dispatch_mode: whether a
+# mode watches torch's operators, so that ours must go through the dispatcher. unflatten_dense_tensors: splits
+# a flat gradient into tensors like the parameters in one call, where views take many.
 
 
 def transforming() -> bool:
@@ -55,8 +55,8 @@ def is_changed(module: torch.nn.Module) -> bool:
 
 _BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
 batching: Callable[[], bool] = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _BATCHES)
-"""Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`), which it does
-operator by operator, by an older mechanism than that of `torch.func`. Asked at every call of an operator.
+"""Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`). It does this
+operator by operator, with an older mechanism than `torch.func`. Every call of an operator asks.
 """
 
 
@@ -81,7 +81,8 @@ def array_descriptor() -> Any:
 
 
 DIRECT_CALLS = "1.19."
-"""Versions of Warp whose CPU launches are made as `DirectCall`; others through Warp's Python."""
+"""Versions of Warp whose CPU launches are called as `DirectCall`; with other versions Warp's Python launches.
+"""
 
 
 class DirectCall:

@@ -20,14 +20,14 @@ from .arrays import cache_errors, keep
 from .compat import DirectCall, array_descriptor
 
 KEPT = 16
-"""Shapes of one kind whose prepared launches are kept."""
+"""Number of shapes of one kind whose prepared launches are kept."""
 KEPT_BYTES = 1 << 24
 """Scratch (`nbytes`) up to which a prepared object is kept; making a larger one costs little beside its
 work.
 """
 
 PREPARING = threading.RLock()
-"""Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
+"""Held while kernels are made and loaded, because Warp's modules are not thread-safe."""
 
 T = TypeVar("T")
 

@@ -136,7 +136,9 @@ class WithValues:
 _with_values = Pool(WithValues)
 
 VERIFIERS: list[Callable[[int, torch.device], None]] = []
-"""What holds the cotangents of numbers against finite differences, see passes/physical_check.py."""
+"""Functions that compare the cotangents of physical parameters with finite differences, see
+passes/physical_check.py.
+"""
 
 _verified: set[tuple[int, int]] = set()
 

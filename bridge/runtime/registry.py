@@ -109,7 +109,7 @@ def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
 
 
 VERIFIERS: list[Callable[[Any, int, Prepared], None]] = []
-"""What holds adjoints that Warp generated against finite differences, see passes/generated_check.py."""
+"""Functions that compare generated adjoints with finite differences, see passes/generated_check.py."""
 
 _verified: set[tuple[int, int]] = set()
 """Systems whose generated adjoints have been checked, by device."""

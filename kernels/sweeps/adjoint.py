@@ -136,7 +136,7 @@ def make_adjoint(
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
         steps: int,  # steps of this sweep, the first of which is
         t0: int,  # this step of the rollout; trajectories, jac and mu begin there, edges at the first of all
-        carried: int,  # adj_x0 holds the cotangent of the last state, from a sweep over the steps behind it
+        carried: int,  # adj_x0 holds the cotangent of the last state, from the sweep over the later steps
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,

@@ -31,15 +31,17 @@ from .rollout import make_cost
 BANK = 16
 """Bytes of one load from shared memory."""
 REGISTERS = {128: 128, 256: 128, 512: 48}
-"""Sizes of a block, and the 32-bit registers that each of its threads may give to weights. A multiprocessor
-has 65536 for all threads, a thread at most 255, and the step of the physics needs its share."""
+"""Sizes of a block, and the number of 32-bit registers that each of its threads may use for weights. A
+multiprocessor has 65536 for all threads, a thread at most 255, and the step of the physics needs some.
+"""
 SHARED_BYTES = 46 << 10
 """Shared memory of a block: the 48 KiB that need no opt-in, less what Warp takes."""
 MOST_SPLIT = 4
-"""Parts of a unit: what so many threads read together lies within a padded section."""
+"""Numbers of parts of a unit: what so many threads read together lies within a padded section."""
 LATENCY_WORLDS = 256
-"""Up to so many worlds a block has one of them, and a multiprocessor (nearly) to itself. Beyond, BLOCK worlds
-go through a block together, and the sums of one hide the latency of the others."""
+"""Up to so many worlds a block has one world, and (nearly) a multiprocessor for itself. Beyond, a block has
+BLOCK worlds, and the sums of one hide the latency of the others.
+"""
 
 
 class HiddenLayer(NamedTuple):
@@ -50,7 +52,7 @@ class HiddenLayer(NamedTuple):
     count: int
     """Weights of a thread, whole loads of 16 bytes."""
     first: int
-    """Where they stand among the thread's weights; the bias of the unit stands behind them."""
+    """Where they begin among the thread's weights; the bias of the unit follows them."""
 
 
 class Plan(NamedTuple):

@@ -56,7 +56,7 @@ class Structure(NamedTuple):
     """Links of boxes on which a fluid drags."""
     substeps: int = 1
     implicit: bool = False
-    """Whether the damping acts on the velocity behind a substep."""
+    """Whether the damping acts on the velocity after a substep."""
     smooth: bool = True
     """Regularised friction; else linear, then constant."""
     approach: bool = False
@@ -214,8 +214,9 @@ def _table(name: str, values: Sequence[int]) -> str:
 
 
 KEPT_BYTES = 256 << 10
-"""What the substeps of a step may keep on a CPU thread's stack for the backward pass; beyond, they are
-computed again."""
+"""Bytes that the substeps of a step may keep on a CPU thread's stack for the backward pass; with more, they
+are computed again.
+"""
 KEPT_BYTES_ONE = 8 << 10
 """The same for one world: a GPU reserves as much for every thread that it can hold."""
 

@@ -26,7 +26,7 @@ class Ends(NamedTuple):
     failed: Tensor
     """The episode failed behind the step."""
     restarted: Tensor
-    """The episode ended behind the step, by failing or by its time."""
+    """The episode ended after the step, by failure or by its time."""
 
     @property
     def ended(self) -> Tensor:

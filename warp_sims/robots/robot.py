@@ -39,11 +39,11 @@ class Robot(Articulated):
     substeps: int = 1
     """Equal steps of the integrator in a control step."""
     implicit: bool = False
-    """Whether joint damping acts on the velocity behind a substep, as in MuJoCo's Euler."""
+    """Whether joint damping acts on the velocity after a substep, as in MuJoCo's Euler."""
     friction: Literal["smooth", "linear"] = "linear"
     """Friction mu N v / sqrt(|v|^2 + slip_speed^2), or min(friction_stiffness |v|, mu N) against v."""
     approach: bool = False
-    """Whether contact damps what comes nearer only; friction is then bounded by the undamped force."""
+    """Whether contact damps approaching bodies only; friction is then bounded by the undamped force."""
     contact_stiffness: float = 2e4
     """Normal force per depth, ke [N/m]."""
     contact_damping: float = 0.05
@@ -57,7 +57,7 @@ class Robot(Articulated):
     limit_damping: float = 0.05
     """Damping of the same in proportion to the way beyond [s/rad, s/m]."""
     check_stability: bool = True
-    """Whether a substep longer than `dt_bound` is refused."""
+    """Whether a substep longer than `dt_bound` raises ValueError."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_model(self.model))

@@ -17,7 +17,7 @@ from . import System
 __all__ = ["Parameters", "check_parameters"]
 
 Parameters = Mapping[str, Tensor | float] | None
-"""Numbers of the physics by name, one for all worlds, () or a float, or one a world, (nworld,)."""
+"""Physical parameters by name: a float or a tensor () for all worlds, or a tensor (nworld,)."""
 
 
 def check_parameters(

@@ -46,20 +46,21 @@ class System(abc.ABC):
     """Whether animations show the controls over time below the picture."""
 
     done: ClassVar[Callable[..., torch.Tensor] | None] = None
-    """Which worlds end with a state, for episodes: done(states (nworld, state_size)) returns (nworld,), bool.
-    None where none do.
+    """Which states end an episode: a function of states (nworld, state_size) that returns (nworld,), bool.
+    None: no state does.
     """
 
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """What `warp-sims train` and `profile` start from: some of `horizon`, `loss`, `control_cost`, `zero_last`
-    and `policy` ("mlp" or "wavecnn"). The rest is that of the cart-pole: 100 steps, the loss of the last
-    state.
+    """Defaults of `warp-sims train` and `profile` for this system: some of `horizon`, `loss`, `control_cost`,
+    `zero_last` and `policy` ("mlp" or "wavecnn"). Others are those of the cart-pole: 100 steps, the loss of
+    the last state.
     """
 
     bench_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """What `warp-sims bench` takes besides: some of `numbers`, those of the system that are not its defaults;
-    `scaled`, (name, values) of the one that `--scaling` varies; `tolerance` of a gradient in float32,
-    relative, by default 2e-5; `last_layer`, a factor on the last layer of the policy, by default 1.
+    """Settings of `warp-sims bench` for this system: some of `numbers` (fields of the system that differ from
+    its defaults), `scaled` (name and values of the field that `--scaling` varies), `tolerance` (relative, of
+    a gradient in float32, by default 2e-5), and `last_layer` (a factor on the last layer of the policy, by
+    default 1).
     """
 
     _number: ClassVar[int | None] = None
