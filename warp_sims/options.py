@@ -38,10 +38,10 @@ class Preset(NamedTuple):
 
 
 def preset_of(named: str | None) -> Preset:
-    """Returns the preset of the named system; without a name, that of the cart-pole.
+    """Returns the preset of the named system; none named, that of the cart-pole.
 
     Raises:
-        ValueError: the system's `train_defaults` has an unknown name.
+        ValueError: the system's `train_defaults` has something that is none.
     """
     if named is None:
         return Preset()
@@ -163,7 +163,7 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
 
 
 def _decay(text: str) -> float | PerSecond:
-    """A factor for each step, or for each second: 0.3/s."""
+    """A factor a step, or a second: 0.3/s."""
     try:
         return PerSecond(float(text.removesuffix("/s"))) if text.endswith("/s") else float(text)
     except ValueError as error:
@@ -173,7 +173,7 @@ def _decay(text: str) -> float | PerSecond:
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what `train --resume RUN` takes; the run determines everything else."""
+    """Adds what `train --resume RUN` takes: everything else is settled by the run."""
     parser.add_argument("--resume", metavar="RUN", required=True, help="run folder to go on with")
     parser.add_argument(
         "--epochs", type=int, metavar="N", help="how many in all (default: as many as it was begun with)"
@@ -374,7 +374,7 @@ def _literal(text: str) -> Any:
 
 
 def field_texts(cls: type) -> dict[str, str]:
-    """Returns the description of each field: metadata "help", the string below it, or `Attributes:`."""
+    """Returns what is written about each field: metadata "help", the string below it, or `Attributes:`."""
     texts: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(owner):
