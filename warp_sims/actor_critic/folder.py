@@ -1,7 +1,7 @@
-"""The run folder of an actor-critic: what it holds, and whether its files fit together.
+"""What a run folder of an actor-critic holds, and whether what stands there fits together.
 
-The files are those of `training/runs.py`. A checkpoint's `epoch` is the number of updates before it, `policy`
-is the actor, and `optimizer` has the optimizers of actor and critic.
+The files are those of `runs.py`. A checkpoint's `epoch` is the number of updates behind it; `policy` is the
+actor, `optimizer` the optimizers of both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MOVABLE = ("device",)
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run that stopped after an update, and what it needs to continue."""
+    """A run that stopped behind an update, and what it needs to go on."""
 
     last: dict[str, Any]
     best: dict[str, Any]
@@ -64,7 +64,7 @@ class Stopped:
 
     @property
     def epochs(self) -> dict[str, int]:
-        """Numbers of updates before the checkpoints, by name."""
+        """Updates behind the checkpoints, by name."""
         return {"last": self.last["epoch"], "best": self.best["epoch"]}
 
 
@@ -90,10 +90,11 @@ def from_json(data: Mapping[str, Any], system: System | None = None, **changes: 
 
 
 def read_stopped(path: str | os.PathLike[str], config: ActorCriticConfig) -> Stopped | None:
-    """Returns where the run at `path` stopped; None if it has no checkpoint, or if there is no run.
+    """Returns where the run at `path` stopped, None where it got to no checkpoint or no run stands there.
 
     Raises:
-        ValueError: The run in the folder has other settings than `config`, or a file is missing or damaged.
+        ValueError: The run that stands there has other settings than `config`, or a file is missing or
+            damaged.
     """
     if not is_run(path):
         return None
@@ -118,7 +119,7 @@ def read_stopped(path: str | os.PathLike[str], config: ActorCriticConfig) -> Sto
 
 
 def is_logged(update: int, config: ActorCriticConfig) -> bool:
-    """Whether the log has a row after so many updates."""
+    """Whether the log has a row behind so many updates."""
     return update % config.log_every == 0 or is_evaluated(update, config)
 
 
