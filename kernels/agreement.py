@@ -4,11 +4,11 @@ With a base gradient b (the paper: modified, M) and a check gradient c (regular,
 
     C_i = b_i  where sign(b_i) = sign(c_i),  else 0          with sign(0) = sign(0)
 
-A NaN or an infinity in the base stays as it is: a diverged simulation must not look like a disagreement. One
-in the check gives 0: an infinity is what an overflow left, and its sign is no sign to agree with. Non-finite
-components are counted, of either and of each. From the same pass come the sums that the norms, the cosine
-and the shares of agreeing signs and of zeros need; they are taken in float64, chunk by chunk in a fixed
-order, so they are deterministic. Of an ensemble, each member has sums of its own.
+A NaN or an infinity in the base stays as it is: a diverged simulation must not look like a disagreement. A
+NaN or an infinity in the check gives 0, because the sign of an overflow means nothing. Components that are
+not finite are counted, for each gradient and for both together. The same pass gives the sums for the norms,
+the cosine and the shares of agreeing signs and of zeros. They are taken in float64, chunk by chunk in a fixed
+order, so they are deterministic. For an ensemble, each member has its own sums.
 
 Source of the rule: Schnell and Thuerey, ICLR 2024, section 3 ("gradient combination").
 """
@@ -52,7 +52,7 @@ def chunks(size: int, chunk: int) -> int:
 def make_combine(dtype: Any, in_lanes: bool = False) -> wp.Kernel:
     """Returns the comparison kernel for `dtype`, for `members * chunks(size, chunk)` threads in all.
 
-    With `in_lanes` in the form that a CPU takes: the same results, the sums up to their order.
+    `in_lanes` selects the form for CPUs: the results are the same, except for the order of the sums.
     """
     compare = _make_compare_lanes(dtype) if in_lanes else _make_compare(dtype)
 
@@ -79,7 +79,7 @@ def make_combine(dtype: Any, in_lanes: bool = False) -> wp.Kernel:
 
 
 def _make_compare(dtype: Any) -> Any:
-    """Component by component, each thread of a GPU by itself."""
+    """For GPUs: each thread takes its components one after the other."""
 
     @wp.func
     def sign(x: dtype) -> wp.int32:
@@ -151,7 +151,7 @@ def _make_compare(dtype: Any) -> Any:
 
 
 def _make_compare_lanes(dtype: Any) -> Any:
-    """In vector lanes and without branches, which gradients leave as hard to foresee as coins."""
+    """For CPUs: in vector lanes and without branches, which a processor cannot predict for gradients."""
     real, largest = ("float", "FLT_MAX") if dtype == wp.float32 else ("double", "DBL_MAX")
     text = _TEXT["lanes"].replace("REAL", real).replace("LARGEST", largest)
 

@@ -1,4 +1,4 @@
-"""Native texts: C++ in a header beside the module that hands it to Warp, in sections with a name each."""
+"""Native texts: C++ in a header file next to the module that gives it to Warp, in named sections."""
 
 import functools
 import re
@@ -13,10 +13,11 @@ _SECTION = re.compile(r"^//: (\w+)\n", re.MULTILINE)
 
 @functools.cache
 def sections(module: str) -> dict[str, str]:
-    """The sections of the header beside a module's file by name: from a line `//: name` to the next one.
+    """Returns the sections of the header next to a module's file, by name. A section goes from a line `//:
+    name` to the next such line.
 
-    They are bodies of device functions or parts of one, with words that Python replaces (REAL, BLOCK, ...),
-    so a compiler cannot read them as they are.
+    They are bodies of device functions or parts of one. Python replaces some words (REAL, BLOCK, ...), so a
+    compiler cannot read them as they are.
     """
     parts = _SECTION.split(Path(module).with_suffix(".h").read_text())
     return {name: f"\n{text}" for name, text in zip(parts[1::2], parts[2::2])}

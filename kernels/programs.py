@@ -1,8 +1,8 @@
-"""Prepared launches on a CPU, one after the other and on several threads, with no Python in between.
+"""Runs prepared launches on a CPU, one after the other and on several threads, without Python in between.
 
-On a CPU a kernel of Warp's is a function of two addresses, of its launch bounds and of its arguments. A
-`Call` is one such call, with the integers to store into bounds and arguments before it. A `Program` is calls
-one after the other, a `Job` programs that threads take, each the next one, until none is left.
+On a CPU a Warp kernel is a function of two addresses: that of its launch bounds and that of its arguments. A
+`Call` is one such call, with the integers to store into bounds and arguments before it. A `Program` is a list
+of calls. A `Job` is a list of programs; each thread takes the next program until none is left.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ class Program(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """Programs for a team of threads. `taken` and `cpu_time` are to be 0 before it runs."""
+    """Programs for a team of threads. `taken` and `cpu_time` must be 0 before it runs."""
 
     _fields_ = (
         ("programs", ctypes.POINTER(Program)),

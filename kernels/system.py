@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 
 class BlockFunctions(NamedTuple):
-    """Step and adjoint of up to `layout.BLOCK` neighbouring worlds at once, for CPUs: their numbers can lie
-    in the lanes of a vector, which a compiler does not find by itself.
+    """Step and adjoint of up to `layout.BLOCK` neighbouring worlds at once, for CPUs. Their numbers can lie
+    in the lanes of a vector, which compilers do not do automatically.
 
-    A system need not have them; the results are those of `step` and `step_vjp` up to rounding. Both work in
-    place, on contiguous trajectories, for the worlds world0 ... world0 + worlds - 1 of step t:
+    They are optional, and give the results of `step` and `step_vjp` up to rounding. Both work in place, on
+    contiguous trajectories, for the worlds world0 ... world0 + worlds - 1 of step t:
 
         step(states, controls, p, t, nworld, world0, worlds)
             reads states[t] and controls[t], writes states[t + 1]
@@ -27,10 +27,10 @@ class BlockFunctions(NamedTuple):
 
 
 class MemoryFunctions(NamedTuple):
-    """Step and adjoint of one world in memory, for GPUs and states beyond the registers of a thread.
+    """Step and adjoint of one world in memory, for GPUs and states that do not fit the registers of a thread.
 
-    Warp hands vectors on by value, and a thread takes them through its registers: what does not fit is
-    spilled. These work on memory, a component at a time. A system need not have them; the results are those
+    Warp passes vectors by value, so they go through the registers of a thread, and what does not fit is
+    spilled. These functions work on memory, one component at a time. They are optional, and give the results
     of `step` and `step_vjp` up to rounding.
 
         step(states, controls, p, t, world)
@@ -45,8 +45,8 @@ class MemoryFunctions(NamedTuple):
             reads states[t, world], adds the cotangent of its cost to every adj[f]
 
     with states (horizon + 1, nworld) and adj (fields,) of `State`, controls (horizon, nworld) and adj_u
-    (fields,) of `Control`, and one or two gradient fields f. Without `loss` or
-    `loss_vjp` here, those of `DeviceFunctions` are taken.
+    (fields,) of `Control`, and one or two gradient fields f. If `loss` or `loss_vjp` is None, that of
+    `DeviceFunctions` is taken.
     """
 
     step: Any
@@ -56,9 +56,9 @@ class MemoryFunctions(NamedTuple):
 
 
 class ParameterFunctions(NamedTuple):
-    """Numbers of the physics that a rollout may be given as tensors, one for all worlds or one a world.
+    """Physical parameters: numbers that a rollout may be given as tensors, one for all worlds or one a world.
 
-    With `Values` a vector of as many numbers as there are names:
+    `Values` is a vector type with as many numbers as there are names:
 
         step_vjp(x: State, u: Control, p: Params, adj_x_next: State) -> Values
             cotangents of the numbers through one step, a `@wp.func`
@@ -66,10 +66,11 @@ class ParameterFunctions(NamedTuple):
             what the fields of `Params` are for numbers by name: a function of dictionaries of tensors, by
             arithmetic alone
 
-    Without `fields` the names are those of fields of `Params`; else each is an attribute of the system.
+    Without `fields` the names are names of fields of `Params`; with it each is an attribute of the system.
 
-    Numbers may also be words of one array of `Params`, whose name is `array`. `places` then holds for each
-    the index of its word, and behind it those of words that are sums with it as a part; `fields` is None.
+    Numbers may also be words of one array of `Params`, whose name is `array`. For each number `places` then
+    holds the index of its word, followed by the indices of words that are sums which contain it; `fields` is
+    None.
     """
 
     names: tuple[str, ...]
@@ -81,7 +82,7 @@ class ParameterFunctions(NamedTuple):
 
 
 class DeviceFunctions(NamedTuple):
-    """Device functions of a system for one dtype, made once: cache the factory, because the kernels are
+    """Device functions of a system for one dtype. Cache the factory that makes them, because kernels are
     compiled for each object that it returns.
 
     With `State` and `Control` vectors of the system's sizes and of that dtype, and `Params` a Warp struct:
@@ -96,15 +97,16 @@ class DeviceFunctions(NamedTuple):
             cotangent of x
 
     All are `@wp.func`s without side effects. `loss` and `loss_vjp` come together or not at all. Without a
-    `step_vjp` Warp generates the adjoints, of the loss too; they are held against finite differences in
-    float64 before their first use and refused where they are wrong, see sweeps/generated_vjp.py.
+    `step_vjp` Warp generates the adjoints, that of the loss too. They are compared with finite differences in
+    float64 before their first use, and a wrong one raises ValueError; see sweeps/generated_vjp.py.
 
-    `parameters` says which numbers of the physics a rollout may be given and how they enter the gradient.
-    Without it they are all scalars of `Params`, and their cotangents are generated and checked likewise.
+    `parameters` says which numbers a rollout may be given as physical parameters, and how to compute their
+    cotangents. Without it they are all scalars of `Params`, and Warp generates their cotangents, which are
+    checked in the same way.
 
     `block` and `memory` are optional further forms of the step, for CPUs and for large states on GPUs. `wide`
-    is a block form for `wide_worlds` instead of `layout.BLOCK` worlds, which is as many as a policy takes at
-    once: sweeps without a policy run it, where vectors of more lanes are worth a second form.
+    is a block form for `wide_worlds` worlds instead of `layout.BLOCK`, the number that a policy takes at
+    once. Sweeps without a policy run it; it is worth having if the step gains from vectors of more lanes.
     """
 
     Params: Any

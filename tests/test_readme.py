@@ -15,11 +15,11 @@ def python_blocks() -> list[str]:
 
 
 def test_readme_examples(capsys):
-    first, second = python_blocks()
+    first, own_simulator, pair = python_blocks()
     assert len([line for line in first.splitlines() if line.strip()]) <= 12
     names: dict = {}
-    exec(first, names)
-    exec(second, names)
+    for block in (first, own_simulator, pair):
+        exec(block, names)
     printed = capsys.readouterr().out
     assert "states (101, 8, 10), controls (100, 8, 1)" in printed and "cosine of M and R" in printed
     assert all(p.grad is not None for p in names["policy"].parameters())

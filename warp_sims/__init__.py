@@ -8,8 +8,8 @@ flow that suits physics.
     out = ws.rollout(system, policy, system.initial_states(8), horizon=100, flow="combined", loss="final")
     out.loss.backward()
 
-See `rollout` for training through a simulator, `gradient_pair` for micro-batches and several processes,
-`System` for systems of your own, `train` for the whole loop, and the command `warp-sims`.
+See `rollout` for gradients through a simulator, `gradient_pair` for micro-batches and several processes,
+`System` and `TorchSystem` for systems of your own, `train` for the whole loop, and the command `warp-sims`.
 """
 
 import os as _os

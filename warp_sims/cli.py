@@ -88,7 +88,7 @@ def _fail(error: Exception, code: int) -> int:
 
 @contextlib.contextmanager
 def _importable_here() -> Iterator[None]:
-    """Puts the current directory on the path, as `python -m` does: `module:Class` may lie there."""
+    """Puts the current directory on the path, as `python -m` does, so that `module:Class` is found there."""
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -100,7 +100,9 @@ def _importable_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_warp() -> Iterator[None]:
-    """Keeps Warp's notes on compiled modules out of the output: this program's choice, not the library's."""
+    """Keeps Warp's notes on compiled modules out of the output. Only the command line does so, not the
+    library.
+    """
     level = wp.config.log_level
     wp.config.log_level = wp.LOG_ERROR
     try:
@@ -257,7 +259,7 @@ def _run_resumed(options: argparse.Namespace) -> None:
 
 
 def _functions(options: argparse.Namespace) -> dict[str, Any]:
-    """Combiner and inputs where they are named."""
+    """The combiner and the inputs, if the options name them."""
     found: dict[str, Any] = {}
     if options.combiner is not None:
         found["combiner"] = find_combiner(options.combiner)
@@ -268,7 +270,7 @@ def _functions(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _processes(device: str | None) -> Iterator[str | None]:
-    """Joins the other processes where torchrun has started this one; gives the device of this process."""
+    """Joins the other processes if torchrun started this one; returns the device of this process."""
     if not launched():
         yield device
         return
@@ -279,7 +281,7 @@ def _processes(device: str | None) -> Iterator[str | None]:
 
 
 def _report(result: TrainResult) -> None:
-    """Says what came of a training; of several processes the first does."""
+    """Prints the result of a training; of several processes only the first does."""
     if result.path is None:
         return
     log, out = result.log, str(result.path)

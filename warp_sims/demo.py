@@ -32,8 +32,8 @@ def run_demo(
     """Trains a cart-pole controller with each flow, from the same weights on the same data, and draws both.
 
     Args:
-        out: The folder for a run folder per flow, the picture of the curves and the animation. A
-            demonstration that stands there is replaced.
+        out: The folder for a run folder per flow, the picture of the curves and the animation. An earlier
+            demonstration there is replaced.
         flows: The flows to compare.
         poles: Number of poles.
         epochs: Epochs for each flow.
@@ -67,10 +67,10 @@ def run_demo(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Leaves torch one thread.
+    """Sets torch to one thread.
 
-    With batches of 8 a second one brings little, and where another program uses the cores the two wait for
-    each other: an epoch then takes 350 ms instead of 65.
+    With batches of 8 a second thread gains little. If another program uses the cores, the two threads wait
+    for each other, and an epoch takes 350 ms instead of 65.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

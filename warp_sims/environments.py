@@ -1,4 +1,4 @@
-"""A system as a vector environment of Gymnasium, for reinforcement learning by any library that takes one."""
+"""A system as a vector environment of Gymnasium, for any library of reinforcement learning that takes one."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,16 +39,18 @@ def gymnasium_env(
     Args:
         system: Any system with initial states.
         num_envs: Worlds, at least 1.
-        reward: (x, u, x_next) to (n,): of a step, in torch. By default minus the system's cost of x_next.
+        reward: Reward of a step, in torch, (x, u, x_next) to (n,). By default minus the system's cost of
+            x_next.
         observe: States (n, state_size) to observations (n, k), in torch. By default the states.
-        done: Which states end an episode, (n, state_size) to (n,), bool. By default `System.done`; a step
-            that is not finite ends it in any case, with a reward of 0 where it is not finite either.
+        done: Which states end an episode, (n, state_size) to (n,), bool. By default `System.done`. A step
+            that is not finite always ends the episode; if its reward is not finite either, it becomes 0.
         limit: Steps after which an episode is truncated.
         scale: Controls are `scale` times the actions, which are clipped to [-1, 1].
-        autoreset: What happens to a world whose episode has ended, `metadata["autoreset_mode"]`: "next_step",
-            its next step ignores the action and returns the first observation of a new episode; "same_step",
-            the step that ends it returns that observation, and the last one is in `infos["final_obs"]`.
-        seed: Of the initial states, until `reset(seed=...)` gives another.
+        autoreset: What happens to a world whose episode has ended, `metadata["autoreset_mode"]`. "next_step":
+            its next step ignores the action and returns the first observation of a new episode. "same_step":
+            the step that ends the episode returns that observation, and the last one is in
+            `infos["final_obs"]`.
+        seed: Seed of the initial states, until `reset(seed=...)` gives another.
         dtype, device: Of the simulation; observations and rewards are NumPy arrays of float32.
 
     Raises:

@@ -29,15 +29,15 @@ class Resets:
     """
 
     fresh: Tensor
-    """States that worlds begin again with: (nworld, state_size), or (horizon, nworld, state_size) for states
-    of each step.
+    """States with which worlds begin again: (nworld, state_size), or (horizon, nworld, state_size) for each
+    step.
     """
     done: Callable[[Tensor], Tensor] | None = None
     """Which worlds end with a state: (nworld, state_size) to (nworld,), bool. By default `System.done`."""
     limit: int | None = None
-    """Steps of an episode at most; a world that has lived for as long is truncated, not done."""
+    """Largest number of steps of an episode. A world that reaches it is truncated, not done."""
     ages: Tensor | None = None
-    """Steps that the worlds have lived when the rollout begins, (nworld,) int64; by default none."""
+    """Steps since each world began, at the start of the rollout, (nworld,) int64; by default 0."""
 
 
 def checked_resets(call: str, system: System, x0: Tensor, horizon: int, resets: Any) -> _bridge.Resets:

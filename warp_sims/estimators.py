@@ -17,15 +17,15 @@ from .systems import System
 __all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
 
 Combiner = Callable[[Tensor], Tensor]
-"""Takes two gradients (2, components), base and check, to the one that is used (components,); what `torchjd`
-calls an aggregator is one.
+"""A function that makes one gradient (components,) of two (2, components), base and check. The aggregators of
+`torchjd` are such functions.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class PerSecond:
-    """A decay in units of time, for `decay=`: the factor that is left of a cotangent after a second of
-    simulated time, so `factor ** dt` at every step. exp(-alpha) is a decay by a rate alpha.
+    """A decay in units of time, for `decay=`: the share of a cotangent that is left after a second of
+    simulated time, which is `factor ** dt` at every step. A decay at rate alpha is exp(-alpha).
     """
 
     factor: float
@@ -77,11 +77,11 @@ def clipped_number(call: str, system: System, limit: Any, parameters: Any) -> in
 
 
 def project_conflicting(pair: Tensor) -> Tensor:
-    """Mean of two gradients (2, components), each less what points against the other: where their scalar
-    product is negative, its projection on the other is taken off.
+    """Mean (components,) of two gradients (2, components). If their scalar product is negative, each first
+    loses its projection on the other.
 
-    Source: Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020, whose sum is divided by 2
-    here: two equal gradients give themselves.
+    Source: Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020. The sum there is a mean here,
+    so that two equal gradients give themselves.
     """
     base, check = pair
     dot = torch.dot(base, check)
@@ -94,8 +94,8 @@ def project_conflicting(pair: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Blend:
-    """(1 - weight) base + weight check: between two gradients, with a weight that may change from update to
-    update, such as from R to M over a training.
+    """(1 - weight) base + weight check. The weight may change from update to update, for example from R to M
+    over a training.
     """
 
     weight: float
@@ -109,8 +109,8 @@ class Blend:
 
 @dataclasses.dataclass(frozen=True)
 class Anneal:
-    """A `Blend` whose weight goes from `start` to `end` in equal parts over so many updates and stays there,
-    for the `combiner` of a `TrainConfig`: Anneal(1.0, 0.0, updates=2000) begins with R and ends with M.
+    """A `Blend` for the `combiner` of a `TrainConfig`. Its weight goes from `start` to `end` in equal parts
+    over `updates` updates and stays there: Anneal(1.0, 0.0, updates=2000) begins with R and ends with M.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.

@@ -25,23 +25,23 @@ __all__ = ["GradientPair", "gradient_pair"]
 class GradientPair:
     """A base and a check gradient of the same loss, averaged over `worlds` worlds, not yet compared.
 
-    The comparison is not additive, C(a) + C(b) is not C(a + b): add pairs (`+`, `all_reduce`) first, then
-    `combine`. Of an `Ensemble`, gradients are stacked like its parameters, and where a scalar is named here
-    there is one for each member, (members,).
+    The comparison is not additive: C(a) + C(b) is not C(a + b). Add pairs (`+`, `all_reduce`) first, then
+    `combine`. For an `Ensemble`, gradients are stacked like its parameters, and each scalar named here is one
+    for each member, (members,).
     """
 
     loss: Tensor
     """Scalar."""
     worlds: int
-    """Worlds (of a member) behind the means; the weight of this pair in a sum."""
+    """Number of worlds (of a member) of the means; the weight of this pair in a sum."""
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     flat: Tensor
-    """(2, components): base and check, all parameters behind one another in the order of `names`; (2,
-    members, components) of an ensemble.
+    """(2, components): base and check, all parameters one after the other in the order of `names`; (2,
+    members, components) for an ensemble.
     """
     physical: tuple[str, ...] = ()
-    """Those of the names that are numbers of the physics, not parameters of a policy."""
+    """Those of the names that are physical parameters, not parameters of the policy."""
 
     @property
     def base(self) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ class GradientPair:
     ) -> dict[str, Tensor]:
         """Per component the kept gradient where the signs agree, else 0; by parameter name.
 
-        sign(0) = sign(0). What is NaN or infinite in the kept gradient stays so, and gives 0 in the other: an
-        infinity is what an overflow left, not a sign. `nonfinite` counts both.
+        sign(0) = sign(0). A NaN or an infinity in the kept gradient stays as it is. In the other gradient it
+        gives 0, because the sign of an overflow means nothing. `nonfinite` counts both.
 
         Args:
             combiner: Another way to make one gradient of two: takes (2, components) to (components,), of an
@@ -132,8 +132,9 @@ class GradientPair:
         *,
         combiner: Combiner | None = None,
     ) -> None:
-        """Puts the combined gradient into the `.grad` of the policy's parameters, replacing what is there;
-        that of numbers of the physics is left to `combine`, whose arguments these are.
+        """Puts the combined gradient into the `.grad` of the policy's parameters, and replaces what is there.
+        Gradients of physical parameters are not assigned; take them from `combine`, which has the same
+        arguments.
 
         Raises:
             ValueError: the policy lacks a parameter of this pair, or has it with another shape.
@@ -154,7 +155,7 @@ class GradientPair:
                 parameters[name].grad = grad
 
     def __add__(self, other: "GradientPair") -> "GradientPair":
-        """The pair of the worlds of both, as `gradient_pair` of the concatenated worlds would give it."""
+        """The pair of the worlds of both: that of `gradient_pair` for the concatenated worlds."""
         if not isinstance(other, GradientPair):
             return NotImplemented
         if self.names != other.names or self.shapes != other.shapes:
@@ -235,7 +236,8 @@ def gradient_pair(
     parameters: Parameters = None,
     clip_cotangent: float | None = None,
 ) -> GradientPair:
-    """Two gradients of one rollout, not yet compared: one forward sweep, one adjoint sweep that carries both.
+    """Two gradients of one rollout, not yet compared, from one forward sweep and one adjoint sweep that
+    carries both.
 
     Args:
         base, check: Flows of the two fields, names, letters or lists of one per step (not "combined").
@@ -245,8 +247,8 @@ def gradient_pair(
             gradient, or cotangents are clipped.
 
     Returns:
-        `GradientPair` over the trainable parameters of the policy, and the numbers of `parameters` that
-        require a gradient.
+        `GradientPair` over the trainable parameters of the policy, and those of `parameters` that require a
+        gradient.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.

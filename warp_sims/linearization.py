@@ -16,8 +16,8 @@ def linearize(system: System, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
         S(x + dx, u + du) = S(x, u) + A dx + B du + ...
 
-    By the system's adjoint, one row of all points at a time; one batch of work for a system whose worlds do
-    not act on each other.
+    They are computed by the system's adjoint, one row of all points at a time. If the system's worlds do not
+    act on each other, all rows are computed at once.
 
     Args:
         system: The simulated system, built in, your own or foreign.
@@ -26,7 +26,7 @@ def linearize(system: System, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         A (n, state_size, state_size) and B (n, state_size, control_size). No gradient passes through them.
-        The worlds of a `TapeSystem` are taken not to act on each other.
+        The worlds of a `TapeSystem` are assumed not to act on each other.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or the system's worlds act on each other; the message

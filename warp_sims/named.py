@@ -55,8 +55,8 @@ def perceptron_options(name: str) -> dict[str, str]:
 def make_policy(options: argparse.Namespace, system: System, seed: int, zero_last: bool) -> torch.nn.Module:
     """Returns the policy of --policy with its sizes, its weights drawn with `seed`.
 
-    One of your own is a module, or a function of the system that returns one; `zero_last` is for the built-in
-    ones.
+    `module:name` is a module, or a function of the system that returns one; `zero_last` is for the built-in
+    policies.
 
     Raises:
         ValueError: no such policy, or an option that is not for it.
@@ -83,7 +83,7 @@ def own_policy(name: str, system: System) -> torch.nn.Module:
     """Returns the policy that `module:name` stands for: a module, or what a function makes for the system.
 
     Raises:
-        ValueError: it cannot be imported from here, or is none.
+        ValueError: it cannot be imported from here, or is not a policy.
     """
     found = _find(name, "policy")
     policy = found if isinstance(found, torch.nn.Module) else found(system) if callable(found) else found
@@ -149,7 +149,7 @@ def find_function(name: str, what: str, instead: str = "") -> Callable[..., Any]
     """Returns the function that `module:name` stands for.
 
     Raises:
-        ValueError: it cannot be imported from here, or is none.
+        ValueError: it cannot be imported from here, or is not a function.
     """
     if ":" not in name:
         raise ValueError(f"unknown {what} {name!r}, expected {instead}module:name of a function of your own")

@@ -1,5 +1,5 @@
-"""Calls of `rollout`, `gradient_pair` and `record_rollout` as plans: every argument checked, before any
-kernel runs, and what the bridge is handed.
+"""Makes a plan of a call of `rollout`, `gradient_pair` or `record_rollout`: checks every argument before any
+kernel runs, and collects what the bridge takes.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Plan:
     names: tuple[str, ...]
     """Of the policy's parameters."""
     parameters: tuple[Tensor, ...]
-    """Stacked for an ensemble; the policy's, and behind them numbers of the physics."""
+    """Parameters of the policy (stacked for an ensemble), followed by physical parameters."""
     x0: Tensor
     """(nworld, state_size), or (members, nworld, state_size) for an ensemble."""
     custom_loss: Callable[[Tensor, Tensor], Tensor] | None
@@ -104,9 +104,9 @@ def make_plan(
 
     `stepwise`: torch evaluates the policy even if it could run inside the sweeps.
 
-    `physics` are numbers of the physics by name, which users know as `parameters`.
+    `physics` are physical parameters by name, which users know as `parameters`.
 
-    Without `keep` there will be no backward pass, for which activations might be kept.
+    Without `keep` there will be no backward pass, so activations are not kept.
     """
     if not isinstance(policy, nn.Module):
         raise TypeError(
@@ -323,7 +323,7 @@ def _check_size(call: str, system: System, x0: Tensor, horizon: int) -> None:
 
 @functools.cache
 def _memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, taken or not."""
+    """Bytes of memory of a device, used or free."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

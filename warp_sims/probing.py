@@ -1,4 +1,4 @@
-"""A policy that torch evaluates, tried on a few rows before a rollout relies on it."""
+"""Tries a policy that torch evaluates on a few rows, before a rollout relies on it."""
 
 import weakref
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ def probe(call: str, system: System, policy: TorchPath, parameters: Sequence[Ten
     """Tries a policy that torch evaluates on a few rows: shape and dtype of its output, rows that mix,
     randomness.
 
-    Leaves no trace: buffers are copies and the random state is put back. What only shows elsewhere is caught
-    in the backward pass, where all controls are recomputed. A policy that has passed is not tried again with
-    states of the same shape while its attributes are the same. Tracing or capturing a graph, nothing can be
-    read, so nothing is tried.
+    It leaves no trace: buffers are copies, and the random state is restored. The backward pass, which
+    recomputes all controls, finds mistakes that do not show here. A policy that has passed is not tried again
+    with states of the same shape unless its attributes change. Nothing is tried while a graph is traced or
+    captured, because no value can be read.
     """
     if torch.compiler.is_compiling() or x0.shape[0] == 0 or transforming():
         return

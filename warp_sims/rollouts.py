@@ -43,21 +43,21 @@ class Rollout(NamedTuple):
     controls: Tensor
     """(horizon, nworld, control_size), (horizon, members, nworld, control_size) of an `Ensemble`."""
     loss: Tensor | None
-    """Scalar, (members,) of an `Ensemble`; None where loss=None."""
+    """Scalar, (members,) of an `Ensemble`; None if loss=None."""
     fused: bool
     """Whether the policy ran inside the sweep; False where torch evaluated it."""
     path: str = "fused"
     """How the policy was evaluated: "fused", or "torch: ..." with the reason why it is not."""
     next_states: Tensor | None = None
-    """With `resets`, where the steps led, (horizon, nworld, state_size), as the following; else None. Where a
-    world ended with step t, states[t + 1] is a fresh state.
+    """With `resets` the states that the steps led to, (horizon, nworld, state_size); else None, like the
+    fields below. If a world ended with step t, states[t + 1] is a fresh state.
     """
     done: Tensor | None = None
     """(horizon, nworld) bool: worlds that ended with the step."""
     truncated: Tensor | None = None
-    """(horizon, nworld) bool: worlds that had lived for as long as they may."""
+    """(horizon, nworld) bool: worlds that reached the limit of steps."""
     ages: Tensor | None = None
-    """(nworld,) int64: steps that worlds have lived in the end."""
+    """(nworld,) int64: steps since each world began, at the end of the rollout."""
 
 
 def rollout(
@@ -85,58 +85,58 @@ def rollout(
 
     Args:
         system: The simulated system.
-        policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically.
-            What torch.fx resolves into linear layers, activations, norms and the like runs inside the sweep,
-            see `explain`; any other module is evaluated by torch, step by step only in the forward pass. Of a
-            `warp_sims.Ensemble` every member runs as it would alone.
-        x0: Initial states (nworld, state_size), float32 or float64, on the device the simulation is to run
-            on. For an ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
+        policy: Maps states (n, state_size) to controls (n, control_size), row by row and deterministically. A
+            module of linear layers, activations, norms and the like runs inside the sweep, see `explain`.
+            Torch evaluates any other module, step by step in the forward pass. Every member of a
+            `warp_sims.Ensemble` runs as it would alone.
+        x0: Initial states (nworld, state_size), float32 or float64, on the device of the simulation. For an
+            ensemble (members, nworld, state_size), or (nworld, state_size) for all members.
         horizon: Number of steps, at least 1.
         flow: Which edges the backward pass crosses: "regular", "modified", "network", "stopped", "combined",
-            a letter R M N S C, a `Flow`, or a list of one per step (not combined); entry t gates both edges
-            that leave x_t.
-        loss: "final" or "running" (the system's own), a callable of (states, controls) returning a scalar
-            tensor, or None. Members of an ensemble have each their own; a callable is called with the
+            a letter R M N S C, a `Flow`, or a list of one for each step (not combined), whose entry t gates
+            both edges that leave x_t.
+        loss: "final" or "running" (the system's own), a callable of (states, controls) that returns a scalar
+            tensor, or None. Each member of an ensemble has a loss of its own; a callable is called with the
             trajectories of one member after the other.
-        control_cost: Weight of the mean squared control added to the loss.
+        control_cost: Weight of the mean squared control, which is added to the loss.
         window: Truncation: closes both edges at t = window, 2 window, ...
-        decay: Factor in [0, 1] on what crosses a physics edge; 0 selects like a closed gate. A
-            `PerSecond(factor)` is one in units of time, for systems with a field `dt`.
-        checkpoint_every: Steps whose hidden activations the backward pass computes again at once, from the
-            states, which are kept anyway; at least 1. Memory for activations then grows neither with the
-            horizon nor, on a CPU, with the number of worlds. Of a fused policy, trajectories and the
+        decay: Factor in [0, 1] on what crosses a physics edge; 0 closes the edge. `PerSecond(factor)` is a
+            decay in units of time, for systems with a field `dt`.
+        checkpoint_every: At least 1. The backward pass recomputes the hidden activations of so many steps at
+            once, from the states, which are kept anyway. Memory for activations then grows neither with the
+            horizon nor, on a CPU, with the number of worlds. For a fused policy, trajectories and the
             cotangent of x0 stay the same to the last bit; weight gradients are summed in another order. By
-            default activations are kept up to 1 GiB (4 GiB on a GPU) and recomputed beyond, in segments whose
-            length follows from the size; a policy that torch evaluates keeps none between the passes, and
-            its backward pass takes segments where all steps at once would be large.
-        locate_divergence: Raise FloatingPointError where the rollout is not finite, with the first world and
-            step that are not and the system's time step. It reads the last state and the loss on the host,
-            and the whole trajectory only where those are not finite.
-        inputs: (horizon, nworld, k), dtype and device of x0: what the policy is given beside the states, as
-            policy(x, inputs[t]): references, time, noise. Torch evaluates the policy; no gradient is
-            computed for it.
-        parameters: Numbers of the physics by name, `{"pole_mass": mass}`: one for all worlds, () or a float,
-            or one a world, (nworld,); dtype and device of x0. What is not named is the system's own. They
-            have gradients as the policy has: through the physics, by the cotangents of the flow, for
-            "combined" compared by component. The system's own loss reads the system's own numbers.
-        resets: When worlds end and where they begin again, see `Resets`: several episodes in one horizon.
-            Losses then see x0 and `next_states`, where the steps led. Torch evaluates the policy.
-        clip_cotangent: Largest Euclidean norm of what a step is given to pull back, in every world; of both
-            fields of "combined". What is above is scaled down to it, what is not finite stays so.
-        every: Steps of the simulator for which a control is held, see `repeat`. Horizon and states are those
-            that the policy sees.
+            default activations are kept up to 1 GiB (4 GiB on a GPU). Beyond that they are recomputed, in
+            segments whose length depends on the size. On the torch path the length of a segment bounds the
+            memory of the backward pass; by default it is chosen by size.
+        locate_divergence: Raise FloatingPointError if the rollout is not finite. The error names the first
+            world and step that are not, and the system's time step. The host reads the last state and the
+            loss, and the whole trajectory only if those are not finite.
+        inputs: (horizon, nworld, k), dtype and device of x0: a second argument of the policy, as policy(x,
+            inputs[t]), such as references, time or noise. Torch evaluates the policy. `inputs` get no
+            gradient.
+        parameters: Physical parameters by name, `{"pole_mass": mass}`: a float or a tensor () for all worlds,
+            or a tensor (nworld,) with one for each world; dtype and device of x0. Numbers that are not named
+            are the system's own. The tensors get gradients under the flow; "combined" compares them by
+            component. The system's own loss reads the system's own numbers.
+        resets: When worlds end and where they begin again, for several episodes in one horizon; see `Resets`.
+            Losses then see x0 and `next_states`, the states that the steps led to. Torch evaluates the
+            policy.
+        clip_cotangent: Largest Euclidean norm of the cotangent that a step pulls back, in every world, for
+            both fields of "combined". A longer cotangent is scaled down to it. What is not finite stays so.
+        every: Number of simulator steps for which a control is held, see `repeat`. Horizon and states are
+            those that the policy sees.
 
     Returns:
-        `Rollout(states, controls, loss, fused, path)`, more with `resets`. One `backward()` gives the
+        `Rollout(states, controls, loss, fused, path)`, and more with `resets`. One `backward()` gives the
         gradient of every policy parameter and of x0. The cotangents that arrive in it are summed before
-        anything is compared. For "combined" two separate `backward()` calls add two comparisons, and
-        C(a) + C(b) is not C(a + b): for micro-batches and processes use `gradient_pair`. Of an ensemble,
-        `out.loss.sum().backward()` gives each member the gradient it would have alone; where the members
-        share x0, its gradient is the sum of theirs, each compared before.
+        anything is compared. For "combined" two separate `backward()` calls add two comparisons, and C(a) +
+        C(b) is not C(a + b): for micro-batches and processes use `gradient_pair`. For an ensemble,
+        `out.loss.sum().backward()` gives each member the gradient it would have alone. If the members share
+        x0, its gradient is the sum of theirs, each compared before the sum.
 
-    Initial states are checked for NaN and infinity on the device, except while a CUDA graph is captured.
-    Under autocast a fused policy runs in the dtype of x0, any other as torch runs it; a half-precision x0 is
-    taken to float32.
+    Initial states are checked for NaN and infinity, except while a CUDA graph is captured. Under autocast a
+    fused policy runs in the dtype of x0, and any other as torch runs it. A half-precision x0 becomes float32.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -199,13 +199,13 @@ def _with_episodes(plan: Plan, system: System, resets: EpisodeResets) -> Rollout
 
 
 def simulate(system: System, x0: Tensor, controls: Tensor, *, parameters: Parameters = None) -> Tensor:
-    """Simulates under given controls (open loop), differentiable in both, and in numbers of the physics.
+    """Simulates under given controls (open loop), differentiable in x0, controls and physical parameters.
 
     Args:
         system: The simulated system.
         x0: Initial states (nworld, state_size), float32 or float64.
         controls: (horizon, nworld, control_size), dtype and device of x0.
-        parameters: As of `rollout`.
+        parameters: As in `rollout`.
 
     Returns:
         States (horizon + 1, nworld, state_size), the first of them x0.
@@ -239,13 +239,13 @@ def _simulated(call: str, system: System, x0: Tensor, controls: Tensor, paramete
 
 
 def step(system: System, x: Tensor, u: Tensor, *, parameters: Parameters = None) -> Tensor:
-    """One time step, differentiable in state, control and numbers of the physics.
+    """One time step, differentiable in state, control and physical parameters.
 
     Args:
         system: The simulated system.
         x: States (nworld, state_size), float32 or float64.
         u: Controls (nworld, control_size), dtype and device of x.
-        parameters: As of `rollout`.
+        parameters: As in `rollout`.
 
     Returns:
         Next states (nworld, state_size).
@@ -267,10 +267,11 @@ def step(system: System, x: Tensor, u: Tensor, *, parameters: Parameters = None)
 
 
 def empty_cache() -> None:
-    """Gives memory of large rollouts that nobody refers to any more back to the system.
+    """Gives the memory of earlier large rollouts back to the system.
 
-    On a CPU up to 1.25 GiB of it stays with the process for the next rollout, whose first writes would
-    otherwise cost as much as its arithmetic. Memory on a GPU is torch's: `torch.cuda.empty_cache()`.
+    On a CPU up to 1.25 GiB stays with the process for the next rollout, because first writes to fresh memory
+    cost as much as the arithmetic of a rollout. On a GPU torch manages the memory:
+    `torch.cuda.empty_cache()`.
     """
     arrays.RESERVE.clear()
 

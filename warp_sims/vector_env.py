@@ -1,4 +1,4 @@
-"""The vector environment behind `gymnasium_env`; imports Gymnasium, which is no dependency."""
+"""The vector environment of `gymnasium_env`. It imports Gymnasium, which is an optional dependency."""
 
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +66,7 @@ class SystemVectorEnv(VectorEnv):
         """Begins new episodes in all worlds, or in those of `options["reset_mask"]`, (num_envs,) bool.
 
         Args:
-            seed: Of all initial states from now on; of a list the whole list is one seed.
+            seed: Seed of all initial states from now on; a list counts as one seed.
         """
         if seed is not None:
             given = [seed] if isinstance(seed, (int, np.integer)) else seed

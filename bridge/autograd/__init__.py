@@ -1,1 +1,1 @@
-"""The passes as torch's operators and autograd functions, and on a Warp tape."""
+"""The passes of a rollout as torch operators and autograd functions, and on a Warp tape."""

@@ -10,9 +10,9 @@ Backwards, with lam the cotangents of x and ups those of y, a reset is a gate of
     lam_t     = dL/dx_t + decay [physics open] (dS/dx)^T ups_{t+1} + [network open] (dN/dx)^T mu_t
 
 Between two steps at which worlds end, the recursion is that of flow.py, and the adjoint sweep of any rollout
-runs over them; the policy is linearised at all points at once as ever. A world whose step is not finite has
-ended. If nothing arrives there, nothing comes back: its point is left out (a select, because 0 inf is NaN).
-If something does, what comes back is NaN.
+runs over them. The policy is linearised at all points at once, as in other rollouts. A world whose step is
+not finite has ended. If no cotangent arrives at that step, its point is left out (a select, because 0 inf is
+NaN). If one does, the gradient is NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,15 +53,15 @@ class Trajectory(NamedTuple):
     controls: Tensor
     loss: Tensor
     done: Tensor
-    """(horizon, nworld) bool, worlds that ended with the step, or were not finite behind it."""
+    """(horizon, nworld) bool, worlds that ended with the step, or were not finite after it."""
     truncated: Tensor
-    """The same of worlds that lived for as long as they may."""
+    """(horizon, nworld) bool, worlds that reached the limit of steps."""
     ages: Tensor
-    """(nworld,) steps that the worlds have lived in the end."""
+    """(nworld,) steps since each world began, at the end of the rollout."""
 
 
 class EpisodePath(NamedTuple):
-    """The way of a rollout with episodes; torch evaluates the policy."""
+    """The path of a rollout with episodes; torch evaluates the policy."""
 
     path: TorchPath
     resets: Resets
@@ -104,7 +104,7 @@ class EpisodePath(NamedTuple):
         bad = ~(torch.isfinite(trajectory.next_states).all(2) & torch.isfinite(controls).all(2))
         over = trajectory.done | trajectory.truncated
         ends = {t + 1 for t, ended in enumerate((over | bad).any(1).tolist()) if ended}
-        # a step that is not finite stands alone: another point takes its place
+        # a step that is not finite is left out: another point takes its place
         ends |= {t for t, lost in enumerate(bad.any(1).tolist()) if lost}
         fields = len(spec.schedules)
         lam = states.new_zeros((fields, *states.shape[1:]))
@@ -122,7 +122,7 @@ class EpisodePath(NamedTuple):
                 ups = torch.where(over[end - 1].unsqueeze(1), 0.0, lam)
                 if direct_next is not None:
                     ups = ups + direct_next[end - 1]
-                # what arrives behind a step that is not finite has no way back
+                # a cotangent that arrives after a step that is not finite cannot be pulled back
                 lost = bad[end - 1] & (ups != 0.0).any(2)
                 ups = torch.where(lost.unsqueeze(2), torch.nan, ups)
                 part = torch.cat((x[first - t0 : end - t0], trajectory.next_states[end - 1 : end]))
@@ -171,8 +171,8 @@ class Cotangents(NamedTuple):
 
 
 def _stretches(t0: int, t1: int, ends: set[int]) -> list[tuple[int, int]]:
-    """Steps t0 ... t1 - 1 from the last to the first in stretches that end where worlds end; of lengths that
-    are powers of two, so that few sizes of launches serve.
+    """Splits the steps t0 ... t1 - 1, from the last to the first, into stretches that end where worlds end.
+    Their lengths are powers of two, so that few sizes of launches are prepared.
     """
     found, end = [], t1
     marks = [t0, *sorted(t for t in ends if t0 < t < t1)]
@@ -188,8 +188,8 @@ def _stretches(t0: int, t1: int, ends: set[int]) -> list[tuple[int, int]]:
 def _direct(
     states: Tensor, adj_states: Tensor | None, adj_next: Tensor | None, first: int, end: int
 ) -> Tensor | None:
-    """What reaches the states `first` ... `end` of a stretch: inside it x_t is y_t. That of the last comes
-    with what is carried.
+    """Direct cotangents of the states `first` ... `end` of a stretch; inside it x_t is y_t. That of the last
+    state is part of what is carried.
     """
     if adj_states is None and adj_next is None:
         return None
@@ -202,7 +202,7 @@ def _direct(
 
 
 def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None:
-    """What reaches the states that steps lead to: cotangents of theirs and of the system's own loss."""
+    """Direct cotangents of the states that steps lead to: those given, and those of the system's own loss."""
     direct, y = g.next_states, trajectory.next_states
     if g.loss is None or not (spec.final or spec.running) or not y.shape[1]:
         return direct
@@ -214,7 +214,7 @@ def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None
     if simulator is not None:
         cost = simulator.cost_gradient(y.flatten(0, 1))
     else:
-        # behind closed edges the running cost of a state is all that reaches it
+        # with closed edges only the running cost of a state has a cotangent of it
         rows = y.flatten(0, 1)
         alone = Spec(spec.system, "SS", running=float(rows.shape[0]))
         points, still = torch.stack((rows, rows)), y.new_zeros((1, rows.shape[0], m))

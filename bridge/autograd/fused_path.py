@@ -1,7 +1,8 @@
-"""A rollout whose policy runs inside the sweeps: forwards in one launch, backwards without a step of torch's.
+"""The fused path: a rollout whose policy runs inside the sweeps. Torch computes no single time step.
 
-The network's Jacobians are taken at all points at once before the adjoint sweep, its weight gradients behind
-it; see fused.py and fused_backward.py. torch_path.py has the same with the policy evaluated by torch.
+The network's Jacobians are taken at all points at once before the adjoint sweep, and its weight gradients
+after it; see passes/fused.py and passes/fused_backward.py. torch_path.py is the path of policies that torch
+evaluates.
 """
 
 from collections.abc import Sequence
@@ -15,17 +16,19 @@ from . import operators
 
 
 class FusedPath(NamedTuple):
-    """The way of a rollout whose policy the sweeps reproduce exactly."""
+    """The path of a rollout whose policy the sweeps reproduce exactly."""
 
     network: str
     """Description of the policy, see kernels/policy/layout.py."""
     constants: tuple[Tensor, ...] = ()
     """Vectors that the policy has besides its parameters."""
     physical: Physical | None = None
-    """Numbers of the physics that stand behind the policy's parameters."""
+    """Physical parameters, which come after the policy's parameters."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
-        """What the backward pass needs, and the loss; x0 (members, nworld, state_size) of an ensemble."""
+        """Returns what the backward pass needs, and the loss. x0 is (nworld, state_size), for an ensemble
+        (members, nworld, state_size).
+        """
         policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
         inputs = [*policy, *self.constants]
         out = operators.fused_rollout(*spec.arguments(), self.network, inputs, x0, values)
@@ -35,8 +38,8 @@ class FusedPath(NamedTuple):
     def backward(
         self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
     ) -> tuple[Tensor, Tensor]:
-        """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
-        compared; with a member axis behind the fields of an ensemble.
+        """Returns gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size); the
+        fields are not compared yet. For an ensemble both have a member axis after the fields.
         """
         hidden, packed = saved.kept
         given = self.network, packed, hidden, saved.states, saved.controls

@@ -1,5 +1,5 @@
-"""Axes that `torch.func.vmap` maps over, and with it `jacrev`: folded into the worlds of the open loop; of a
-rollout, whose worlds are its batch already, only cotangents are mapped, one after the other.
+"""Rules for `torch.func.vmap`, and with it `jacrev`. In the open loop the mapped axis is folded into the
+worlds. Of a rollout, whose worlds are its batch already, only cotangents are mapped, one after the other.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def refused(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 
 
 def one_by_one(call: Callable[..., Any]) -> Rule:
-    """The rule that calls the function once for every place of the mapped axis."""
+    """The rule that calls the function once for every index of the mapped axis."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         found = []
@@ -42,7 +42,7 @@ def one_by_one(call: Callable[..., Any]) -> Rule:
 
 
 def simulated(call: Callable[..., Any]) -> Rule:
-    """The rule of `Simulate`: places of the mapped axis become worlds."""
+    """The rule of `Simulate`: the mapped axis becomes worlds."""
 
     def rule(
         info: Any,
@@ -99,24 +99,24 @@ def pulled_back(call: Callable[..., Any]) -> Rule:
 
 
 def _foldable(system: int) -> bool:
-    """Whether worlds can be any number, and do not act on each other."""
+    """Whether a system takes any number of worlds, and its worlds do not act on each other."""
     simulator = foreign.foreign(system)
     return simulator is None or simulator.rowwise
 
 
 def _moved(q: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """The mapped axis at `axis`; copies along it where there is none."""
+    """Moves the mapped axis to `axis`; without a mapped axis, copies the tensor along it."""
     if dim is not None:
         return q.movedim(dim, axis)
     return q.unsqueeze(axis).expand(*q.shape[:axis], size, *q.shape[axis:])
 
 
 def _folded(q: Tensor, dim: int | None, size: int, worlds: int) -> Tensor:
-    """The mapped axis as the slow part of the axis `worlds`."""
+    """Makes the mapped axis the slow part of the axis `worlds`."""
     return _moved(q, dim, size, worlds).flatten(worlds, worlds + 1)
 
 
 def _by_world(q: Tensor, dim: int | None, size: int, nworld: int) -> Tensor:
-    """A number of the physics, one or one a world, as one for each of the folded worlds."""
+    """Repeats a physical parameter, one for all worlds or one a world, for each of the folded worlds."""
     q = _moved(q, dim, size, 0)
     return (q.unsqueeze(1) if q.ndim == 1 else q).expand(size, nworld).reshape(-1)

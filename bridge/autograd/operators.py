@@ -1,5 +1,5 @@
-"""The sweeps as torch operators: opaque to torch.compile, with shapes for tracing and the checks that need
-values.
+"""The sweeps as torch operators. torch.compile does not look into them; it traces them by shapes. Checks that
+need values are here.
 
 None has an autograd formula: rollout.py puts them into autograd Functions (a formula registered here would
 make forward-mode derivatives silently zero).
@@ -27,16 +27,16 @@ from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Difference of recomputed and stored controls, relative to the largest, that rounding may cause: a batch of
-another size takes another summation order, and a policy amplifies it."""
+"""Largest difference of recomputed and stored controls, relative to the largest control, that rounding may
+cause: batches of different sizes are summed in different orders, and a policy amplifies this.
+"""
 
 
 _SPEC = 7
 """Arguments that describe the rollout, in front of all others: `Spec.arguments`."""
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, list, tuple, int, float, str, bool, type(None)})
-"""Types of arguments that may go past the dispatcher: subclasses of Tensor can be without memory of their
-own.
+"""Types of arguments that do not need the dispatcher. Subclasses of Tensor may have no memory of their own.
 """
 
 
@@ -53,8 +53,8 @@ def watched(*args: Any) -> bool:
 
 
 class _Operator:
-    """A torch operator that is called past the dispatcher where nobody watches: it costs more than a
-    launch there.
+    """A torch operator that is called without the dispatcher if nothing needs it, because the dispatcher
+    takes longer than a launch.
     """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
@@ -76,11 +76,10 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def check_finite(x0: Tensor) -> None:
-    """Raises ValueError where initial states are NaN or infinite."""
+    """Raises ValueError if an initial state is NaN or infinite."""
     if x0.numel() == 0 or capturing(x0.device):
         return
-    # one reduction in the good case: a sum is finite only if its terms are, though it may overflow where they
-    # are
+    # usually one reduction: if the sum is finite, so are its terms; it may overflow although they are finite
     if math.isfinite(float(x0.detach().sum())):
         return
     finite = torch.isfinite(x0)
@@ -98,8 +97,8 @@ def check_finite(x0: Tensor) -> None:
 
 @_operator("simulate")
 def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Tensor | None = None) -> Tensor:
-    """States (horizon + 1, nworld, state_size) under given controls; `values` (1 or nworld, count) are
-    numbers of the physics, as in all that follows.
+    """States (horizon + 1, nworld, state_size) under given controls. `values` (1 or nworld, count) are
+    physical parameters, here and in all that follows.
     """
     if check:
         check_finite(x0)
@@ -172,8 +171,8 @@ def fused_rollout(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
 
-    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. Where
-    the description has a segment, the activations are not kept: they have no rows.
+    With x0 (members, nworld, state_size) the parameters are stacked, and everything has a member axis. If the
+    description has a segment, the activations are not kept: they have no rows.
     """
     check_finite(x0)
     own = with_segment(described(system, flows, decay, final, running, control, segment), network, x0)
@@ -222,8 +221,8 @@ def fused_backward(
     wanted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass of a fused rollout: gradients (fields, parameters), cotangents of x0 (fields, nworld,
-    state_size), with a member axis behind the fields for an ensemble, and, where they are wanted, of the
-    numbers of the physics (fields, nworld, count).
+    state_size) and, if `wanted`, of the physical parameters (fields, nworld, count). For an ensemble the
+    first two have a member axis after the fields.
     """
     own = described(system, flows, decay, final, running, control, segment)
     if segment < 0:
@@ -255,7 +254,7 @@ def _given(last: tuple[Any, ...]) -> tuple[Tensor | None, bool]:
 
 
 def _no_adjoint(spec: Spec, states: Tensor, values: Tensor | None, wanted: bool) -> Tensor:
-    """Cotangents of numbers of the physics before anything has reached them."""
+    """Zero cotangents of the physical parameters."""
     if values is None or not wanted:
         return states.new_empty((0, 0, 0))
     return states.new_zeros((len(spec.schedules), states.shape[1:-1].numel(), values.shape[1]))
@@ -284,13 +283,13 @@ def adjoint(
     values: Tensor | None = None,
     wanted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size), of x0 and, where they
-    are wanted, of the numbers of the physics (fields, nworld, count).
+    """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size), of x0 (fields, nworld,
+    state_size) and, if `wanted`, of the physical parameters (fields, nworld, count).
 
-    `recomputed` are the controls as the policy gives them for all stored states at once; they must be the
-    stored ones. Over a segment of a rollout everything begins with its step `t0`, schedules excepted, and
-    `carried` is what the sweep over the steps behind it gave for the state between them. The loss is a mean
-    over `loss_worlds` worlds, those of the trajectory where that is 0.
+    `recomputed` are the controls that the policy gives for all stored states at once; they must agree with
+    the stored ones. For a segment of a rollout, everything except the schedules begins at its step `t0`, and
+    `carried` is the cotangent of its last state, from the sweep over the later steps. The loss is a mean over
+    `loss_worlds` worlds; 0 means those of the trajectory.
     """
     if recomputed is not None:
         check_recomputed(recomputed, controls, tolerance, t0)
@@ -324,8 +323,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
-    """Raises ValueError where controls (steps, nworld, control_size), of steps from `t0` on, are not those
-    that a rollout stored.
+    """Raises ValueError if recomputed controls (steps, nworld, control_size) of the steps from `t0` on differ
+    from those that the rollout stored.
     """
     if controls.numel() == 0 or capturing(controls.device):
         return

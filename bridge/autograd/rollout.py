@@ -1,8 +1,8 @@
 """A rollout as one differentiable torch operation, and the open loop.
 
-It returns (states, controls, loss) and differentiates all three: the cotangents that arrive in one backward
-pass go into one adjoint sweep, and for a combined gradient are summed before anything is compared. What the
-passes compute is the affair of a path: fused_path.py or torch_path.py.
+It returns (states, controls, loss) and differentiates all three. The cotangents that arrive in one backward
+pass go into one adjoint sweep; for a combined gradient they are summed before anything is compared. A path
+says what the passes compute: fused_path.py or torch_path.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ _NO_FORWARD = (
 
 
 class Path(Protocol):
-    """The way of a rollout: what its two passes compute."""
+    """How a rollout is computed: its two passes."""
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]: ...
     def backward(
@@ -59,10 +59,10 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Returns `function.apply`, with forward-mode derivatives an error that says so.
 
-    `mapping` makes the rule for `torch.func.vmap` of what is returned; without it vmap is an error too.
+    `mapping` makes the rule for `torch.func.vmap` of the returned function. Without it vmap is an error too.
 
-    torch.compile refuses a Function that has a `jvp`, so the error is a subclass, left out where a graph is
-    traced.
+    torch.compile refuses a Function that has a `jvp`. So the error is in a subclass, which is not used while
+    a graph is traced.
     """
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -79,7 +79,7 @@ def differentiable(
         if torch.compiler.is_compiling():
             # compiled graphs refuse second derivatives themselves
             return plain(*args) if backward_pass else function.apply(*args)
-        # a pullback may be called when the transform that wrapped its tensors is over
+        # a pullback may be called after the transform that wrapped its tensors has ended
         args = unwrap_dead_wrappers(args)
         if transforming():
             return reverse_only.apply(*args)
@@ -94,12 +94,12 @@ def differentiable(
 
 
 def x0_is_wanted(ctx: Any) -> bool:
-    """Whether somebody reads the cotangent of x0; tracing a compiled graph, that is not known."""
+    """Whether the cotangent of x0 is read; yes while a graph is traced, which cannot know."""
     return torch.compiler.is_compiling() or ctx.needs_input_grad[0]
 
 
 def combined(fields: Tensor, two: bool, wanted: bool = True) -> Tensor:
-    """One gradient of one or two fields, (fields, ...); the comparison is left out where nobody reads it."""
+    """Makes one gradient of one or two fields, (fields, ...). Without `wanted` nothing is compared."""
     if not two or not wanted:
         return fields[0]
     one, _ = operators.combine(fields[0].reshape(-1), fields[1].reshape(-1), False)
@@ -153,7 +153,7 @@ class Rollout(torch.autograd.Function):
         _, ctx.spec, ctx.path, *parameters = inputs
         states, controls, _, *kept = output
         ctx.kept = len(kept)
-        # not every path reads the parameters again, but a change between the passes must not go unseen
+        # not every path reads the parameters again, but torch must notice a change between the passes
         ctx.save_for_backward(states, controls, *kept, *parameters)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
@@ -201,8 +201,8 @@ _simulate_backward = differentiable(SimulateBackward, backward_pass=True, mappin
 
 
 class Simulate(torch.autograd.Function):
-    """Open loop: (x0, controls, system, physical, *numbers) -> states. Without a policy only the physics
-    edges exist.
+    """Open loop: (x0, controls, system, physical, *numbers) -> states. Without a policy there are only
+    physics edges.
     """
 
     @staticmethod

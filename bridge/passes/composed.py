@@ -1,8 +1,8 @@
-"""A composed policy in torch: what its operations mean, and their wide products, the way of GPUs.
+"""Composed policies in torch: the meaning of their operations, and the wide products that GPUs take.
 
-`evaluate` is the plain reading of a description, see kernels/policy/composed_layout.py. `linearize` and
-`weight_grad` do on the stored rows of a forward sweep what kernels/policy/composed.h does, and stand in for
-those of wide.py.
+`evaluate` computes a policy from its description, see kernels/policy/composed_layout.py. `linearize` and
+`weight_grad` compute on the stored rows of a forward sweep what kernels/policy/composed.h does. For composed
+policies they replace those of wide.py.
 """
 
 from collections.abc import Callable, Sequence

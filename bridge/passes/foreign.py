@@ -1,8 +1,8 @@
-"""Simulators that are no Warp kernels: their open loop, their loss and the adjoint sweep through them.
+"""Simulators that are not Warp kernels: their open loop, their loss and the adjoint sweep through them.
 
-A foreign simulator steps all worlds at once and can be linearised: one recording, pulled once for each
-gradient field. Where its rows do not mix, the Jacobians of many points come from one recording instead, and
-what is left of the adjoint sweep is one small product a step:
+A foreign simulator steps all worlds at once and can be linearised: a step is recorded, and the recording is
+pulled back once for each gradient field. If its rows do not mix, one recording gives the Jacobians of many
+points instead, and the adjoint sweep is one small product a step:
 
     [dS/dx dS/du]_t              at all points at once
     lam_{t+1} [dS/dx dS/du]_t    in the sweep, kernels/sweeps/linear_sweep.py
@@ -34,9 +34,11 @@ Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes the cotangent of the next states (nworld, state_size) to those of states and controls."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Difference of recomputed and stored next states, relative to the largest, that rounding may cause."""
+"""Largest difference of recomputed and stored next states, relative to the largest state, that rounding may
+cause.
+"""
 JACOBIAN_ELEMENTS = 1 << 22
-"""Elements of the Jacobians that are held at once; steps go through in segments where there are more."""
+"""Elements of the Jacobians that are held at once; with more, steps are taken in segments."""
 JACOBIAN_WORK = 1 << 14
 """Elements of one step's Jacobians above which steps are recorded one by one: the overhead of a recording is
 then small beside its work, of which Jacobians take state_size times as much.
@@ -51,7 +53,7 @@ class Simulator(abc.ABC):
     checks_gradient: bool
     """Whether its gradients are checked before the first use."""
     clip: float | None = None
-    """Largest norm of what a step is given to pull back, in every world; see kernels/sweeps/clipped.py."""
+    """Largest norm of the cotangent that a step pulls back, in every world; see kernels/sweeps/clipped.py."""
 
     @property
     @abc.abstractmethod
@@ -64,23 +66,23 @@ class Simulator(abc.ABC):
     @property
     @abc.abstractmethod
     def rowwise(self) -> bool:
-        """Whether any number of rows can go through at once and none changes with another."""
+        """Whether it takes any number of rows at once, and no row changes with another."""
 
     @property
     def worlds_apart(self) -> bool:
-        """Whether none changes with another, however many have to go through at once."""
+        """Whether no world changes with another, even if the number of worlds is fixed."""
         return self.rowwise
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """Of the numbers of the physics that a rollout may be given: they come as further columns of the
-        controls, behind control_size.
+        """Names of the physical parameters that a rollout may be given. They come as further columns of the
+        controls, after control_size.
         """
         return ()
 
     @property
     def parameter_values(self) -> tuple[float, ...]:
-        """The same numbers where none are given; the controls then have no further columns."""
+        """Their values if none are given; the controls then have no further columns."""
         return ()
 
     @property
@@ -93,7 +95,9 @@ class Simulator(abc.ABC):
 
     @abc.abstractmethod
     def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
-        """The same, with the pullback, which may be called several times until the next call of this."""
+        """The next states and the pullback, which may be called several times before the next call of
+        `linearize`.
+        """
 
     @abc.abstractmethod
     def cost(self, x: Tensor) -> Tensor:
@@ -104,13 +108,13 @@ class Simulator(abc.ABC):
         """Gradient of each row's cost by that row, (n, state_size)."""
 
     def first_use(self, x: Tensor, u: Tensor) -> None:  # noqa: B027
-        """Raises TypeError or ValueError where something is wrong that only this kind of simulator can have
-        wrong; called before its first use.
+        """Raises TypeError or ValueError for mistakes that only this kind of simulator can make; called
+        before its first use.
         """
 
     def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size), where rows do not
-        mix.
+        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size); only for simulators
+        whose rows do not mix.
         """
         x_next, pull = self.linearize(x, u)
         rows = []
@@ -146,7 +150,9 @@ def clipped(adj: Tensor, limit: float | None) -> Tensor:
 
 
 def with_values(simulator: Simulator, controls: Tensor, values: Tensor | None) -> Tensor:
-    """Controls (steps, nworld, control_size) with numbers of the physics (1 or nworld, count) behind them."""
+    """Appends physical parameters (1 or nworld, count) to controls (steps, nworld, control_size), as further
+    columns.
+    """
     if values is None:
         return controls
     steps, nworld, _ = controls.shape
@@ -243,8 +249,8 @@ def adjoint(
     loss_worlds: int,
 ) -> tuple[Tensor, Tensor]:
     """Cotangents of the controls (fields, steps, nworld, control_size) and of the first state (fields,
-    nworld, state_size); see `sweeps.adjoint`. Numbers of the physics can stand behind the controls, and then
-    do so in their cotangents.
+    nworld, state_size); see `sweeps.adjoint`. If physical parameters are appended to the controls, their
+    cotangents are appended too.
     """
     steps, nworld, m = controls.shape
     own = simulator.control_size
@@ -261,7 +267,7 @@ def adjoint(
         lam = states.new_zeros((fields, nworld, n))
     mu = states.new_empty((fields, *controls.shape))
     elements = nworld * n * (n + m)
-    # clipped, a pullback is not linear: no Jacobian stands for it
+    # a clipped pullback is not linear, so it has no Jacobian
     if not simulator.rowwise or simulator.clip is not None or elements > JACOBIAN_WORK:
         for t in range(steps - 1, -1, -1):
             x_next, pull = simulator.linearize(states[t], controls[t])
@@ -361,8 +367,8 @@ def _direct(
     last: bool,
     loss_worlds: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What reaches the states and the controls from outside the recursion; the last state's only where the
-    sweep begins there.
+    """Direct cotangents of states and controls. That of the last state is included only if the sweep begins
+    there.
     """
     direct_x, direct_u = g.states, g.controls
     check_has_loss(simulator, spec)
@@ -396,7 +402,7 @@ def _direct(
 
 
 def _check_recomputed(simulator: Simulator, again: Tensor, stored: Tensor, t0: int) -> None:
-    """Raises ValueError unless the step gives next states (steps, nworld, state_size) a second time."""
+    """Raises ValueError unless the step gives the stored next states (steps, nworld, state_size) again."""
     if capturing(stored.device) or torch.equal(again, stored):
         return
     finite = stored[torch.isfinite(stored)]

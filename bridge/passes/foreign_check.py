@@ -1,10 +1,8 @@
-"""Whether a foreign simulator does what it is trusted with: asked once for each dtype and kind of device,
-at its first use.
+"""Checks a foreign simulator once for each dtype and kind of device, at its first use.
 
-A derivative that a simulator drops on the way, by detaching or overwriting something, would be a wrong
-gradient without a word. So its pullback is held against central differences at the first states it is given:
-of float64 copies where it takes them. Near a kink the length of the difference decides, so that several are
-taken and the best counts.
+A simulator that detaches or overwrites something silently gives a wrong gradient. So its pullback is compared
+with central differences at the first states it is given, as float64 copies if it takes them. Near a kink the
+right length of the difference varies, so several lengths are tried and the best counts.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from torch import Tensor
 from .foreign import Simulator, name_of, stepped
 
 ROWS = 4
-"""States at which gradients are checked where rows do not mix; where they may, the first world is, by its own
-inputs and by those of the second.
+"""Number of states at which gradients are checked if rows do not mix. If they may, the first world is
+checked, by its own inputs and by those of the second.
 """
 
 
@@ -35,7 +33,7 @@ class Tolerance(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Words about a derivative that is found wrong."""
+    """The words that an error uses for a wrong derivative."""
 
     head: str
     """Whose it is, and what it is of."""
@@ -45,7 +43,7 @@ class Source(NamedTuple):
     output: str = ""
     """What is differentiated, where it is not a component of the next state."""
     inputs: tuple[str, ...] = ()
-    """What it is differentiated by last, behind states and controls."""
+    """Names of further inputs, after states and controls."""
 
 
 TOLERANCES = {
@@ -56,7 +54,7 @@ TOLERANCES = {
 
 
 def verify(simulator: Simulator, x: Tensor, u: Tensor) -> None:
-    """Raises TypeError or ValueError unless step and gradients of a simulator are what they should be.
+    """Raises TypeError or ValueError unless step and gradients of a simulator are right.
 
     Args:
         x, u: First states (nworld, state_size) and controls (nworld, control_size) it is to be used on.
@@ -79,12 +77,12 @@ def verify(simulator: Simulator, x: Tensor, u: Tensor) -> None:
 
 
 def _in_double(simulator: Simulator, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in float64 where the simulator takes it."""
+    """The same in float64 if the simulator takes it."""
     if x.dtype == torch.float64:
         return x, u
     try:
         stepped(simulator, x.double(), u.double())
-    except Exception:  # whatever a step makes of numbers that it is not made for
+    except Exception:  # a step may raise anything for numbers that it is not made for
         return x, u
     return x.double(), u.double()
 
@@ -204,8 +202,8 @@ def compare(
     tolerance: Tolerance,
     state_size: int,
 ) -> None:
-    """Raises ValueError where a derivative (rows, outputs, inputs) agrees with the differences of no
-    length.
+    """Raises ValueError if a derivative (rows, outputs, inputs) agrees with the differences of none of the
+    lengths.
     """
     wrong, best = torch.ones_like(given, dtype=torch.bool), torch.full_like(given, torch.nan)
     excess = torch.full_like(given, torch.inf)
@@ -214,7 +212,7 @@ def compare(
         largest = torch.where(finite, found.abs(), 0.0).amax(dim=2, keepdim=True)
         allowed = tolerance.own * found.abs() + tolerance.row * largest + rounding
         error = torch.where(given.isnan(), torch.inf, (found - given).abs())
-        # a difference across the edge of where the step is defined says nothing
+        # a difference that leaves the domain of the step says nothing
         wrong &= finite & (error > allowed)
         closer = finite & ((error - allowed < excess) | best.isnan())
         excess, best = torch.where(closer, error - allowed, excess), torch.where(closer, found, best)

@@ -1,4 +1,4 @@
-"""Derivatives of a step that is launches of Warp's, recorded on a tape."""
+"""Derivatives of a step that launches Warp kernels, recorded on a tape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .foreign import Pull
 
 
 class TapeStep:
-    """Arrays that a step reads and writes, and the launches in between.
+    """A step of Warp launches, and the arrays that it reads and writes.
 
     Raises:
         TypeError, ValueError: the arrays do not hold the states and controls of a number of worlds.
@@ -61,7 +61,9 @@ class TapeStep:
             return self._read()
 
     def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
-        """Next states and the pullback; only of the last recording, whose arrays the next overwrites."""
+        """Next states and the pullback. The pullback holds until the next recording, which overwrites the
+        arrays.
+        """
         with stream(x.device), off_tape():
             self._put(x, u)
             with wp.Tape() as tape:
@@ -102,7 +104,9 @@ class TapeStep:
             self.load(x, u[:, : self._control_size])
 
     def _driven(self, u: Tensor) -> tuple[wp.array, ...]:
-        """Arrays that these controls are written into: those of the parameters too where they come along."""
+        """The arrays that these controls are written into, with those of the parameters if the controls
+        include them.
+        """
         return self.controls if u.shape[1] == self._control_size else self.controls + self.parameters
 
     def _read(self) -> Tensor:

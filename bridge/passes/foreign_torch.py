@@ -11,8 +11,8 @@ from torch.func import vjp
 from .foreign import Pull, check_output
 
 REPLICATED_ROWS = 1 << 14
-"""Rows up to which Jacobians come from one pull over copies of the rows, one copy for each component of the
-next state; from more rows a pull takes longer than its overhead, and there are as many pulls as components.
+"""Up to so many rows, Jacobians come from one pull over copies of the rows, one copy for each component of
+the next state. With more rows the overhead of a pull is small, and each component has its own pull.
 """
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -20,7 +20,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 @contextlib.contextmanager
 def exact(x: Tensor) -> Iterator[None]:
-    """Autocast, which is for policies, does not reach a simulator in here."""
+    """Turns autocast off: it is for policies, not for simulators."""
     if not torch.is_autocast_enabled(x.device.type):
         yield
         return
@@ -29,7 +29,7 @@ def exact(x: Tensor) -> Iterator[None]:
 
 
 def check_fixed(system: Any, role: str, function: Callable[..., Tensor], *arguments: Tensor) -> None:
-    """Raises TypeError where a function brings along what a gradient is expected of: none would arrive."""
+    """Raises TypeError if a function holds a tensor that requires a gradient, which would not arrive."""
     with torch.inference_mode(False), torch.enable_grad():
         if recording() and getattr(function(*map(ordinary, arguments)), "requires_grad", False):
             raise TypeError(
@@ -40,7 +40,7 @@ def check_fixed(system: Any, role: str, function: Callable[..., Tensor], *argume
 
 
 def ordinary(x: Tensor) -> Tensor:
-    """The same values, which autograd may record."""
+    """The same values as a tensor that autograd may record."""
     return x.clone() if x.is_inference() else x.detach()
 
 
@@ -54,8 +54,8 @@ def linearize(system: Any, step: Step, x: Tensor, u: Tensor) -> tuple[Tensor, Pu
     """Next states and the pullback of a step, from one recording.
 
     Raises:
-        TypeError, ValueError: the next states are not like the states, or autograd sees no way from them to
-            the inputs.
+        TypeError, ValueError: the next states are not like the states, or autograd finds no dependence on the
+            inputs.
     """
     with torch.inference_mode(False), torch.enable_grad(), exact(x):
         x, u = ordinary(x), ordinary(u)

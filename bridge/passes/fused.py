@@ -1,6 +1,7 @@
-"""The forward sweep of a rollout whose policy is fused into it; fused_backward.py has the way back.
+"""The forward pass of a rollout whose policy is fused into the sweep; fused_backward.py has the backward
+pass.
 
-Like sweeps.py, this allocates outputs, picks kernels and spreads CPU work over threads, and knows no
+Like sweeps.py, this file allocates outputs, picks kernels and spreads CPU work over threads. It knows no
 autograd.
 """
 
@@ -24,12 +25,14 @@ GPU_LANES = 128
 """Threads of a GPU block in the forward sweep of a policy whose weights do not fit the registers."""
 THREAD_PRODUCTS = 1 << 18
 """Multiply-adds of a thread in one pass through the policy, below which a second thread costs more than it
-brings: some 6 us.
+gains (some 6 us).
 """
 
 
 def pack(network: str, parameters: Sequence[torch.Tensor], members: tuple[int, ...] = ()) -> torch.Tensor:
-    """The policy's parameters as the kernels read them, (packed,); (*members, packed) of stacked ones."""
+    """Returns the policy's parameters as the kernels read them, (packed,), or (*members, packed) for stacked
+    ones.
+    """
     first = parameters[0]
     index = constant((network, first.element_size()), _pack_index, first.device)
     numbers = constant((network, first.dtype), _numbers, first.device)
@@ -67,9 +70,10 @@ def fixed(tensor: torch.Tensor) -> Any:
 
 
 def _groups(members: int, blocks: int, least: int) -> tuple[list[range], int]:
-    """Groups of neighbouring blocks of a member for each thread, and of how many blocks one is.
+    """Returns the groups of neighbouring blocks of a member for each thread, and the number of blocks in a
+    group.
 
-    Two share every weight that is loaded, which is worth it unless a thread has more to do for it.
+    Two blocks share every weight that is loaded. Groups of two are taken unless a thread then has more work.
     """
     alone = shares(members * blocks, least)
     pairs = shares(members * -(-blocks // 2), -(-least // 2))
@@ -152,8 +156,8 @@ def rollout(
     """Fused forward sweep: states, controls, loss and hidden activations, see `hidden_shape`.
 
     With x0 (members, nworld, state_size) and packed (members, packed), every member drives its own worlds and
-    has its own loss. With a `segment` the activations are scratch: on a CPU those of one step; on a GPU those
-    of one segment, because the sweep then runs in segments of so many steps.
+    has its own loss. With a `segment` the activations are scratch. On a CPU they are those of one step. On a
+    GPU they are those of one segment, because the sweep then runs in segments of so many steps.
     """
     check_has_loss(p, weights)
     states = empty(x0, horizon + 1, *x0.shape)
@@ -177,15 +181,17 @@ def rollout(
 
 
 def _cut(p: Prepared, horizon: int, segment: int) -> tuple[list[tuple[int, int]], int]:
-    """Pieces in which a sweep runs that keeps no activations, and of how many steps it has some."""
+    """Returns the pieces in which a sweep without kept activations runs, and for how many steps it holds
+    activations.
+    """
     if p.device.is_cpu:
         return [(0, horizon)], 1
     return pieces(horizon, segment)[::-1], min(segment, horizon)
 
 
 def activations(p: Prepared, network: str, packed: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Hidden activations of a segment of a rollout, from its states (steps + 1, nworld, state_size): by the
-    sweep itself, so that they are what it found. The way of GPUs; see fused_backward.py for that of CPUs.
+    """Hidden activations of a segment of a rollout, from its states (steps + 1, nworld, state_size). The
+    forward sweep computes them again, so they have the same bits. For GPUs; see fused_backward.py for CPUs.
     """
     steps = states.shape[0] - 1
     return rollout(p, network, packed, states[0], steps, LossWeights(0.0, 0.0, 0.0))[3]
@@ -202,7 +208,7 @@ def _sweep(
     hidden: torch.Tensor,
     world_loss: torch.Tensor,
 ) -> None:
-    """Runs the sweep over all steps of `controls`; `hidden` has room for some of them at least."""
+    """Runs the sweep over all steps of `controls`. `hidden` has room for at least one step."""
     horizon, lay = controls.shape[0], layout(network, p.itemsize)
     members, member_worlds = members_of(x0.shape)
     kept = min(horizon, hidden.numel() // (members * blocks_of(member_worlds) * BLOCK * lay.row))

@@ -1,8 +1,8 @@
 """The backward pass of a rollout whose policy is fused into it: linearisation, sweep and products.
 
-All time steps at once where the forward sweep kept its activations, else one segment after the other from the
-last to the first, see spec.py. Like sweeps.py, this allocates outputs, picks kernels and spreads CPU work
-over threads, and knows no autograd.
+It takes all time steps at once if the forward sweep kept its activations, else one segment after the other,
+from the last to the first; see spec.py. Like sweeps.py, this file allocates outputs, picks kernels and
+spreads CPU work over threads. It knows no autograd.
 """
 
 import functools
@@ -24,29 +24,29 @@ from .spec import SEGMENT_BYTES, Cotangents, Spec, blocks_of, cpu_steps, pieces
 from .sweeps import AdjointArguments, Shape, adjoint, shape_of
 
 GROUP = 2
-"""World blocks that go through linearisation, sweep and weight products together, so that their rows stay
-in cache; more where a segment is short.
+"""World blocks of a group, which is linearised, swept and multiplied before the next group, so that its rows
+stay in cache; more if a segment is short.
 """
 GROUP_BYTES = 1 << 22
-"""Activations of a block up to which all its steps go through at once; more are cut into segments, whether
-they are recomputed or not.
+"""Bytes of activations of a block up to which all its steps are taken at once. More are cut into segments,
+whether they are recomputed or not.
 """
 SLOTS = 8
-"""Partial sums of a member's weight gradients: fixed, so that results do not depend on the number of
-threads.
+"""Number of partial sums of a member's weight gradients. It is fixed, so that results do not depend on the
+number of threads.
 """
 PARTIAL_BYTES = 1 << 22
-"""Bound on the partial sums that are open at once, those of some members; more go through where the threads
-would lack work.
+"""Bound on the bytes of the partial sums that are held at once, those of some members; it is exceeded if
+threads would have no work.
 """
 
 PROGRAM_GROUPS = 2048
-"""Groups up to which a thread's launches are written down beforehand; with more, what Python costs between
-them is nothing.
+"""Number of groups up to which a thread's launches are prepared as a program. With more groups the time of
+Python between launches does not matter.
 """
 SUM_CHUNKS_PER_THREAD = 8
-"""Chunks of `kernels.network.SUM_CHUNK` elements below which a second thread costs the sum more than it
-brings.
+"""Chunks of `kernels.policy.network.SUM_CHUNK` elements below which a second thread costs the sum more than
+it gains.
 """
 
 
@@ -74,8 +74,8 @@ def backward(
     """Backward pass of a fused rollout: gradients (fields, parameters) and cotangents of x0 (fields,
     nworld, state_size).
 
-    Those of an ensemble are (fields, members, parameters) and (fields, members, nworld, state_size). Where
-    the description has a segment the activations are recomputed, so many steps at once, and `hidden` is not
+    For an ensemble they are (fields, members, parameters) and (fields, members, nworld, state_size). If the
+    description has a segment, the activations are recomputed, so many steps at once, and `hidden` is not
     read.
     """
     fields = len(spec.schedules)
@@ -102,7 +102,7 @@ def wide_backward(
     controls: torch.Tensor,
     g: Cotangents,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same through torch's products, in segments that bound what these hold: the way of GPUs."""
+    """The same with torch's matrix products, in segments that bound their memory; for GPUs."""
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)
@@ -133,7 +133,7 @@ class _Pass:
         self._by_block = by_block
 
     def put(self, **values: int) -> None:
-        """Sets those of these arguments that the kernel has."""
+        """Sets these arguments, except those that the kernel does not have."""
         for name, value in self._own(values).items():
             self._launch.put(name, value)
 
@@ -147,7 +147,7 @@ class _Pass:
 
 
 class _Group:
-    """The launches of one thread and what they write on the way, for a group of world blocks at a time.
+    """The launches of one thread and their scratch, for a group of world blocks at a time.
 
     With one control the policy is linearised before the sweep; with several, its backward pass runs in the
     sweep (kernels/sweeps/adjoint.py), and no Jacobian is kept.
@@ -234,7 +234,7 @@ class _Group:
         self.seek(*self.pieces[0])
 
     def seek(self, t0: int, t1: int) -> None:
-        """Lets the launches be over the steps t0 ... t1 - 1."""
+        """Sets the launches to the steps t0 ... t1 - 1."""
         self._arguments.seek(t0)
         if self._recomputed:
             self._states.data = self._first_state + t0 * self._states.strides[0]
@@ -264,13 +264,13 @@ class _Group:
 class _Backward:
     """Prepared backward pass of a fused rollout on a CPU.
 
-    World blocks go through in groups, each linearised, swept and multiplied while its rows are in cache. A
-    group lies within a member and adds to one of a fixed number of partial sums of that member, and a thread
-    owns whole partial sums: the result depends neither on the number of threads nor on the other members.
-    Members go through in waves that bound the memory of the partial sums.
+    World blocks are taken in groups. Each group is linearised, swept and multiplied while its rows are in
+    cache. A group lies within a member and adds to one of a fixed number of partial sums of that member. A
+    thread owns whole partial sums, so the result depends neither on the number of threads nor on the other
+    members. Members are taken in waves, which bounds the memory of the partial sums.
 
-    In segments, each group goes through all of them before the next begins: what is recomputed is as large as
-    a group and a segment, however many worlds and steps there are.
+    If there are segments, each group goes through all of them before the next group begins. So the recomputed
+    activations are those of one group and one segment, however many worlds and steps there are.
     """
 
     def __init__(
@@ -355,7 +355,7 @@ class _Backward:
 
 
 def _through_pieces(go: _Group, visits: Callable[[], Iterator[tuple[int, int, int, int, bool]]]) -> None:
-    """Takes groups back one after the other, each through all segments."""
+    """Takes one group after the other backwards through all segments."""
     for block, blocks, world, slot, fresh in visits():
         for piece in go.pieces:
             go.seek(*piece)
@@ -364,8 +364,8 @@ def _through_pieces(go: _Group, visits: Callable[[], Iterator[tuple[int, int, in
 
 
 def division(blocks: int, horizon: int, step: int, segment: int) -> tuple[int, int, int]:
-    """Steps that go through at once, world blocks of a group, and partial sums, for the world blocks of a
-    member and `step` bytes of activations a block and step.
+    """Returns how many steps are taken at once, how many world blocks a group has, and how many partial sums
+    there are; `blocks` are the world blocks of a member, `step` the bytes of activations of a block and step.
     """
     steps = segment or cpu_steps(step, horizon, GROUP_BYTES)
     most = max(1, SEGMENT_BYTES["cpu"] // (steps * step))
@@ -377,8 +377,8 @@ def division(blocks: int, horizon: int, step: int, segment: int) -> tuple[int, i
 
 
 def _waves(members: int, slots: int, member_bytes: int, threads: int) -> list[range]:
-    """Members whose partial sums are open at once: the longest wave first, all as even as can be and with
-    work for all threads.
+    """Splits the members into waves, whose partial sums are held at once: the longest wave first, of lengths
+    as equal as possible, with work for all threads.
     """
     most = max(PARTIAL_BYTES // member_bytes, 2 * threads // slots, 1)
     count = (members + most - 1) // most

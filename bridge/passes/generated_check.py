@@ -1,7 +1,7 @@
-"""Whether adjoints that Warp generated are those of the functions: asked in float64 before their first use.
+"""Checks adjoints that Warp generated, in float64, before their first use.
 
-At initial states of the system's own, where it has any, and at random ones, through the sweeps that will use
-them.
+It compares them with finite differences at the system's own initial states, if it has any, and at random
+states, through the sweeps that will use them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POINTS = 8
 
 
 def verify(system: Any, number: int, p: Prepared) -> None:
-    """Raises ValueError where a generated adjoint disagrees with finite differences.
+    """Raises ValueError if a generated adjoint disagrees with finite differences.
 
     Args:
         system: The system, for its name and its initial states.
@@ -63,7 +63,7 @@ _FINAL = LossWeights(1.0, 0.0, 0.0)
 
 
 def drawn_points(system: Any, p: Prepared) -> Tensor:
-    """States and controls beside each other (points, state_size + control_size)."""
+    """Draws points, each a state followed by a control, (points, state_size + control_size)."""
     generator = torch.Generator().manual_seed(0)
     size = p.state_size + p.control_size
     q = torch.randn(2 * POINTS, size, generator=generator, dtype=torch.float64)
@@ -90,11 +90,11 @@ def _jacobians(number: int, p: Prepared, q: Tensor) -> Tensor:
 
 
 def _cost_gradients(number: int, p: Prepared, x: Tensor) -> Tensor:
-    """(points, 1, state_size): what the cost of x_1 leaves at x_1, where a sweep over no step ends."""
+    """Gradients of the cost at the points, (points, 1, state_size), by the adjoint sweep."""
     count, n = x.shape
     states = x.expand(2, count, n).contiguous()
     controls = x.new_zeros(1, count, p.control_size)
-    # the running cost of a segment's first state is all that reaches it past a closed edge
+    # with closed edges only its running cost gives a segment's first state a cotangent
     spec, g = Spec(number, "SS", running=float(count)), Cotangents(x.new_ones(()), None, None)
     carried = x.new_zeros(1, count, n)
     _, adj = sweeps.adjoint(p, spec, states, controls, None, g, 1, carried, count)

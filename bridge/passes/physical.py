@@ -1,4 +1,4 @@
-"""Numbers of the physics that a rollout is given: as a table for the kernels, and their gradients back."""
+"""Physical parameters of a rollout: as a table for the kernels, and their gradients from the cotangents."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from torch import Tensor
 
 
 class Physical(NamedTuple):
-    """Which numbers of a system a rollout is given, and what the others are."""
+    """Which physical parameters a rollout is given, and the values of the others."""
 
     names: tuple[str, ...]
     """Of those given."""
     columns: tuple[int, ...]
     """Their places in the table."""
     numbers: tuple[float, ...]
-    """What the table holds where nothing is given."""
+    """The system's own values, for parameters that are not given."""
     wanted: bool
     """Whether somebody asks for a gradient."""
     members: int = 0
-    """Of an ensemble, whose members are given the same numbers; 0 without one."""
+    """Members of an ensemble, which are given the same numbers; 0 without an ensemble."""
 
     def _by_world(self, q: Tensor) -> bool:
         return q.ndim > (1 if self.members else 0)
 
     def table(self, given: Sequence[Tensor]) -> Tensor:
-        """All numbers (1 or nworld, count) of tensors () or (nworld,), stacked for an ensemble."""
+        """Makes the table of all numbers, (1 or nworld, count), of tensors () or (nworld,), which are stacked
+        for an ensemble.
+        """
         rows = next((q.shape[-1] for q in given if self._by_world(q)), 1)
         table = given[0].new_tensor(self.numbers).repeat(rows, 1)
         for column, q in zip(self.columns, given):
@@ -35,7 +37,7 @@ class Physical(NamedTuple):
         return table
 
     def split(self, parameters: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-        """The policy's parameters, and the table of the numbers of the physics behind them."""
+        """Splits parameters into the policy's own and the table of the physical ones, which come last."""
         own = len(parameters) - len(self.names)
         return parameters[:own], self.table(parameters[own:])
 
@@ -53,8 +55,8 @@ class Physical(NamedTuple):
 
 
 def with_physical(physical: Physical, grads: Tensor, adj: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Flat gradients of the policy's parameters with those of the numbers of the physics behind them; zeros
-    where nobody wants these.
+    """Appends the gradients of the physical parameters to the flat gradients of the policy's parameters;
+    zeros if they are not wanted.
     """
     given = parameters[len(parameters) - len(physical.names) :]
     if physical.wanted:

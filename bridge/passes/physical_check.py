@@ -1,7 +1,7 @@
-"""Whether the cotangents of numbers of the physics that Warp generated are right, and which numbers a
-system's loss reads: asked in float64 before their first use.
+"""Checks the cotangents of physical parameters that Warp generated, and finds which parameters a system's
+loss reads; in float64, before their first use.
 
-Right for states and controls, Warp can still be wrong for the fields of a struct.
+An adjoint that is right for states and controls can still be wrong for the fields of a struct.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPREAD = 0.05
 
 
 def verify(number: int, device: torch.device) -> None:
-    """Raises ValueError where a generated cotangent of a number disagrees with finite differences."""
+    """Raises ValueError if a generated cotangent of a parameter disagrees with finite differences."""
     system: Any = find(number)
     p = prepare(number, torch.float64, device)
     if not has_generated_vjp(p.functions):
@@ -85,7 +85,9 @@ def pulled_back(number: int, q: Tensor, values: Tensor) -> Tensor:
 
 @functools.cache
 def names_in_loss(number: int, device: torch.device) -> frozenset[str]:
-    """Names of the numbers that the system's own loss reads, which is told them by the system alone."""
+    """Names of the parameters that the system's own loss reads; the loss always takes the system's own
+    values.
+    """
     p = prepare(number, torch.float64, device)
     if p.functions.loss is None:
         return frozenset()

@@ -1,12 +1,11 @@
-"""One description of a rollout, from the public call to the launch, and what its passes hand on.
+"""The description of a rollout, from the public call to the launch, and what its passes hand on.
 
-The hidden activations of a policy depend on the states and the weights alone, and the states are outputs of
-the rollout: they are kept anyway. A rollout that does not keep its activations recomputes those of one
-segment of time steps after the other, from the last to the first, while the adjoint sweep carries the
-cotangent of the state from each to the one before it. On a CPU nothing is simulated again: the activations of
-the points of a segment do not depend on one another. On a GPU the forward sweep itself runs again over the
-segment, so that whatever form it has, what it finds has the bits it had: one forward and one adjoint launch a
-segment.
+The hidden activations of a policy depend only on the states and the weights, and the states are kept anyway
+because they are outputs. A rollout that does not keep its activations recomputes them in segments of time
+steps, from the last to the first. The adjoint sweep carries the cotangent of the state from each segment to
+the one before it. On a CPU nothing is simulated again, because the activations of the points of a segment do
+not depend on one another. On a GPU the forward sweep runs again over the segment, so the activations have the
+same bits in every form of the sweep: one forward and one adjoint launch a segment.
 
 All decisions here follow from shapes, so that a traced graph knows them.
 """
@@ -22,7 +21,9 @@ from ...kernels.flow import network_open
 from ...kernels.policy.layout import BLOCK, layout
 
 BY_SIZE, NONE_KEPT = -1, -2
-"""Segments of a fused rollout that its size decides: activations are kept up to a bound, or in no case."""
+"""Values of `Spec.segment` for which the size of a fused rollout decides: activations are kept up to a bound,
+or never.
+"""
 
 
 class LossWeights(NamedTuple):
@@ -46,14 +47,14 @@ class LossWeights(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Everything of a rollout that is no tensor."""
+    """Everything that describes a rollout and is not a tensor."""
 
     system: int
     """Number of the system, see registry.py."""
     base: str
-    """One flow letter a step: the edges that leave x_t."""
+    """One flow letter for each step t, for the edges that leave x_t."""
     check: str = ""
-    """The same for the second gradient field of a combined gradient; empty where there is one field."""
+    """The same for the second field of a combined gradient; empty if there is one field."""
     decay: float = 1.0
     """Factor on what crosses a physics edge."""
     final: float = 0.0
@@ -61,8 +62,8 @@ class Spec(NamedTuple):
     control: float = 0.0
     """Loss weights, see `LossWeights`."""
     segment: int = 0
-    """Steps whose activations are recomputed at once in the backward pass; 0 where they are kept, or, of a
-    policy that torch evaluates, where all steps go at once; BY_SIZE or NONE_KEPT.
+    """Steps whose activations the backward pass recomputes together. 0 if activations are kept or, on the
+    torch path, if all steps are taken at once. Or BY_SIZE or NONE_KEPT.
     """
 
     @property
@@ -86,9 +87,10 @@ class Spec(NamedTuple):
         return network_open(self.base + self.check)
 
     def arguments(self) -> tuple[int, str, float, float, float, float, int]:
-        """The same as a torch operator takes it, which knows no objects; `described` gives it back.
+        """Returns the description as arguments of a torch operator, which takes no objects; `described`
+        reverses this.
 
-        Numbers stay numbers: in a graph that is compiled for several of them they are symbols.
+        Numbers stay numbers, because a graph that is compiled for several values makes symbols of them.
         """
         flows = f"{self.base} {self.check}"
         return self.system, flows, self.decay, self.final, self.running, self.control, self.segment
@@ -97,7 +99,7 @@ class Spec(NamedTuple):
 def described(
     system: int, flows: str, decay: float, final: float, running: float, control: float, segment: int
 ) -> Spec:
-    """The description that a `Spec.arguments` stands for."""
+    """Returns the description from the arguments that `Spec.arguments` gave."""
     base, check = flows.split(" ")
     return Spec(system, base, check, decay, final, running, control, segment)
 
@@ -106,11 +108,12 @@ class Saved(NamedTuple):
     """What a forward pass leaves for the backward pass."""
 
     states: torch.Tensor
-    """(horizon + 1, nworld, state_size), with (members, nworld) for nworld of an ensemble, as below."""
+    """(horizon + 1, nworld, state_size); for an ensemble (members, nworld) replaces nworld, here and below.
+    """
     controls: torch.Tensor
     """(horizon, nworld, control_size)."""
     kept: tuple[torch.Tensor, ...] = ()
-    """What the path keeps besides, for itself alone."""
+    """Further tensors that only the path reads."""
 
 
 class Cotangents(NamedTuple):
@@ -121,11 +124,11 @@ class Cotangents(NamedTuple):
     controls: torch.Tensor | None
 
     def dense(self) -> Cotangents:
-        """The same in memory that holds the values as they are."""
+        """The same in contiguous memory, without lazy negation."""
         return Cotangents(*(None if t is None else t.resolve_neg().contiguous() for t in self))
 
     def steps(self, t0: int, t1: int) -> Cotangents:
-        """Those of the steps t0 ... t1 - 1 and of the state behind them."""
+        """Those of the steps t0 ... t1 - 1 and of the state after them."""
         return Cotangents(
             self.loss,
             None if self.states is None else self.states[t0 : t1 + 1],
@@ -144,23 +147,24 @@ class Cotangents(NamedTuple):
 # Segments
 
 STORED_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
-"""Activations up to which a rollout keeps them, by device."""
+"""Bytes of activations up to which a rollout keeps them, by device."""
 SEGMENT_BYTES = {"cpu": 1 << 20, "cuda": 1 << 30}
-"""Activations that are recomputed at once: on a CPU by a thread, so that they stay in cache; on a GPU of all
-worlds. At least one step."""
+"""Bytes of activations that are recomputed together, at least one step: on a CPU those of a thread, which
+then stay in cache; on a GPU those of all worlds.
+"""
 POINT_ELEMENTS = 1 << 25
-"""Elements that a policy which torch evaluates holds at once, as far as they can be foreseen."""
+"""Estimated elements that a policy on the torch path may hold at once."""
 
 CACHED_ROWS = 1 << 12
-"""Rows that a policy which torch evaluates takes at once on a CPU: of more, the pages of fresh memory cost as
-much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
+"""Rows that a policy on the torch path takes at once on a CPU. With more rows, the pages of fresh memory cost
+as much as the arithmetic (twice as long for 25 600 rows of 2 x 100 units).
 """
 MANY_WORLDS = 192
-"""Worlds from which the steps of such a policy go back one by one on a CPU: what autograd costs a step is
-then less than what a second evaluation and a second pull would.
+"""Number of worlds from which the backward pass of such a policy takes steps one by one on a CPU. Autograd's
+cost for a step is then less than that of a second evaluation and a second pull.
 """
 RECORDED = 3
-"""Tensors that autograd keeps of a layer, about: before a norm, before and behind an activation."""
+"""About how many tensors autograd keeps of a layer: before a norm, before and after an activation."""
 
 
 def blocks_of(nworld: int) -> int:
@@ -169,8 +173,8 @@ def blocks_of(nworld: int) -> int:
 
 
 def hidden_shape(x0: torch.Tensor, horizon: int, row: int, segment: int) -> tuple[int, ...]:
-    """Shape of the stored activations, (blocks * horizon * BLOCK, row), of each member for an ensemble;
-    without rows where they are recomputed.
+    """Shape of the stored activations, (blocks * horizon * BLOCK, row), with a member axis before it for an
+    ensemble. It has no rows if the activations are recomputed.
     """
     blocks = 0 if segment else blocks_of(x0.shape[-2])
     return (*x0.shape[:-2], blocks * horizon * BLOCK, row)
@@ -182,7 +186,7 @@ def pieces(horizon: int, segment: int) -> list[tuple[int, int]]:
 
 
 def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = True) -> int:
-    """Steps of a segment of a fused rollout; 0 where all activations are kept, never without `keep`."""
+    """Steps of a segment of a fused rollout; 0 if all activations are kept. Without `keep` they never are."""
     size, device = x0.element_size(), x0.device.type
     blocks = x0.shape[:-2].numel() * blocks_of(x0.shape[-2])
     step = BLOCK * layout(network, size).row * size
@@ -194,14 +198,14 @@ def fused_segment(network: str, x0: torch.Tensor, horizon: int, keep: bool = Tru
 
 
 def with_segment(spec: Spec, network: str, x0: torch.Tensor) -> Spec:
-    """The description of a fused rollout with the segment that its size asks for, where none is given."""
+    """Returns the description of a fused rollout; if its segment depends on the size, with that segment."""
     if spec.segment >= 0:
         return spec
     return spec._replace(segment=fused_segment(network, x0, spec.horizon, spec.segment == BY_SIZE))
 
 
 def cpu_steps(step: int, horizon: int, whole: int = 0) -> int:
-    """Steps of a segment on a CPU, of `step` bytes each; all where they come to no more than `whole`."""
+    """Steps of a segment on a CPU, of `step` bytes each; all steps if they take at most `whole` bytes."""
     return horizon if step * horizon <= whole else _even(horizon, SEGMENT_BYTES["cpu"] // step)
 
 
@@ -210,8 +214,8 @@ def torch_segment(
 ) -> int:
     """Steps of a segment of a rollout whose policy torch evaluates.
 
-    What the policy keeps of a row is its own affair; foreseen are its inputs and outputs, a unit for every
-    row of a weight or entry of a bias, and the Jacobian.
+    The memory that a policy takes for a row is estimated: its inputs and outputs, a unit for every row of a
+    weight or entry of a bias, and the Jacobian.
     """
     state_size = x0.shape[-1]
     row = state_size + control_size + sum(q.shape[0] for q in parameters if q.ndim)
@@ -221,7 +225,7 @@ def torch_segment(
 
 
 def recordings_bytes(parameters: Sequence[torch.Tensor], x0: torch.Tensor, horizon: int) -> int:
-    """What autograd's recordings of all forward steps take, as far as it can be foreseen."""
+    """Estimated bytes of autograd's recordings of all forward steps."""
     row = RECORDED * sum(q.shape[0] for q in parameters if q.ndim > 1)
     return horizon * x0.shape[0] * row * x0.element_size()
 

@@ -1,4 +1,4 @@
-"""Launches of the sweeps over tensors: allocates outputs, picks kernels, spreads CPU work over threads.
+"""Launches the sweeps on tensors: allocates outputs, picks kernels, spreads CPU work over threads.
 
 No autograd here; operators.py makes torch operators of these and tape.py records them on a Warp tape.
 Shapes: x0 (nworld, state_size), states (horizon + 1, nworld, state_size), controls (horizon, nworld,
@@ -25,7 +25,7 @@ from ..runtime.team import Team, shares
 from .spec import Cotangents, LossWeights, Spec
 
 WORLD_STEPS_PER_THREAD = 256
-"""Below this, a second thread costs a sweep without a policy more than it brings: some 5 to 10 us."""
+"""Below this, a second thread costs a sweep without a policy more than it gains (some 5 to 10 us)."""
 CHUNKS_PER_THREAD = 8
 """The same for the comparison of two gradients."""
 
@@ -60,8 +60,8 @@ def _launches(
 
 
 def _threads(p: Prepared, members: int, nworld: int) -> int:
-    """Threads over the worlds of all members: by block, which never reaches into another member, or by
-    world.
+    """Number of threads for the worlds of all members, which take a block each (a block lies within a member)
+    or a world each.
     """
     return members * -(-(nworld // members) // p.open_loop.worlds)
 
@@ -70,8 +70,8 @@ _ROW = 1024
 
 
 def total(world_loss: torch.Tensor) -> torch.Tensor:
-    """Sum over worlds, of each member where there are any, the same for every number of threads and of
-    members: torch splits a long sum by threads, short ones not, and orders them by shape.
+    """Sum over worlds, for each member of an ensemble. It is the same for every number of threads and
+    members; a plain sum is not, because torch splits long sums by threads and orders them by shape.
     """
     if world_loss.ndim > 1:
         return torch.stack([total(member) for member in world_loss])
@@ -124,7 +124,7 @@ def advancing(p: Prepared, states: torch.Tensor, controls: torch.Tensor) -> Iter
         state, control = (t.stride(0) * t.element_size() for t in (states, controls))
 
         def advance(t: int) -> None:
-            # its first state is where it is to be written
+            # its first state is already in place
             sweep.x0.data = sweep.states.data = x0 + t * state
             sweep.controls.data = u0 + t * control
             sweep.run()
@@ -202,11 +202,11 @@ class Shape(NamedTuple):
     adj_states: bool
     adj_controls: bool
     loss_worlds: int = 0
-    """Worlds over which the loss is a mean, where they are more than those of a member here."""
+    """Worlds over which the loss is a mean, if these are more than the worlds of a member here."""
 
 
 class AdjointArguments:
-    """What the adjoint kernels take, but for the first world of a launch."""
+    """What the adjoint kernels take, except the first world of a launch."""
 
     def __init__(self, p: Prepared, spec: Spec, shape: Shape) -> None:
         steps, nworld, n, m, size = shape.steps, shape.nworld, p.state_size, p.control_size, p.itemsize
@@ -264,7 +264,7 @@ class AdjointArguments:
         self.seek(0)
 
     def seek(self, t0: int) -> None:
-        """Lets the trajectories begin with this step of those that `point` was given."""
+        """Lets the trajectories begin at this step of those that `point` was given."""
         for target, first, step in self._trajectories:
             target.data = first + t0 * step
 
@@ -292,7 +292,9 @@ class _Adjoint:
         self._place = (0, 0)
 
     def place(self, t0: int, carried: bool) -> None:
-        """Sets the step of the rollout with which the sweep begins, and whether it goes on from another."""
+        """Sets the step of the rollout at which the sweep's trajectories begin, and whether the sweep
+        continues another one.
+        """
         if self._place != (t0, int(carried)):
             self._place = (t0, int(carried))
             for launch in self.launches:
@@ -317,10 +319,10 @@ def adjoint(
     """Adjoint sweep: cotangents of the controls (fields, steps, nworld, control_size) and of the first state
     (fields, nworld, state_size), with two axes of worlds for an ensemble.
 
-    `jac` is dN/dx (steps, nworld, control_size, state_size), None where no network edge is open. Over a
-    segment of a rollout the trajectories begin with its step `t0`, and `carried` is what the sweep over the
-    steps behind the segment has found for the state between them. The loss is a mean over `loss_worlds`
-    worlds, those of a member where that is 0.
+    `jac` is dN/dx (steps, nworld, control_size, state_size), None if no network edge is open. For a segment
+    of a rollout the trajectories begin at its step `t0`, and `carried` is the cotangent of its last state,
+    from the sweep over the later steps. The loss is a mean over `loss_worlds` worlds; 0 means those of a
+    member.
     """
     fields = len(spec.schedules)
     mu = empty(states, fields, *controls.shape)

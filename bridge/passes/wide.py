@@ -1,4 +1,4 @@
-"""The wide products of a fused policy through torch: the way of GPUs, and the check of the CPU kernels.
+"""The wide products of a fused policy through torch, for GPUs; tests compare the CPU kernels with them.
 
 Rows are those of the forward sweep, (blocks, horizon, BLOCK) flattened; see kernels/policy/dense.py for the
 equations and the layout. For an ensemble every tensor has the members in front of them, and the products are
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     """Worlds of a member."""
 
     def steps(self, t0: int, t1: int) -> "Rows":
-        """The rows of the steps t0 ... t1 - 1, copied where these are not all."""
+        """The rows of the steps t0 ... t1 - 1; a copy unless these are all."""
         if (t0, t1) == (0, self.horizon):
             return self
         by_step = self.hidden.unflatten(-2, (-1, self.horizon, BLOCK))[..., t0:t1, :, :]
@@ -58,13 +58,13 @@ class Rows(NamedTuple):
         ]
 
     def to_points(self, rows: torch.Tensor) -> torch.Tensor:
-        """(rows, k) to (horizon, nworld, k); the members of an ensemble stand behind the horizon there."""
+        """(rows, k) to (horizon, nworld, k); for an ensemble the member axis comes after the horizon."""
         blocks = rows.shape[-2] // (self.horizon * BLOCK)
         points = rows.unflatten(-2, (blocks, self.horizon, BLOCK)).movedim(-3, 0)
         return points.flatten(-3, -2)[..., : self.nworld, :]
 
     def to_rows(self, points: torch.Tensor) -> torch.Tensor:
-        """(horizon, nworld, k) to (rows, k), zero where no world is."""
+        """(horizon, nworld, k) to (rows, k), zero in rows without a world."""
         blocks = self.hidden.shape[-2] // (self.horizon * BLOCK)
         padded = torch.nn.functional.pad(points, (0, 0, 0, blocks * BLOCK - self.nworld))
         return padded.unflatten(-2, (blocks, BLOCK)).movedim(0, -3).flatten(-4, -2)
@@ -93,8 +93,8 @@ def _pull(rows: Rows, layer: int, d: torch.Tensor) -> torch.Tensor:
 def linearize(rows: Rows, want_jac: bool) -> tuple[list[list[torch.Tensor]], torch.Tensor | None]:
     """Hidden cotangents for a unit cotangent of each control, [control][layer] (rows, units), and dN/dx.
 
-    Every tensor here is as large as the activations of a layer, and an H100 reads and writes one in the time
-    of a quarter of a product. So nothing passes over one twice.
+    Every tensor here is as large as the activations of a layer, and an H100 needs a quarter of the time of a
+    product to read and write one. So no operation passes over a tensor twice.
 
     Returns:
         The hidden cotangents, and the Jacobians (horizon, nworld, control_size, state_size) if wanted.

@@ -16,7 +16,7 @@ import torch
 import warp as wp
 
 _LARGE = 1 << 22
-"""Bytes from which memory on a CPU is kept, see `Reserve`."""
+"""Tensors of at least so many bytes on a CPU have memory that is kept, see `Reserve`."""
 
 _LINE = 64
 """Bytes of a cache line."""
@@ -57,11 +57,12 @@ class _Block:
 
 
 class Reserve:
-    """Memory of large tensors that nobody refers to any more, for the next one of the same size.
+    """Keeps the memory of large tensors that are not referred to any more, for the next tensor of the same
+    size.
 
-    The pages of fresh memory have to be found and cleared as they are first written, and an update writes a
-    large part of its memory but once: for 98 MB that took 48 ms with small pages and 8 ms with huge ones,
-    which a machine need not have, beside 40 ms for all the rest.
+    The first write to fresh memory costs time, because the system finds and clears its pages, and an update
+    writes most of its memory only once. For 98 MB that took 48 ms with small pages and 8 ms with huge ones,
+    which not every machine has. The rest of the update took 40 ms.
     """
 
     def __init__(self, most: int) -> None:
@@ -70,7 +71,7 @@ class Reserve:
         self.idle: list[_Block] = []
 
     def take(self, nbytes: int) -> np.ndarray:
-        """Uninitialised bytes, which come back by themselves when the last reference to them is gone."""
+        """Returns uninitialised bytes. They come back when the last reference to them is gone."""
         block = self._find(nbytes) or _Block(nbytes)
         view = block.bytes[:]
         # not at exit, when there is nothing to keep it for
@@ -78,7 +79,7 @@ class Reserve:
         return view
 
     def clear(self) -> None:
-        """Gives what is idle back to the system."""
+        """Gives idle memory back to the system."""
         self.idle.clear()
 
     # A finalizer runs in any thread and between any two operations, so there is no lock here: each step is
@@ -100,14 +101,14 @@ class Reserve:
 
 
 RESERVE = Reserve(5 << 28)
-"""Of this process: room for the activations that a rollout may keep (`spec.STORED_BYTES`) and the rest of
-it.
+"""The reserve of this process. It has room for the activations that a rollout may keep (`spec.STORED_BYTES`)
+and its other tensors.
 """
 
 
 def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Uninitialised tensor with dtype and device of `like`; memory of large ones on a CPU is kept for the
-    next of their size.
+    """Uninitialised tensor with dtype and device of `like`. On a CPU the memory of large tensors is kept for
+    the next one of their size.
     """
     nbytes = like.element_size() * math.prod(shape)
     if like.device.type != "cpu" or nbytes < _LARGE:
@@ -124,8 +125,9 @@ def stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 @functools.cache
 def warp_stream(stream: torch.cuda.Stream) -> wp.Stream:
-    """Warp's object for a stream of torch's, always the same: Warp forgets a stream, and a capture on it,
-    when any of its objects for that stream goes. Torch's streams are a few dozen, which live for ever.
+    """Returns Warp's object for a torch stream, always the same one. Warp forgets a stream, and a capture on
+    it, when any of its objects for that stream is destroyed. Torch has a few dozen streams, which are never
+    destroyed.
     """
     return wp.stream_from_torch(stream)
 
@@ -137,7 +139,7 @@ def capturing(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def cache_errors() -> Iterator[None]:
-    """Says what to do where Warp cannot write or read the compiled kernels that it keeps."""
+    """Adds to an error what to do if Warp cannot write or read its cache of compiled kernels."""
     try:
         yield
     except Exception as error:
@@ -153,8 +155,8 @@ def cache_errors() -> Iterator[None]:
 
 
 DEVICES: dict[torch.device, Any] = {}
-"""Warp's devices by torch's, as far as they were asked for. What stands here decides which forms of the
-kernels are launched; a test can put another device in the place of one, such as an emulated GPU.
+"""Warp's devices by torch devices, as they are asked for. The device decides which forms of the kernels are
+launched. A test can replace a device, for example by an emulated GPU.
 """
 
 
@@ -173,8 +175,8 @@ _keepers = threading.local()
 
 @contextlib.contextmanager
 def keeping(alive: list[Any]) -> Iterator[None]:
-    """Puts what this thread takes from a cache into `alive`: a graph that is being captured will read it
-    again.
+    """Puts what this thread takes from a cache into `alive`, because a graph that is being captured will read
+    it again.
     """
     before = getattr(_keepers, "alive", None)
     _keepers.alive = alive
@@ -185,7 +187,7 @@ def keeping(alive: list[Any]) -> Iterator[None]:
 
 
 def keep(item: T) -> T:
-    """Returns `item`, which is put into the list of a surrounding `keeping`."""
+    """Returns `item`, and puts it into the list of a surrounding `keeping`."""
     alive = getattr(_keepers, "alive", None)
     if alive is not None:
         alive.append(item)
@@ -193,7 +195,7 @@ def keep(item: T) -> T:
 
 
 def constant(key: Any, make: Callable[[Any], np.ndarray], device: torch.device) -> torch.Tensor:
-    """Tensor of `make(key)` on `device`, kept: tables that depend on sizes and schedules alone."""
+    """Tensor of `make(key)` on `device`, kept; for tables that depend only on sizes and schedules."""
     return keep(_constant(key, make, device))
 
 

@@ -1,5 +1,5 @@
-"""What goes past the public interfaces of Warp and torch, all of it: checked with Warp 1.19 and torch 2.11 to
-2.13. Every item says what it brings, and what happens where it is not there.
+"""Everything that uses private interfaces of Warp and torch, checked with Warp 1.19 and torch 2.11 to 2.13.
+Every item says what it gains, and what happens without it.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ __all__ = [
     "unwrap_dead_wrappers",
 ]
 
-# unwrap_dead_wrappers: tensors of a transform of torch.func that is over, with which a pullback may still be
-# called. torch's own autograd functions do the same; without it they are refused.
-# dispatch_mode: whether somebody watches torch's operators, so that ours must go through the dispatcher.
-# unflatten_dense_tensors: a flat gradient as tensors like the parameters, by one call where views take many.
+# unwrap_dead_wrappers: a pullback may be called with tensors of a transform of torch.func that has ended;
+# without this function torch refuses them. torch's own autograd functions use it. dispatch_mode: whether a
+# mode watches torch's operators, so that ours must go through the dispatcher. unflatten_dense_tensors: splits
+# a flat gradient into tensors like the parameters in one call, where views take many.
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func runs, in which values cannot be read. torch tells nobody else."""
+    """Whether a transform of torch.func runs, so that values cannot be read; private to torch."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_changed(module: torch.nn.Module) -> bool:
-    """Whether hooks or a forward of its own stand in the way of what the module's class computes."""
+    """Whether a module has hooks or a forward of its own, so that it may differ from its class."""
     return "forward" in module.__dict__ or bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -55,16 +55,16 @@ def is_changed(module: torch.nn.Module) -> bool:
 
 _BATCHES: Any = torch._C._parse_dispatch_key("VmapMode")
 batching: Callable[[], bool] = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _BATCHES)
-"""Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`), which it does
-operator by operator, by an older mechanism than that of `torch.func`. Asked at every call of an operator.
+"""Whether torch takes a batch of cotangents through one backward pass (`is_grads_batched`). It does this
+operator by operator, with an older mechanism than `torch.func`. Every call of an operator asks.
 """
 
 
 @contextlib.contextmanager
 def off_tape() -> Iterator[None]:
-    """Nothing is recorded on a tape of the user's in here, and a tape of our own may be opened.
+    """In this context nothing is recorded on a user's tape, and a tape of our own can be opened.
 
-    Warp keeps the open tape in its runtime, which has no public name, and refuses a second one.
+    Warp keeps the open tape in its runtime, which is private, and refuses a second one.
     """
     runtime: Any = importlib.import_module("warp._src.context").runtime
     before, runtime.tape = runtime.tape, None
@@ -81,12 +81,13 @@ def array_descriptor() -> Any:
 
 
 DIRECT_CALLS = "1.19."
-"""Versions of Warp whose CPU launches are made as `DirectCall`; others through Warp's Python."""
+"""Versions of Warp whose CPU launches are called as `DirectCall`; with other versions Warp's Python launches.
+"""
 
 
 class DirectCall:
-    """A recorded launch on a CPU, called as Warp calls it, less what Warp makes anew each time: a structure
-    of all arguments, and its type looked up by theirs. That takes longer than a short kernel: 10 us of 13.
+    """A recorded launch on a CPU, called as Warp calls it. Warp makes a structure of all arguments at every
+    call and looks up its type; here that is done once. It takes longer than a short kernel: 10 us of 13.
     """
 
     def __init__(self, command: Any) -> None:
@@ -104,7 +105,7 @@ class DirectCall:
         self._kernel(*self._references)
 
     def refresh(self) -> None:
-        """Takes the addresses that the descriptors have now."""
+        """Copies the present addresses from the descriptors."""
         if self._command.device.is_capturing:
             self._command.launch()  # which says that addresses of torch's cannot be recorded
         arguments = self._arguments
@@ -116,7 +117,7 @@ class DirectCall:
         return address(self._kernel), ctypes.addressof(self._bounds), ctypes.addressof(self._arguments)
 
     def addresses_of_dim(self) -> list[int]:
-        """Where the number of threads of a launch with one axis stands; the lower 4 bytes of each."""
+        """Addresses of the number of threads of a launch with one axis; the lower 4 bytes of each."""
         bounds, base = type(self._bounds), ctypes.addressof(self._bounds)
         return [base + bounds.shape.offset, base + bounds.size.offset]
 
@@ -132,7 +133,7 @@ class DirectCall:
 
     @staticmethod
     def possible(command: Any) -> bool:
-        """Whether a launch can be made in this way, which Warp does not promise to keep."""
+        """Whether a launch can be called in this way, which Warp does not promise to keep."""
         if not wp.__version__.startswith(DIRECT_CALLS) or not command.device.is_cpu or command.adjoint:
             return False
         return command.block_dim == 1 and command.bounds.coord_mult == 1
@@ -156,10 +157,11 @@ class OpenMP(NamedTuple):
 
 @functools.cache
 def openmp() -> OpenMP | None:
-    """The GNU runtime that torch brings along for Linux; elsewhere None, and teams have threads of Python's.
+    """Returns the GNU OpenMP runtime that torch includes on Linux. Elsewhere it returns None, and teams use
+    Python threads.
 
-    Its threads spin for some milliseconds behind every parallel operation of torch's. Threads of our own
-    would wait for a core all that time; these are the ones that hold it.
+    Its threads spin for some milliseconds after every parallel operation of torch. Threads of our own would
+    have to wait for a core all that time, because these threads hold it.
     """
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         with contextlib.suppress(OSError, AttributeError):

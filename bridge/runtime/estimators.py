@@ -1,4 +1,4 @@
-"""Systems that differ from another in what their adjoint does with the cotangent it is given."""
+"""Systems that differ from another system only in what their adjoint does with a cotangent."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """CUDA graphs of torch's and Warp's work together: recorded once, replayed with one call.
 
-A graph holds addresses. Memory that torch allocates during the capture belongs to the graph's own pool; what
-existed before (prepared launches with their scratch and modules, tables) is kept alive by the graph here,
-even when the caches that it came from forget it.
+A graph holds addresses. Memory that torch allocates during the capture belongs to the graph's own pool. A
+`Graph` keeps everything alive that existed before (prepared launches with their scratch and modules, tables),
+even if the caches forget it.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from . import arrays
 
 @contextlib.contextmanager
 def nothing_is_collected() -> Iterator[None]:
-    """Python destroys no garbage in here. A graph that nobody holds any more, in a cycle of references, would
-    be destroyed in the middle of the capture of another, and CUDA ends that one then: on an H100, one of 32
-    captures in a process that made many.
+    """In this context Python's garbage collector is off. It could destroy an unused graph during the capture
+    of another, and CUDA then ends that capture. On an H100 this happened to one of 32 captures in a process
+    that made many.
     """
     gc.collect()
     enabled = gc.isenabled()
@@ -37,8 +37,8 @@ class Graph:
 
     Args:
         function: What is recorded. It runs once, on the host only: nothing is computed, and it must not read
-            from the device. All that it does on first use (compiling, loading, filling caches) must have been
-            done, so call it beforehand. It must work on tensors that stay where they are.
+            from the device. Call it once beforehand, so that everything it does on first use (compiling,
+            loading, filling caches) is done. Its tensors must keep their addresses.
         device: The device.
 
     Raises:
@@ -61,5 +61,5 @@ class Graph:
                     wp.capture_end(stream=warp_stream)
 
     def replay(self) -> None:
-        """Does it again, on torch's current stream."""
+        """Runs the recorded work, on torch's current stream."""
         self._graph.replay()

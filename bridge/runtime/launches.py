@@ -1,9 +1,9 @@
-"""Prepared launches: what a launch needs besides addresses is packed once and kept.
+"""Prepared launches: everything that a launch needs, except addresses, is packed once and kept.
 
-`wp.launch` packs some twenty arguments anew each time, which for a small rollout takes longer than the
-kernels. A `Launch` here is recorded once for given shapes; afterwards only the addresses in its array
-descriptors are replaced. Whoever launches borrows the prepared object from a pool, so threads and nested
-calls never share one. Several launches at once are the affair of team.py.
+`wp.launch` packs some twenty arguments at every call, which for a small rollout takes longer than the
+kernels. A `Launch` here is recorded once for given shapes. Afterwards only the addresses in its array
+descriptors are replaced. Callers borrow the prepared object from a pool, so threads and nested calls never
+share one. team.py runs several launches at once.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from .arrays import cache_errors, keep
 from .compat import DirectCall, array_descriptor
 
 KEPT = 16
-"""Shapes of one kind whose prepared launches are kept."""
+"""Number of shapes of one kind whose prepared launches are kept."""
 KEPT_BYTES = 1 << 24
 """Scratch (`nbytes`) up to which a prepared object is kept; making a larger one costs little beside its
 work.
 """
 
 PREPARING = threading.RLock()
-"""Held while kernels are made and loaded: Warp's modules are not made for two threads at once."""
+"""Held while kernels are made and loaded, because Warp's modules are not thread-safe."""
 
 tracer: Any = None
 """The open trace of this process, see tracing.py."""
@@ -41,8 +41,8 @@ T = TypeVar("T")
 
 
 def array(itemsize: int, *shape: int, components: int = 0) -> Any:
-    """Descriptor of a contiguous array without an address yet; the last axes can be the components of a
-    vector element.
+    """Returns the descriptor of a contiguous array that has no address yet. The last axes can be the
+    components of a vector element.
     """
     strides = [itemsize] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
@@ -57,8 +57,8 @@ class Launch:
     Args:
         kernel: The kernel.
         dim: Its threads, on one axis or more.
-        values: What it is given, by the names of its arguments, arrays as descriptors from `array`; others
-            may be there, for other kernels.
+        values: Its arguments by name, arrays as descriptors from `array`. There may be more, for other
+            kernels.
         device: Warp's, or one that stands for it.
         block_dim: Threads of a block on a GPU.
 
@@ -118,7 +118,7 @@ class Launch:
 
 
 class Pool(Generic[T]):
-    """Prepared objects by key; one is borrowed by one caller at a time, the least recently used keys are
+    """Prepared objects by key. Only one caller at a time borrows an object. The least recently used keys are
     forgotten.
     """
 

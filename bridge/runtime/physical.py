@@ -1,8 +1,8 @@
-"""A system prepared with numbers of its physics that come as a tensor.
+"""A prepared system whose physical parameters come as a tensor.
 
-Its parameter struct holds addresses, so that prepared launches serve every call: the numbers are copied to a
-place that belongs to the prepared system, and what their cotangents add up to is copied out. Whoever runs
-launches borrows it, so that neither threads nor nested calls share one.
+Its parameter struct holds addresses, so that prepared launches can be used again: the numbers are copied into
+memory of the prepared system, and the sums of their cotangents are copied out. Callers borrow it, so threads
+and nested calls never share one.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from .registry import find, prepare
 
 
 def parameter_names(number: int) -> tuple[str, ...]:
-    """Names of the numbers that a system with kernels may be given, in the order of their columns."""
+    """Names of the physical parameters of a system with kernels, in the order of their columns."""
     return names_of(functions_of(find(number), wp.float32))
 
 
 def parameter_values(number: int) -> tuple[float, ...]:
-    """The same numbers as the system has them."""
+    """Their values in the system itself."""
     system: Any = find(number)
     own, params = functions_of(system, wp.float64).parameters, system.parameters(wp.float64)
     if own is not None and own.array:
@@ -40,7 +40,7 @@ def parameter_values(number: int) -> tuple[float, ...]:
 
 
 class _Words:
-    """An array of `Params` by world, some of whose words are given."""
+    """An array of `Params` with a row for each world, some of whose words are given."""
 
     def __init__(self, own: ParameterFunctions, params: Any, rows: int) -> None:
         base = wp.to_torch(getattr(params, own.array))
@@ -62,7 +62,7 @@ class _Words:
         return first + stride * torch.arange(self.table.shape[0], device=self.table.device)
 
     def put(self, values: Tensor) -> None:
-        """Takes numbers (1 or rows, count) on."""
+        """Copies in the parameters (1 or rows, count)."""
         self.table[:, self._own] = values
         if self._sums.numel():
             self.table[:, self._sums] = self._base[self._sums] + (values - self._base[self._own]) @ self._part
@@ -112,7 +112,7 @@ class WithValues:
         )
 
     def put(self, values: Tensor) -> None:
-        """Takes numbers (1 or nworld, count) on, and sets their cotangents to zero."""
+        """Copies in the parameters (1 or nworld, count), and sets their cotangents to zero."""
         self.adj.zero_()
         if self._words is not None:
             self._words.put(values)
@@ -136,13 +136,15 @@ class WithValues:
 _with_values = Pool(WithValues)
 
 VERIFIERS: list[Callable[[int, torch.device], None]] = []
-"""What holds the cotangents of numbers against finite differences, see passes/physical_check.py."""
+"""Functions that compare the cotangents of physical parameters with finite differences, see
+passes/physical_check.py.
+"""
 
 _verified: set[tuple[int, int]] = set()
 
 
 def _verify(number: int, device: torch.device) -> None:
-    """Raises ValueError unless what Warp generated for the numbers is right."""
+    """Raises ValueError unless the cotangents that Warp generated for the parameters are right."""
     key = (number, id(warp_device(device)))
     if key in _verified:
         return
@@ -157,8 +159,8 @@ def _verify(number: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def prepared_with(number: int, values: Tensor, nworld: int, wanted: bool) -> Iterator[WithValues]:
-    """Lends a prepared system with these numbers (1 or nworld, count), `wanted`: and their cotangents,
-    zero.
+    """Lends a prepared system with these parameters (1 or nworld, count) and, if `wanted`, with their
+    cotangents set to zero.
     """
     device = values.device
     _verify(number, device)

@@ -1,6 +1,6 @@
-"""Systems by number: torch operators carry numbers and strings, not objects.
+"""Systems by number, because torch operators take numbers and strings, but no objects.
 
-Append-only: a number, once given, stands for the same system for the life of the process.
+The list only grows: a number stands for the same system as long as the process lives.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def prepare(number: int, dtype: torch.dtype, device: torch.device) -> Prepared:
 
 
 VERIFIERS: list[Callable[[Any, int, Prepared], None]] = []
-"""What holds adjoints that Warp generated against finite differences, see passes/generated_check.py."""
+"""Functions that compare generated adjoints with finite differences, see passes/generated_check.py."""
 
 _verified: set[tuple[int, int]] = set()
 """Systems whose generated adjoints have been checked, by device."""

@@ -1,9 +1,9 @@
-"""Prepared launches that run at once on the threads of a CPU, torch's where these neither hang nor are slow.
+"""Runs prepared launches at once on several threads of a CPU: torch's threads where possible, else Python's.
 
-A `Team` has tasks: launches, and programs of launches. Where it can, it hands all of them to a kernel
-(kernels/programs.py) whose threads run them one after the other without Python. With Python in each thread,
-one waits for the interpreter while another holds it, and that takes longer than a launch over a few worlds:
-37 us against 3 for two launches at once.
+A `Team` has tasks: launches, and programs of launches. If it can, it hands all of them to a kernel
+(kernels/programs.py) whose threads run them one after the other without Python. If Python ran in each thread,
+threads would wait for the interpreter, which takes longer than a launch over a few worlds: 37 us against 3
+for two launches at once.
 """
 
 import ctypes
@@ -28,12 +28,12 @@ _HOME = os.getpid()
 
 
 class Backoff:
-    """Decides whether a team of threads is worth calling, from what calling it has brought.
+    """Decides whether to call a team of threads, from how long earlier calls took.
 
-    A team waits for its last thread. Where other programs keep the cores busy, that one may not be scheduled
-    for milliseconds, in every parallel part again, while one thread alone would go on: an update of 1 ms took
-    30. So when a call took longer than all of its work would have taken one thread, the next ones do without
-    a team, twice as many after every further disappointment; sooner or later one tries again.
+    A team waits for its last thread. If other programs keep the cores busy, that thread may not be scheduled
+    for milliseconds, in every parallel part again: an update of 1 ms took 30. One thread alone would not
+    wait. So if a call took longer than one thread would have taken for all the work, the next calls use one
+    thread; after every further bad call twice as many do. Then a team is tried again.
     """
 
     TOLERANCE = 200_000
@@ -60,7 +60,7 @@ class Backoff:
 
 
 class Step(NamedTuple):
-    """A launch in a program, and what it is told before."""
+    """A launch in a program, with the values that are set before it."""
 
     launch: Launch
     dim: int
@@ -124,7 +124,7 @@ class _Call(NamedTuple):
 
 
 def _calls(task: Task) -> list[_Call] | None:
-    """The calls of a task, None where it has others too."""
+    """The calls of a task; None if some of it cannot be called past Warp's Python."""
     if not sys.platform.startswith("linux"):
         return None
     if isinstance(task, Launch):
@@ -196,8 +196,8 @@ class _Job:
 
 
 def _native_calls(calls: Sequence[_Call]) -> Any:
-    """The calls of a program as an array of structures. What it stores is left by its end, so it stores all
-    before its first call, and before others what has changed.
+    """The calls of a program as an array of structures. Values stay in place after the program, so all are
+    stored before its first call, and before other calls only those that change.
     """
     made = (native.Call * len(calls))()
     stored: dict[int, int] = {}
@@ -219,8 +219,8 @@ def _threads(pid: int) -> ThreadPoolExecutor:
 
 
 def in_parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks at once on threads of Python's, one of them on this one. Warp's CPU kernels are serial
-    and leave the GIL free. A `Team` runs what is known before without Python.
+    """Runs the tasks at once on Python threads, one of them on this thread. Warp's CPU kernels are serial and
+    release the GIL. A `Team` runs prepared launches without Python instead.
     """
     futures = [_threads(os.getpid()).submit(task) for task in tasks[1:]]
     try:
@@ -247,7 +247,7 @@ _ASKED_EVERY = 1024
 
 
 class _Watch:
-    """What is known of this process; one look a rollout, which costs less than a microsecond."""
+    """What `settle` knows of this process. It is read once a rollout, in less than a microsecond."""
 
     def __init__(self) -> None:
         self.settled = _HOME
@@ -261,9 +261,9 @@ _watch = _Watch()
 def settle() -> None:
     """Called before each rollout.
 
-    A forked process is left with one thread of torch's: the others did not survive, and the first parallel
-    operation would wait for them for ever. Where other programs keep all cores busy and torch's threads wait
-    by spinning, which makes an update up to 60 times slower, it says so once.
+    In a forked process it sets torch to one thread: the other threads did not survive, and the first parallel
+    operation would wait for them for ever. It warns once if other programs keep all cores busy and torch's
+    threads spin while they wait, which makes an update up to 60 times slower.
     """
     if torch.compiler.is_compiling():
         return
@@ -288,7 +288,7 @@ def _settle_fork() -> None:
 
 
 def others_fill(load: float, cores: int, threads: int) -> bool:
-    """Whether programs beside this one, which may have `threads` running, give every core something to do."""
+    """Whether other programs keep every core busy; this one may have `threads` running."""
     return threads > 1 and load - threads > cores
 
 

@@ -4,16 +4,17 @@
     mu_t  = (dS/du)^T lam_{t+1} + dL/du_t
     lam_t = dL/dx_t + decay * [physics edge open] (dS/dx)^T lam_{t+1} + [network edge open] (dN/dx)^T mu_t
 
-A rollout may be swept in segments, from the last to the first: the cotangent of a segment's last state then
-comes from the steps behind it.
+A rollout may be swept in segments, from the last to the first. The cotangent of a segment's last state then
+comes from the sweep over the later steps.
 
-`leave` is the last line, for every sweep. A CPU takes a block of worlds a thread and keeps lam in adj_x0
-(`make_adjoint`), a GPU a world a thread and keeps it in that thread's local memory (`make_world_adjoint`).
+`leave` computes the last line, in every sweep here. On a CPU a thread takes a block of worlds and keeps lam
+in adj_x0 (`make_adjoint`). On a GPU a thread takes a world and keeps lam in its local memory
+(`make_world_adjoint`).
 
-(dN/dx)^T mu and the hidden cotangents of a policy need mu alone. For one control they are mu times those of a
-unit cotangent, which policy/network.py takes out of the sweep, once for both gradient fields. For m controls
-that would be m passes through the network. There, on a CPU, the sweep runs the policy's backward pass itself,
-where mu is known: one pass a field.
+(dN/dx)^T mu and the hidden cotangents of a policy depend only on mu. For one control they are mu times those
+of a unit cotangent, which policy/network.py computes before the sweep, once for both gradient fields. For m
+controls that would be m passes through the network. On a CPU the sweep then runs the policy's backward pass
+itself, as soon as it knows mu: one pass a field.
 """
 
 import functools
@@ -33,7 +34,7 @@ from .generated_vjp import is_generated
 
 @functools.cache
 def make_leave(Value: Any, dtype: Any) -> Any:
-    """Returns the device function that gives lam_t, or with a scalar type a component of it."""
+    """Returns the device function that computes lam_t, or a component of it if `Value` is a scalar type."""
 
     # a closed gate selects, it never multiplies (0 inf is NaN); Warp's own branches copy vectors
     @wp.func_native(f"""
@@ -61,7 +62,7 @@ def _make_direct_control(Control: Any) -> Any:
         t: int,
         world: int,
     ) -> Control:
-        """dL/du_t: what arrives from outside the recursion."""
+        """dL/du_t, the cotangent from outside the recursion."""
         direct = Control()
         if adj_controls.shape[0] > 0:
             direct = adj_controls[t, world]
@@ -85,7 +86,7 @@ def _make_direct_state(functions: DeviceFunctions, dtype: Any) -> Any:
         t: int,
         world: int,
     ) -> State:
-        """dL/dx_t likewise."""
+        """dL/dx_t, the cotangent from outside the recursion."""
         direct = State()
         if adj_states.shape[0] > 0:
             direct = adj_states[t, world]
@@ -111,9 +112,9 @@ def make_adjoint(
     size: int,
     policy: NetworkFunctions | None = None,
 ) -> wp.Kernel:
-    """Returns the sweep for CPUs, `size` worlds a thread by this form of the system's step.
+    """Returns the sweep for CPUs; a thread takes `size` worlds with this form of the system's step.
 
-    `policy`: its backward pass runs in the sweep; `size` is then BLOCK.
+    `policy`: its backward pass runs in the sweep, and `size` is BLOCK.
     """
     Params, State, Control = functions.Params, functions.State, functions.Control
     state_size, control_size = State._length_, Control._length_
@@ -135,7 +136,7 @@ def make_adjoint(
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
         steps: int,  # steps of this sweep, the first of which is
         t0: int,  # this step of the rollout; trajectories, jac and mu begin there, edges at the first of all
-        carried: int,  # adj_x0 holds the cotangent of the last state, from a sweep over the steps behind it
+        carried: int,  # adj_x0 holds the cotangent of the last state, from the sweep over the later steps
         w_final: dtype,
         w_running: dtype,
         w_control: dtype,
@@ -236,7 +237,7 @@ def make_adjoint(
 
 @functools.cache
 def make_world_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> wp.Kernel:
-    """Returns the sweep for GPUs, a world a thread, with arguments of the same names."""
+    """Returns the sweep for GPUs, where a thread takes one world. Its arguments have the same names."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     form = world_form(functions, fields)
     step_vjp, add_cost_vjp = form.step_vjp, form.loss_vjp

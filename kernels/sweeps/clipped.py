@@ -1,14 +1,14 @@
-"""A system whose adjoint clips the norm of the cotangent that it is given.
+"""Wraps a system: its adjoint clips the norm of the cotangent that arrives.
 
 With lam the cotangents of flow.py and c the limit, every step pulls back
 
     ups_{t+1} = lam_{t+1} min(1, c / |lam_{t+1}|)
 
-in the place of lam_{t+1}, world by world, to the state, the control and the parameters of a policy. It is an
-estimator, not a gradient. What is not finite stays so: clipped, it would look like a direction.
+instead of lam_{t+1}, world by world, to the state, the control and the parameters of a policy. It is an
+estimator, not a gradient. What is not finite stays so, because clipped it would look like a direction.
 
-Made of the system's own functions, in their forms by value, in lanes and in memory, so that sweeps do not
-know of it. Their adjoints are written by hand.
+The functions are made from the system's own, in their forms by value, in lanes and in memory, so the sweeps
+need no change. Their adjoints are written by hand.
 """
 
 import functools

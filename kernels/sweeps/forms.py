@@ -1,12 +1,12 @@
 """The two forms in which sweeps take a step: a block of worlds a thread on a CPU, a world a thread on a GPU.
 
-`system.BlockFunctions` and `system.MemoryFunctions` say what each does. Where a system does not give one, it
-is made here from the step by value. A CPU is best off with whole vectors. A GPU takes small
-states whole too, large ones a component at a time (see systems/elements.py). Inlined by value for
-both fields, the adjoint of 32 grid points in float64 spilled 10 KB a thread.
+`system.BlockFunctions` and `system.MemoryFunctions` define these forms. If a system has no such form, it is
+made here from the step by value. On a CPU whole vectors are fastest. A GPU takes small states whole too, and
+large ones one component at a time (see systems/elements.py): inlined by value for both fields, the adjoint of
+32 grid points in float64 spilled 10 KB a thread.
 
-Warp emits a function that calls wp.grad behind the functions that call it. So an adjoint that Warp generates
-is called by name in no function here: what a kernel calls takes wp.grad itself.
+Warp emits a function that calls wp.grad after the functions that call it. So no function here calls a
+generated adjoint by name; it calls wp.grad itself.
 """
 
 import functools
@@ -32,7 +32,7 @@ def sweep_kernel(function: Any, **options: Any) -> wp.Kernel:
 
 @functools.cache
 def block_form(functions: DeviceFunctions) -> BlockFunctions:
-    """Returns the step in place for the worlds of a block, one after the other."""
+    """Returns a block form that takes the worlds of a block one after the other."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     step, step_vjp, contraction = functions.step, functions.step_vjp, make_contraction(functions)
     generated = is_generated(step_vjp)
@@ -80,7 +80,7 @@ def block_form(functions: DeviceFunctions) -> BlockFunctions:
 
 @functools.cache
 def world_form(functions: DeviceFunctions, fields: int) -> MemoryFunctions:
-    """Returns the step in memory for one world, complete but for a loss that the system does not have."""
+    """Returns the form in memory for one world; it has a loss only if the system has one."""
     memory = functions.memory
     if memory is None:
         memory = MemoryFunctions(_make_step(functions), _make_step_vjp(functions, fields))
@@ -93,7 +93,7 @@ def world_form(functions: DeviceFunctions, fields: int) -> MemoryFunctions:
 
 @functools.cache
 def block_of_world(functions: DeviceFunctions) -> Any:
-    """Returns the step in memory with the arguments of a block, which holds one world."""
+    """Returns the step in memory with the arguments of a block form, for blocks of one world."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     step = world_form(functions, 1).step
 

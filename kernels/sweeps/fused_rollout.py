@@ -1,6 +1,6 @@
 """Forward sweep with the policy fused in: u_t = N(x_t), x_{t+1} = S(x_t, u_t), one launch for all steps.
 
-N runs on blocks of worlds, see dense.py; what it finds on the way stays for the backward pass.
+N runs on blocks of worlds, see dense.py. Its activations are kept for the backward pass.
 """
 
 import functools
@@ -24,7 +24,7 @@ def make_fused_rollout(
     """Returns the forward sweep with a policy fused in, of dense layers or composed; launch with
     dim=(blocks, lanes).
 
-    `block`: physics by the system's block form, if it has one; for CPUs only, where lanes is 1.
+    `block`: the step is the system's block form, if it has one. For CPUs only, where lanes is 1.
 
     On a GPU a block of worlds is a block of threads (block_dim = lanes), so a barrier is reached by every
     thread of it.

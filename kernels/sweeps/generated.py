@@ -1,8 +1,8 @@
-"""A system's forward functions with Warp's generated adjoints: what the hand-written ones are compared with.
+"""A system's forward functions with Warp's generated adjoints, to compare the hand-written ones with.
 
-No rollout runs these. Warp 1.19 differentiates a loop right only if it is unrolled or carries nothing but
-arrays from turn to turn; hence the high `max_unroll`, and a sweep over time that reads the trajectory back
-from memory.
+No rollout runs these. Warp 1.19 differentiates a loop correctly only if it is unrolled, or carries nothing
+but arrays from turn to turn. That is why `max_unroll` is high and the sweep over time reads the trajectory
+back from memory.
 """
 
 import functools

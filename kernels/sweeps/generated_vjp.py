@@ -3,11 +3,10 @@
     step_vjp(x, u, p, adj) = d/d(x, u) of step(x, u, p) . adj
     loss_vjp(x, p, adj)    = adj d/dx of loss(x, p)
 
-Warp 1.19 differentiates straight code, branches, early returns, nested functions, sums by `+=` and static
-loops of up to 4 turns (`max_unroll` of the sweeps). It is wrong without a word where a written component of
-a vector is written over, in longer or dynamic loops that carry something from turn to turn, and behind
-`break`. So nobody uses these before bridge/passes/generated_check.py has held them against finite
-differences.
+Warp 1.19 is right for straight code, branches, early returns, nested functions, sums by `+=` and static loops
+of up to 4 turns (`max_unroll` of the sweeps). It is silently wrong if a component of a vector is written
+twice, in longer or dynamic loops that carry a value from turn to turn, and after `break`. So
+bridge/passes/generated_check.py compares these adjoints with finite differences before their first use.
 """
 
 import functools
@@ -20,7 +19,9 @@ from ..system import DeviceFunctions
 
 @functools.cache
 def complete(functions: DeviceFunctions) -> DeviceFunctions:
-    """Returns the functions with a generated `step_vjp`, and `loss_vjp` where there is a loss without one."""
+    """Returns the functions with a generated `step_vjp`, and a generated `loss_vjp` if there is a loss
+    without one.
+    """
     loss_vjp = functions.loss_vjp
     if functions.loss is not None and loss_vjp is None:
         loss_vjp = make_loss_vjp(functions)
@@ -39,7 +40,7 @@ def _marked(function: Any) -> Any:
 
 @functools.cache
 def make_contraction(functions: DeviceFunctions) -> Any:
-    """Returns step(x, u, p) . adj, whose gradient is what a step's adjoint gives."""
+    """Returns step(x, u, p) . adj, whose gradient is the adjoint of the step."""
     Params, State, Control, step = functions.Params, functions.State, functions.Control, functions.step
     dtype = State._wp_scalar_type_
 
@@ -63,7 +64,7 @@ def _make_step_vjp(functions: DeviceFunctions) -> Any:
 
 
 def make_loss_vjp(functions: DeviceFunctions) -> Any:
-    """Returns the adjoint of a loss, generated."""
+    """Returns the generated adjoint of a loss."""
     Params, State, loss = functions.Params, functions.State, functions.loss
     dtype = State._wp_scalar_type_
 

@@ -1,5 +1,5 @@
-"""The adjoint sweep through a simulator that is known by its Jacobians: the recursion of flow.py for sizes
-that are known at launch, so that it is compiled once and serves every simulator.
+"""The adjoint sweep over given Jacobians of a simulator: the recursion of flow.py for sizes that are known at
+launch. It is compiled once and serves every simulator.
 
     [through_x through_u] = lam_{t+1} [dS/dx dS/du]_t
     mu_t  = through_u + dL/du_t

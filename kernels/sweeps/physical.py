@@ -1,14 +1,14 @@
-"""A system whose physical parameters come as numbers: one set for all worlds, or one a world.
+"""Wraps a system: its physical parameters come as tensors, one set for all worlds, or one for each world.
 
 With theta the parameters of a world and lam the cotangent of a state, as flow.py has it:
 
     x_{t+1}  = S(x_t, u_t, theta)
     dL/dtheta = sum_t (dS/dtheta)^T lam_{t+1}
 
-theta enters through the simulator alone, so what reaches it has come through the gates of the flow by lam,
-and no edge leaves it. Sweeps hand a world's index to the forms of a step in lanes (CPU) and in memory (GPU):
-these forms, made here from those of the system, find theta by it, and add up the sum on the way back. The
-sweeps do not know of it, and systems without such numbers run what they always run.
+theta enters only through the simulator, so its cotangents depend on the flow only through lam. The forms of a
+step in lanes (CPU) and in memory (GPU) get the index of a world from the sweeps. The forms made here use this
+index to find theta, and add to the sum in the backward pass. The sweeps need no change, and systems without
+physical parameters run the same kernels as before.
 """
 
 import functools
@@ -36,11 +36,11 @@ def has_generated_vjp(functions: DeviceFunctions) -> bool:
 
 @functools.cache
 def with_values(functions: DeviceFunctions, dtype: Any) -> DeviceFunctions:
-    """Returns the functions of the same system with numbers of its physics by world.
+    """Returns the functions of the same system with its physical parameters by world.
 
-    Its `Params` hold those of the system as `base`, with the numbers in place as `values` (1 or nworld,), and
-    what the cotangents of the numbers are added to as `adj` (fields, nworld, count), empty where nobody wants
-    them. It has no step by value, which would not know the world.
+    Its `Params` hold those of the system as `base`, those with the given numbers as `values` (1 or nworld,),
+    and the sums of the cotangents of the numbers as `adj` (fields, nworld, count), which is empty if they are
+    not wanted. It has no step by value, which would not know the world.
     """
     State, Control, Base = functions.State, functions.Control, functions.Params
     names = names_of(functions)

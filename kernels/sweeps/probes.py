@@ -1,9 +1,8 @@
-"""A system's functions by themselves: one step and its adjoint at many points, for `warp_sims.checking`.
+"""Runs a system's functions alone: one step and its adjoint at many points, for `warp_sims.checking`.
 
-One kernel for each form of the step that `system.py` knows. Its worlds are points that have nothing to do
-with each other; each writes the next state, the cost, and the cotangents that come back from given ones. No
-rollout runs these: what a sweep adds is not in them, so that a disagreement is one of the system's own
-functions.
+There is one kernel for each form of the step in `system.py`. Its worlds are independent points. For each it
+writes the next state, the cost, and the cotangents pulled back from given ones. No rollout runs these
+kernels. They contain nothing of a sweep, so a disagreement is an error in the system's own functions.
 """
 
 import functools

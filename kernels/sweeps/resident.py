@@ -1,19 +1,19 @@
 """The forward sweep for GPUs: a block of threads holds a policy's weights in registers for all time steps.
 
 A thread owns one unit of every hidden layer, or one of `split` interleaved parts of it, and keeps the weights
-that it multiplies with. Activations of the block's worlds lie in shared memory; each is read as part of a
-16-byte broadcast that serves a whole warp, and nothing of the network is read from memory again. With s the
-part of a thread and V the elements of 16 bytes, at each position of a layer (see layout.py):
+that it multiplies with. Activations of the block's worlds lie in shared memory. Each is read as part of a
+16-byte broadcast to a whole warp. Nothing of the network is read from global memory again. With s the part of
+a thread and V the number of elements in 16 bytes, at each position of a layer (see layout.py):
 
     share_s = sum_i sum_{q < V} w[i V + q] x[(i split + s) V + q]      registers times broadcasts
     a_j     = tanh(b_j + sum_s share_s)                                neighbouring lanes exchange their sums
     u_c     = b_c + sum_k W_o[c, k] a_L[k]                             a warp per world and control
 
-A barrier stands behind every layer. The first threads of a block, one a world, take the step of the physics;
-the state stays in their registers. The rows go to memory in one piece, 16 bytes a thread.
+A barrier follows every layer. The first threads of a block, one for each world, compute the step of the
+physics and keep the state in their registers. The rows are written to memory in one piece, 16 bytes a thread.
 
-The sizes of the network must be known when the kernel is compiled, so there is a kernel per network, and only
-where its weights fit the registers (`make_plan`). Everything else takes the sweep of fused_rollout.py.
+The sizes of the network must be known when the kernel is compiled, so there is a kernel for each network. It
+exists only if the weights fit the registers (`make_plan`). Other networks take the sweep of fused_rollout.py.
 """
 
 import functools
@@ -31,15 +31,17 @@ from .rollout import make_cost
 BANK = 16
 """Bytes of one load from shared memory."""
 REGISTERS = {128: 128, 256: 128, 512: 48}
-"""Sizes of a block, and the 32-bit registers that each of its threads may give to weights. A multiprocessor
-has 65536 for all threads, a thread at most 255, and the step of the physics needs its share."""
+"""Sizes of a block, and the number of 32-bit registers that each of its threads may use for weights. A
+multiprocessor has 65536 for all threads, a thread at most 255, and the step of the physics needs some.
+"""
 SHARED_BYTES = 46 << 10
 """Shared memory of a block: the 48 KiB that need no opt-in, less what Warp takes."""
 MOST_SPLIT = 4
-"""Parts of a unit: what so many threads read together lies within a padded section."""
+"""Numbers of parts of a unit: what so many threads read together lies within a padded section."""
 LATENCY_WORLDS = 256
-"""Up to so many worlds a block has one of them, and a multiprocessor (nearly) to itself. Beyond, BLOCK worlds
-go through a block together, and the sums of one hide the latency of the others."""
+"""Up to so many worlds a block has one world, and (nearly) a multiprocessor for itself. Beyond, a block has
+BLOCK worlds, and the sums of one hide the latency of the others.
+"""
 
 
 class HiddenLayer(NamedTuple):
@@ -50,11 +52,11 @@ class HiddenLayer(NamedTuple):
     count: int
     """Weights of a thread, whole loads of 16 bytes."""
     first: int
-    """Where they stand among the thread's weights; the bias of the unit stands behind them."""
+    """Where they begin among the thread's weights; the bias of the unit follows them."""
 
 
 class Plan(NamedTuple):
-    """A network's place in the registers and the shared memory of a block."""
+    """How a network is placed in the registers and the shared memory of a block."""
 
     network: str
     itemsize: int
@@ -76,8 +78,9 @@ class Plan(NamedTuple):
 
 
 def choose_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
-    """Returns the plan to take, None for fused_rollout.py: also for a large state in double precision,
-    whose step needs the registers itself (with the weights in them it spilled 30 to 90 bytes).
+    """Returns the plan to take, None for the sweep of fused_rollout.py. The latter is also taken for a large
+    state in double precision, whose step needs the registers (with the weights in them it spilled 30 to 90
+    bytes).
     """
     large = layout(network, itemsize).state_size * itemsize > REGISTER_BYTES
     return None if large and itemsize == 8 else make_plan(network, itemsize, nworld)
@@ -85,10 +88,10 @@ def choose_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
 
 @functools.cache
 def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
-    """Returns how blocks of threads take a network through a rollout of `nworld` worlds.
+    """Returns how blocks of threads share a network in a rollout of `nworld` worlds.
 
-    None where they cannot: a policy without hidden layer, weights beyond the registers of the largest block,
-    or activations beyond its shared memory.
+    Returns None for a policy without a hidden layer, and if the weights do not fit the registers of the
+    largest block or the activations its shared memory.
     """
     lay = layout(network, itemsize)
     lanes = BANK // itemsize
@@ -188,7 +191,7 @@ def _policy_text(plan: Plan, read_state: str) -> str:
     """The text of one evaluation of the policy: from the states of a block's worlds to `us`, their controls.
 
     It keeps the rows [x | a_1 | ... ] in `rows` and writes them to `hidden`. Between two barriers no lane
-    reads what another has written. `read_state` is component i of the thread's state.
+    reads what another lane has written. `read_state` is the expression for component i of the thread's state.
     """
     begin = f"""{_constants(plan)}
   alignas({BANK}) __shared__ real rows[WORLDS * ROW];

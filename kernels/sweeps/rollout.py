@@ -1,13 +1,13 @@
-"""Sweeps of a whole rollout without a policy: one launch for all time steps, generic in the system.
+"""Sweeps of a whole rollout without a policy, over all time steps and for any system.
 
-Factories that turn a system's device functions into kernels. All trajectories have time first: states
-(horizon + 1, nworld), controls (horizon, nworld), elements vectors of the system's sizes.
+The factories here turn a system's device functions into kernels. All trajectories have time first: states
+(horizon + 1, nworld), controls (horizon, nworld). Elements are vectors of the system's sizes.
 
     simulate    x_{t+1} = S(x_t, u_t) for given controls
     loss        per-world loss of a trajectory
     adjoint     the recursion of flow.py backwards, see adjoint.py
 
-The loss of a rollout, with c the system's cost of a state; means and the like are in the weights:
+The loss of a rollout, with c the system's cost of a state. The weights include the divisions of means:
 
     sum_world [ w_final c(x_T) + w_running sum_{t=1..T} c(x_t) + w_control sum_{t=0..T-1} |u_t|^2 ]
 """
@@ -48,7 +48,7 @@ def make_kernels(functions: DeviceFunctions, dtype: Any, on_cpu: bool) -> System
 
 
 def make_wide_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels | None:
-    """Returns the same kernels by the system's wide block form, for CPUs; None where it has none."""
+    """Returns the same kernels with the system's wide block form, for CPUs; None if it has none."""
     if functions.wide is None:
         return None
     return _make_cpu_kernels(functions, dtype, functions.wide, functions.wide_worlds)
@@ -65,7 +65,7 @@ def _make_cpu_kernels(
 
 @functools.cache
 def make_gpu_kernels(functions: DeviceFunctions, dtype: Any) -> SystemKernels:
-    """Returns the same kernels for GPUs, a world a thread, by the form in memory where the system has one."""
+    """Returns the same kernels for GPUs, one world a thread, by the form in memory if the system has it."""
     one, two = (make_world_adjoint(functions, dtype, fields) for fields in (1, 2))
     simulate = _make_simulate(functions, block_of_world(functions), 1)
     return SystemKernels(simulate, make_loss(functions, dtype, in_memory=True), (one, two), 1)
@@ -97,7 +97,7 @@ def _make_simulate(functions: DeviceFunctions, step: Any, size: int) -> wp.Kerne
 
 
 def make_cost(functions: DeviceFunctions, in_memory: bool) -> Any:
-    """Returns cost(states, p, t, world), None without loss; `in_memory`: by the system's form in memory."""
+    """Returns cost(states, p, t, world), None without a loss. `in_memory` selects the form in memory."""
     return world_form(functions if in_memory else functions._replace(memory=None), 1).loss
 
 
@@ -138,7 +138,7 @@ def make_world_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool) -> 
 
 @functools.cache
 def make_loss(functions: DeviceFunctions, dtype: Any, in_memory: bool = False) -> wp.Kernel:
-    """Returns the kernel of the loss of a trajectory; `in_memory`: by the system's form in memory."""
+    """Returns the kernel of the loss of a trajectory. `in_memory` selects the form in memory."""
     Params, State, Control = functions.Params, functions.State, functions.Control
     world_loss_of = make_world_loss(functions, dtype, in_memory)
 

@@ -44,8 +44,9 @@ Contact of a sphere: p its lowest point, depth d, velocity v (v_n away from the 
 Two spheres touch where the line between their centres is divided by their radii. Joint limits are such
 springs, ke depth max(0, 1 -+ kd v). A fluid drags on the box with a body's inertia (MuJoCo's inertia box).
 
-The text is one for three forms: worlds in vector lanes for CPUs, one world in memory, and one by value.
-articulated_forward.h, _forces.h and _adjoint.h hold it, articulated_tables.py the tables.
+Three forms have the same text: worlds in vector lanes for CPUs, one world in memory, and one by value. The
+text is in articulated_forward.h, _forces.h, _numbers.h and _adjoint.h, the tables are in
+articulated_tables.py.
 
 Sources: Featherstone, Rigid Body Dynamics Algorithms (2008), for RNEA, the composite inertias and L^T D L;
 the adjoint and the contact's are derived from the equations above.
@@ -306,7 +307,7 @@ def make_functions(structure: Structure, dtype: Any) -> DeviceFunctions:
 
 @functools.cache
 def make_parameter_functions(structure: Structure, dtype: Any, names: tuple[str, ...]) -> ParameterFunctions:
-    """Returns how the numbers of `Structure.number_places`, by these names, enter a step and its gradient."""
+    """Returns the `ParameterFunctions` for the numbers of `Structure.number_places`, by these names."""
     functions = make_functions(structure, dtype)
     Params, State, Control = functions.Params, functions.State, functions.Control
     places = structure.number_places()
@@ -323,7 +324,9 @@ def make_parameter_functions(structure: Structure, dtype: Any, names: tuple[str,
 
 @functools.cache
 def make_inspect(structure: Structure, dtype: Any) -> wp.Kernel:
-    """Returns the kernel of what a step is made of, a world a thread; for checks, not for speed."""
+    """Returns the kernel that writes the parts of a step (accelerations, mass matrix, bias), one world a
+    thread; for checks, not for speed.
+    """
     Params = make_params(dtype)
 
     @wp.func_native(fill(_text(structure, dtype, 1, _INSPECT, 1), {}, dtype))

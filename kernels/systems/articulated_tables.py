@@ -1,5 +1,5 @@
-"""What the kernels of articulated.py know of a model: its structure as tables in their text, its numbers in
-one array.
+"""A model as the kernels of articulated.py take it: its structure as tables in their text, its numbers in one
+array.
 
 A link is one joint and what moves with it: a hinge about or a slide along the third axis of the link, three
 slides along the axes of the world (of a free joint), or a ball. A body with several joints is a chain of
@@ -29,7 +29,7 @@ FLUID_NAMES = "X - - AXES - - - - - - - - LINEAR - - - - - SQUARE - - - - -"
 
 
 class Structure(NamedTuple):
-    """What the text of the kernels depends on. Of links, entry i is of link i + 1."""
+    """What the text of the kernels depends on. In tuples over links, entry i is that of link i + 1."""
 
     kinds: tuple[int, ...]
     parents: tuple[int, ...]
@@ -56,7 +56,7 @@ class Structure(NamedTuple):
     """Links of boxes on which a fluid drags."""
     substeps: int = 1
     implicit: bool = False
-    """Whether the damping acts on the velocity behind a substep."""
+    """Whether the damping acts on the velocity after a substep."""
     smooth: bool = True
     """Regularised friction; else linear, then constant."""
     approach: bool = False
@@ -118,9 +118,9 @@ class Structure(NamedTuple):
         return found
 
     def number_places(self) -> tuple[tuple[int, ...], ...]:
-        """Where the numbers lie in the array that a rollout may be given, and behind each the words of sums
-        that it is a part of: armature and damping of every degree of freedom; gear of every actuator; and
-        mass, centre (3) and inertia (6) of every link with mass.
+        """Words of the array that hold the physical parameters; each is followed by the words that are sums
+        which contain it. The parameters are armature and damping of every degree of freedom, gear of every
+        actuator, and mass, centre (3) and inertia (6) of every link with mass.
         """
         words, link = self.words(), offsets(LINK_NAMES)
         places: list[tuple[int, ...]] = [(words["DOFS"] + k,) for k in range(2 * self.dofs)]
@@ -148,12 +148,14 @@ def _sums(sizes) -> list[int]:
 
 
 def offsets(names: str) -> dict[str, int]:
-    """Where each named word stands; "-" continues the word before it."""
+    """Offset of each named word; "-" continues the word before it."""
     return {name: i for i, name in enumerate(names.split()) if name != "-"}
 
 
 def source(s: Structure, kept: int) -> str:
-    """The tables and sizes as the first lines of a native function; `kept`: substeps whose findings stay."""
+    """The tables and sizes as the first lines of a native function; `kept` is the number of substeps whose
+    results are kept.
+    """
     links, depths = len(s.kinds), s.depths()
     rows = _sums(depth + 1 for depth in depths)
     qpos, dofs = s.first_qpos, s.first_dof
@@ -212,14 +214,15 @@ def _table(name: str, values: Sequence[int]) -> str:
 
 
 KEPT_BYTES = 256 << 10
-"""What the substeps of a step may keep on a CPU thread's stack for the backward pass; beyond, they are
-computed again."""
+"""Bytes that the substeps of a step may keep on a CPU thread's stack for the backward pass; with more, they
+are computed again.
+"""
 KEPT_BYTES_ONE = 8 << 10
 """The same for one world: a GPU reserves as much for every thread that it can hold."""
 
 
 def slot_bytes(s: Structure, itemsize: int, worlds: int) -> int:
-    """Bytes of what one substep finds, for so many worlds."""
+    """Bytes of the results of one substep, for so many worlds."""
     links, dofs = len(s.kinds) + 1, s.dofs
     words = s.qpos_size + 2 * dofs + 3 + links * (9 + 3 + 6 + 3 + 6) + 6 * dofs
     words += sum(d + 1 for d in s.depths()) + dofs
@@ -227,6 +230,6 @@ def slot_bytes(s: Structure, itemsize: int, worlds: int) -> int:
 
 
 def kept_substeps(s: Structure, itemsize: int, worlds: int) -> int:
-    """Substeps whose findings the backward pass keeps: all, or one at a time."""
+    """Number of substeps whose results the backward pass keeps: all, or one."""
     most = KEPT_BYTES if worlds > 1 else KEPT_BYTES_ONE
     return s.substeps if s.substeps * slot_bytes(s, itemsize, worlds) <= most else 1

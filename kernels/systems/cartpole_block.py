@@ -1,8 +1,9 @@
 """The cart-pole on a CPU: poles and worlds of a block in vector lanes, for `DeviceFunctions.block` of
 cartpole.py, which has the equations.
 
-A vector holds four poles of every world of the block, lane 4 w + i pole i of world w; sine and cosine are
-taken for all of them at once, and backwards both gradient fields share everything that depends on the state.
+A vector holds four poles of every world of the block; lane 4 w + i holds pole i of world w. Sine and cosine
+are computed for all of them at once. In the backward pass both gradient fields share everything that depends
+on the state.
 """
 
 import functools

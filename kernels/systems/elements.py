@@ -1,13 +1,13 @@
-"""State vectors element by element, for what is compiled for a GPU.
+"""Access to state vectors one component at a time, for code that is compiled for a GPU.
 
-A loop over poles, agents or grid points whose bound the CUDA compiler knows is unrolled completely, its
-vectors are kept in registers, and what does not fit is spilled: 10 KB a thread for the adjoint of 32 grid
-points in float64. With a bound that it does not see through, the loop stays a loop, and vectors stay where
-dynamic indices want them, in local memory, laid out so that the accesses of a warp coalesce. Assigned as a
-whole, or handed to a function (Warp passes vectors by value), even those go through registers: hence `get`
-and `put`.
+If the CUDA compiler knows the bound of a loop over poles, agents or grid points, it unrolls the loop
+completely and keeps its vectors in registers. What does not fit is spilled: 10 KB a thread for the adjoint of
+32 grid points in float64. With a bound that the compiler cannot know, the loop stays a loop, and vectors stay
+in local memory, laid out so that the accesses of a warp coalesce. A vector that is assigned as a whole or
+passed to a function goes through registers even then, because Warp passes vectors by value. Hence `get` and
+`put`.
 
-On a CPU all this is what it looks like: a bound is a constant like any other.
+On a CPU none of this matters: the bound is an ordinary constant.
 """
 
 import functools
@@ -27,8 +27,8 @@ def is_large(State: Any) -> bool:
 
 
 def takes_memory(functions: Any) -> bool:
-    """Whether a GPU runs the form in memory of a system's step: of large states, and where there is no
-    other.
+    """Whether a GPU runs the form in memory of a system's step: for large states, and if there is no other
+    form.
     """
     return functions.memory is not None and (functions.step is None or is_large(functions.State))
 

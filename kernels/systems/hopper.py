@@ -1,7 +1,7 @@
-"""The hopper's cost of a state, beside the dynamics of articulated.py.
+"""The hopper's cost of a state; its dynamics are those of articulated.py.
 
-State [q_x, q_z, pitch, thigh, leg, foot, and their rates]; q_z is 0 upright. What a step earns but for its
-control:
+State [q_x, q_z, pitch, thigh, leg, foot, and their rates] in m, rad, m/s, rad/s; q_z is 0 upright. The reward
+of a step without the cost of its control:
 
     reward = v_x + height + angle         angle = 1 - (pitch / (pi / 6))^2
     delta  = clip(q_z + 0.3, -1, 0.3)     height = -200 delta^2 where delta < 0, else delta

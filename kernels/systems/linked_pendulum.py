@@ -1,7 +1,7 @@
-"""The cost of a pendulum of several links on a cart, beside the dynamics of articulated.py.
+"""The cost of a state of a pendulum of several links on a cart; its dynamics are those of articulated.py.
 
-State [x, q_1, ..., q_n, and their rates]: q_1 from upright, the others from the link before. With the angles
-theta_i = q_1 + ... + q_i of the links from upright
+State [x, q_1, ..., q_n, and their rates] in m, rad, m/s, rad/s. q_1 is measured from upright, each other
+angle from the link before it. With the angles theta_i = q_1 + ... + q_i of the links from upright
 
     cost = 1 - mean_i cos theta_i          adj_q_j = adj_cost mean_i [i >= j] sin theta_i
 """

@@ -1,4 +1,4 @@
-"""Forms of a step from native texts: what the block forms (`system.BlockFunctions`) of all systems share."""
+"""Makes block forms (`system.BlockFunctions`) from native texts, for all systems."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ def native_block(
 ) -> BlockFunctions:
     """Returns the block form whose bodies are these texts, for CPUs.
 
-    Both are filled (see `fill`), with BLOCK for the worlds of a block. Cache what is made: kernels are
-    compiled per object.
+    Both texts are filled (see `fill`), with BLOCK for the worlds of a block. Cache the result, because
+    kernels are compiled for each object.
     """
     words = {**words, "BLOCK": BLOCK}
 

@@ -1,5 +1,5 @@
-"""A quadrotor that flies to the origin: rigid body with a quaternion, inner loop on body rates, one step of
-Runge and Kutta's fourth order, loss, and their hand-written adjoints.
+"""A quadrotor that flies to the origin: rigid body with a quaternion, inner loop on body rates, one
+Runge-Kutta step of fourth order, loss, and their hand-written adjoints.
 
 Position p [m] and velocity v [m/s] in the world, z up; unit quaternion q = (w, x, y, z) from body to world;
 body rates o [rad/s] in the body. Controls c_0 (thrust) and c_1 ... c_3 (rates asked for), without units; time

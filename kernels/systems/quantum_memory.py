@@ -13,10 +13,10 @@ the middle row m, whose neighbours are z = v + w z_m:
     z_m = (v_{m-1} + v_{m+1} - i kappa rhs_m) / (r_m + g_{m-1} + g_{m+1})
 
 Loops over rows stay loops, so that registers and compile time do not grow with the points. States and
-cotangents are read and written where they lie, a component at a time; w and v are scratch of the thread, in
-local memory, where neighbouring threads have neighbouring addresses. In a trajectory they are a state apart:
-the 32 threads of a warp that read a component touch 32 cache lines, which hold the next components too.
-Neither the elimination nor the substitution reads or writes anything in a trajectory twice.
+cotangents are read and written in place, one component at a time. w and v are scratch of the thread in local
+memory, where neighbouring threads have neighbouring addresses. In a trajectory these addresses are a state
+apart: the 32 threads of a warp that read a component touch 32 cache lines, which hold the next components
+too. Neither the elimination nor the substitution reads or writes anything in a trajectory twice.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A system whose control is held for several steps of another: what a policy sees as one step is several.
+"""A system whose step is several steps of another system under the same control.
 
     x_{j+1} = S(x_j, u)        j = 0 ... k - 1, from x_0 = x to x' = x_k
 
@@ -19,7 +19,9 @@ from ..system import DeviceFunctions
 
 @functools.cache
 def repeated(functions: DeviceFunctions, times: int) -> DeviceFunctions:
-    """Returns the functions of a system whose step is `times` steps of this one, whose adjoint is by hand."""
+    """Returns the functions of a system whose step is `times` steps of this one, which has a hand-written
+    adjoint.
+    """
     Params, State, Control = functions.Params, functions.State, functions.Control
     step, step_vjp, own = functions.step, functions.step_vjp, functions.parameters
 

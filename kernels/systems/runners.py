@@ -1,11 +1,10 @@
-"""The cost of a state of robots that are to run along x, beside the dynamics of articulated.py.
+"""The cost of a state of robots that are to run along x; their dynamics are those of articulated.py.
 
     reward = v_x + bonus            cost = -reward          backwards  adj_v_x = -adj_cost
 
-v_x is the velocity of the first coordinate, `bonus` what a step earns that does not end the episode. What the
-controls cost is no part of it.
-Source: the rewards of gymnasium's HalfCheetah and Ant (MIT), with the velocity of the state in place of the
-mean velocity of the step that leads to it.
+v_x is the velocity [m/s] of the first coordinate, `bonus` the reward of a step that does not end the episode.
+The cost of the controls is not included. Source: the rewards of gymnasium's HalfCheetah and Ant (MIT), with
+the velocity of the state in place of the mean velocity of the step that leads to it.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Short-horizon actor-critic: SHAC under flow R, and the same under every other flow.
 
-`config.py` holds the settings, `task.py` what a system has to say of episodes, `networks.py` actor and
-critic, `targets.py` what they are trained on, `worlds.py` where the worlds of a run are, `updates.py` one
-update, `evaluation.py` whole episodes, `run.py` the loop behind `ws.train_actor_critic`, `folder.py` what
-its run folder holds and how it is resumed, `command.py` `warp-sims train SYSTEM --algorithm shac`.
+`config.py` has the settings, `task.py` what a system must supply for episodes, `networks.py` actor and
+critic, `targets.py` their training targets, `worlds.py` the state of the worlds of a run, `updates.py` one
+update, `evaluation.py` whole episodes, `run.py` the loop of `ws.train_actor_critic`, `folder.py` its run
+folder and how it is resumed, `command.py` `warp-sims train SYSTEM --algorithm shac`.
 """

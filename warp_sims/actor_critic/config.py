@@ -29,28 +29,29 @@ class ActorCriticConfig:
         window: Truncation window in steps. None: no truncation within the horizon.
         step_clip: Bound on the norm of the cotangent of a world's state, wherever it enters a step. None: no
             bound.
-        worlds: How many run at once; they go on from update to update.
+        worlds: Number of worlds; they continue from update to update.
         horizon: Steps of an update.
-        updates: How many.
+        updates: Number of updates.
         actor_hidden: Widths of the actor's hidden layers; SHAC's are 400 200 100.
         critic_hidden: Widths of the critic's hidden layers; SHAC's are 400 200 100.
-        actor_lr: Learning rate of the actor at the beginning.
-        critic_lr: Learning rate of the critic at the beginning.
-        last_lr: Learning rate of both at the end, to which they fall in equal steps.
+        actor_lr: Learning rate of the actor in the first update.
+        critic_lr: Learning rate of the critic in the first update.
+        last_lr: Learning rate of both in the last update; they fall to it in equal steps.
         betas: Decay rates of Adam's moments.
         clip_at: Bound of the norm of either gradient.
-        std: Standard deviation of the noise at the beginning; it is learned.
-        gamma: Discount of a step.
+        std: Standard deviation of the noise in the first update; it is learned.
+        gamma: Discount factor of a step.
         trace: lambda of the critic's targets.
-        critic_passes: Passes over an update's steps in which the critic is trained.
-        critic_batches: Mini-batches of a pass.
-        target_keep: What the target critic keeps of itself behind an update; the rest is the critic's.
+        critic_passes: Number of times that the critic is trained on the steps of an update.
+        critic_batches: Number of mini-batches in each of these.
+        target_keep: Share of its old weights that the target critic keeps after an update; the rest is the
+            critic's.
         seed: Of weights, initial states and noise.
         device: "cpu", "cuda" or "cuda:INDEX".
         dtype: "float32" or "float64".
         log_every: Updates from one row of the log to the next.
-        eval_every: Updates from one evaluation to the next; the last update is followed by one.
-        eval_worlds: Whole episodes of an evaluation, without noise.
+        eval_every: Updates from one evaluation to the next; there is always one after the last update.
+        eval_worlds: Number of whole episodes, without noise, in an evaluation.
         checkpoint_every: Updates from one writing of the checkpoints to the next.
     """
 

@@ -17,7 +17,7 @@ SMALLEST = 1e-5
 
 
 class Normaliser(nn.Module):
-    """Observations less their running mean, by their running deviation.
+    """Subtracts from observations their running mean and divides by their running standard deviation.
 
     Mean and variance are kept in float64 and merged batch by batch (Chan et al. 1979). They are no
     parameters: a call does not change them, `update` does.
@@ -63,11 +63,11 @@ class Normaliser(nn.Module):
 
 
 def perceptron(sizes: Sequence[int], gain: float, seed: int, dtype: torch.dtype) -> nn.Sequential:
-    """Linear layers with ELU and layer normalisation behind each but the last; orthogonal weights, zero
+    """Linear layers with ELU and layer normalisation after each except the last; orthogonal weights, zero
     biases.
 
     Args:
-        sizes: Of input, hidden layers and output.
+        sizes: Sizes of input, hidden layers and output.
         gain: Of the weights of the last layer.
         seed: Of the weights.
         dtype: Of the weights.
@@ -92,7 +92,7 @@ class Actor(nn.Module):
     Without noise it gives tanh(mean(observation)), and is then a policy like any other.
 
     Args:
-        system: With episodes, such as `ws.Hopper()`.
+        system: A system with episodes, such as `ws.Hopper()`.
         hidden: Widths of the hidden layers.
         std: Standard deviation to start from.
         seed: Of the weights.
@@ -124,7 +124,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Values (n,) of normalised observations (n, size): what is to be earned from there on.
+    """Values (n,) of normalised observations (n, size): estimates of the discounted rewards to come.
 
     Args:
         size: Number of components of an observation.

@@ -40,7 +40,7 @@ class ActorCriticResult:
             that C compares; skipped (updates whose gradient was not finite, which left the actor as it was);
             std, the mean deviation of the noise.
         path: The run folder; None where none was asked for.
-        finished: Whether all updates have run; False where the time was over before.
+        finished: Whether all updates have run; False if the time limit came first.
     """
 
     actor: Actor
@@ -61,18 +61,18 @@ def train_actor_critic(
 ) -> ActorCriticResult:
     """Trains an actor and a critic over short horizons: SHAC (Xu et al., ICLR 2022) under any flow.
 
-    Every update rolls all worlds out under the noisy actor, with `horizon` steps; episodes end and begin
-    within, and no gradient crosses that. The critic's value of where a piece ends stands for what is behind
-    it.
+    Every update simulates all worlds for `horizon` steps under the noisy actor. Episodes end and begin within
+    these steps, and no gradient crosses such an end. Where the steps or an episode end, the critic's value
+    stands for the rewards to come.
 
     Args:
         config: What is trained, on what and how.
         out: The run folder, which must not exist yet. None: nothing is written.
-        overwrite: Replace the run that stands at `out`.
-        resume: Go on with the run that stands at `out`, to the last bit as if it had not stopped; begin it
-            where there is none.
-        time_limit: Seconds after which the run stops behind an update; resume goes on with it. None: no
-            limit.
+        overwrite: Replace the run at `out`.
+        resume: Continue the run at `out`, to the last bit as if it had not stopped; begin a new one if there
+            is none.
+        time_limit: Seconds after which the run stops, at the end of an update; `resume` continues it. None:
+            no limit.
         progress: Show a progress bar, where the package rich is installed.
 
     Raises:

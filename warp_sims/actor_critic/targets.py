@@ -1,7 +1,7 @@
-"""What actor and critic are trained on.
+"""The training targets of actor and critic.
 
 A piece of a world's rollout ends at the horizon or with its episode. With r_t the reward of step t, y_t the
-state behind it and V' the target critic:
+state that it leads to, and V' the target critic:
 
     value of an end    v_t = 0 where the episode failed,  V'(y_t) where time or the horizon ended it
     TD(lambda)         G_t = r_t + gamma v_t                                    at an end
@@ -26,7 +26,7 @@ class Ends(NamedTuple):
     failed: Tensor
     """The episode failed behind the step."""
     restarted: Tensor
-    """The episode ended behind the step, by failing or by its time."""
+    """The episode ended after the step, by failure or by its time."""
 
     @property
     def ended(self) -> Tensor:

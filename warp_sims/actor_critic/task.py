@@ -1,4 +1,4 @@
-"""What a system has to say of episodes, so that an actor-critic can be trained on it."""
+"""What a system must supply for episodes, so that an actor-critic can be trained on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worlds of a run: where they are, how old their episodes, and what these have earned."""
+"""The worlds of a run: their states, the ages of their episodes, and the rewards of these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def seed_of(config: ActorCriticConfig, stream: int, update: int = 0) -> int:
 
 
 class Worlds:
-    """Worlds that go on from update to update.
+    """Worlds that continue from update to update.
 
     Args:
         task: The system.
@@ -61,7 +61,7 @@ class Worlds:
         return self._draw(RESTARTS, update, horizon * n).view(horizon, n, -1)
 
     def end(self, last: Tensor, ages: Tensor, rewards: Tensor, restarted: Tensor) -> list[float]:
-        """Takes in an update; returns what the episodes that ended in it have earned.
+        """Takes in an update; returns the returns of the episodes that ended in it.
 
         Args:
             last: (nworld, state_size), where the worlds are.

@@ -1,7 +1,7 @@
 """What `warp-sims bench` measures: one training update of a problem, its numbers and its truth.
 
-The truth is computed in float64 by `gradient_pair` on the CPU. Ours in float32 must agree with it, and so
-must every peer, which shares no code with it: two contestants that agree with it agree with each other.
+`gradient_pair` computes the truth in float64 on the CPU. Ours in float32 must agree with it, and so must
+every peer; peers share no code with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Who competes in `warp-sims bench`: ours, and the peers in a folder, `benchmarks/peers/` of the repository.
+"""The contestants of `warp-sims bench`: ours, and the peers in a folder, by default `benchmarks/peers/` of
+the repository.
 
 A folder of peers is a Python package whose `PEERS` maps names to `module:Class`. A class of it
 
@@ -8,8 +9,8 @@ A folder of peers is a Python package whose `PEERS` maps names to `module:Class`
   layout of the weights given: what is timed is what is checked;
 - `policies` (optional) says which policies it takes besides the published ones: "mlp", of which it is given
   `policy=` as `elu+layernorm`, and "module", which it is given itself;
-- `plans` (optional) names several ways to go, of which the fastest competes; `flows` those it offers;
-  `problems` the systems, by default the published ones;
+- `plans` (optional) names several ways to compute the update, of which the fastest in a trial competes;
+  `flows` names the flows that it has, `problems` the systems, by default the published ones;
 - `unavailable(device)` (optional, a class method) returns why it cannot run here, or None.
 
 Modules are imported when they are asked for. One that raises `ImportError` is skipped with a line.

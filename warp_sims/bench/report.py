@@ -219,8 +219,8 @@ def _world_step(row: Row, name: str) -> float:
 
 
 def _scaling_table(rows: Sequence[Row], report: dict[str, Any]) -> list[str]:
-    """Time against what is varied, all ratios within a round: to the smallest size, to the one before it as
-    an exponent (1 is linear), and to flow R of the same size.
+    """Time against what is varied. All ratios are taken within a round: to the smallest size, to the size
+    before (as an exponent, 1 is linear), and to flow R of the same size.
     """
     varied = report["settings"]["scaling"]
 
@@ -302,7 +302,9 @@ def _fresh(rows: Sequence[Row]) -> list[str]:
 
 
 def against(report: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: ours beside an earlier report, raw and by the machines' product rates."""
+    """Lines of Markdown: ours beside an earlier report, as times and relative to the rate of matrix products
+    of both machines.
+    """
     then = {_identity(row): row for row in earlier["rows"] if OURS in row["contestants"]}
     out = []
     for row in report["rows"]:

@@ -1,12 +1,12 @@
 """`warp-sims bench`: training updates of the published problems, ours beside its peers, in one run.
 
-A row is a problem, a device, a number of worlds and a flow. In a row every contestant is built, makes its
-first update, whose loss and gradients are compared with float64 ones (`bench.case`), and then all take
-turns in this process: a change of the machine's speed meets all of them. A contestant whose numbers are
-wrong is not timed, one that is too slow for the time limit is left out, and both are said. Where growth is
-measured (`Settings.scaling`) the rows of all sizes and flows take turns, for the same reason. Peak memory and
-first calls, compiling included, are measured in fresh processes. The machine's ceilings are measured in the
-same run.
+A row is a problem, a device, a number of worlds and a flow. Every contestant of a row is built and makes its
+first update, whose loss and gradients are compared with float64 ones (`bench.case`). Then all take turns in
+this process, so that a change of the machine's speed concerns all of them. A contestant whose numbers are
+wrong is not timed. One that is too slow for the time limit is left out. The report names both. If growth is
+measured (`Settings.scaling`), the rows of all sizes and flows take turns, for the same reason. Peak memory
+and first calls, compiling included, are measured in fresh processes. The machine's ceilings are measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def _label(case: Case) -> str:
 
 
 def _together(settings: Settings) -> Iterator[list[Case]]:
-    """The cases that take turns with one another: none in the matrix, whose rows compare contestants; all
-    sizes and flows of a problem where growth is asked for.
+    """The cases that take turns with one another: in the matrix each by itself, with --scaling all sizes and
+    flows of a problem.
     """
     if not settings.scaling:
         yield from ([case] for case in settings.cases())

@@ -1,4 +1,4 @@
-"""Holds numbers against numbers, and names the output and the input where they differ."""
+"""Compares numbers, and names the output and the input where they differ."""
 
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ def compare(
     share: Tensor | None = None,
     usable: Tensor | None = None,
 ) -> Comparison:
-    """Compares (points, outputs, inputs) numbers. One that is not finite disagrees where the expected one is.
+    """Compares numbers (points, outputs, inputs). A number that is not finite disagrees with a finite one.
 
     Args:
         share: (outputs, inputs) that is subtracted before sizes are taken, such as the identity of a small

@@ -24,7 +24,7 @@ class Disagreement:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One thing held against another, which should say the same."""
+    """One thing compared with another, which should be the same."""
 
     what: str
     """Function and form: "step_vjp by value"."""

@@ -6,8 +6,8 @@ state. With N' the policy of changed parameters, and decay γ on what crosses a 
     u_t     = N'(x_t)          network edge open,       N'(x̄_t)             closed
     x_{t+1} = S(x̄_t + γ (x_t - x̄_t), u_t)   physics edge open,       S(x̄_t, u_t)         closed
 
-This needs steps forward only: no adjoint takes part in what the engine's gradients are held against. The
-combined gradient is held against the two that it compares.
+This needs forward steps only, so no adjoint is used in the numbers that the engine's gradients are compared
+with. The combined gradient is compared with the two gradients that it is made of.
 """
 
 import copy

@@ -37,16 +37,17 @@ def check(
         report = ws.check(Pendulum())
         assert report.agrees, report
 
-    Sizes are compared with the device functions before anything is compiled. Step and loss are differentiated
-    by every state and control, in float64, by finite differences at ten step lengths, and held against the
-    adjoints by value, in vector lanes (CPUs) and in memory, whichever the system has; the forms against each
-    other; float32 against float64; 1, 3 and 17 worlds against more; outputs against the NaN that they were
-    filled with; two runs for equal bits. The gradients of whole rollouts are held against finite differences
-    under R, M, N and S, of which closed edges read a fixed trajectory, and C against M and R.
+    Sizes are compared with the device functions before anything is compiled. Then step and loss are
+    differentiated by every state and control, in float64, by finite differences at ten step lengths. The
+    adjoints must agree with these: by value, in vector lanes (CPUs) and in memory, whichever the system has.
+    The forms must agree with each other, float32 with float64, and 1, 3 and 17 worlds with more. Outputs are
+    filled with NaN before, and two runs must give the same bits. Gradients of whole rollouts are compared
+    under R, M, N and S with finite differences of rollouts whose closed edges read a fixed trajectory, and C
+    with M and R.
 
-    Where one-sided differences disagree (a kink such as that of `max`), or finite differences do not settle,
-    a number is left out, and counted. A pair of an output and an input for which nothing is left is named as
-    not checked.
+    A number is left out, and counted, if one-sided differences disagree (a kink such as that of `max`) or
+    finite differences do not converge. If nothing is left for a pair of an output and an input, the report
+    names it as not checked.
 
     Args:
         system: The system, built in or your own. What it does not have (a loss, further forms, initial
@@ -54,8 +55,8 @@ def check(
         parts: Some of "sizes", "functions", "rollouts".
         points: States and controls at which step and loss are tried, about: a third of each kind, the
             system's own initial states, the same with noise, and states that random controls lead to.
-        seed: Of everything random.
-        device: "cpu", "cuda" or "cuda:INDEX", the form in lanes on a CPU only.
+        seed: Seed of everything random.
+        device: "cpu", "cuda" or "cuda:INDEX". The form in lanes is checked on a CPU only.
 
     Returns:
         `CheckReport`: print it, ask `agrees`, or take `disagreements` or `to_json()`.

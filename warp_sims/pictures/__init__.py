@@ -1,7 +1,7 @@
-"""Pictures.
+"""Pictures, and rollouts on a Warp tape.
 
-recording   a trained policy's rollout as arrays
-animation   moving pictures of it
-drawing     what a system draws with
-plots       curves of a run
+recording   a rollout recorded on a Warp tape
+animation   moving pictures of controlled systems
+drawing     how each built-in system is drawn
+plots       curves of runs
 """

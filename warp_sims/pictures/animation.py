@@ -56,13 +56,13 @@ def animate(
 ) -> Path:
     """Draws a controlled system over time.
 
-    A system that has a method `draw(axes, state)` is drawn by it, any other as curves of its state
-    components. Below it, if the system's `show_controls` is true, are the controls over time.
+    A system with a method `draw(axes, state)` draws itself; any other is drawn as curves of its state
+    components. If the system's `show_controls` is true, the controls over time are below.
 
     Args:
-        source: A run folder, whose controller is let loose on a test state; or, with `system`, what
-            `ws.rollout` returned; or states of shape (steps + 1, nworld, state_size) or (steps + 1,
-            state_size). A mapping from titles to these is drawn side by side.
+        source: A run folder, whose controller starts from a test state; or, with `system`, what `ws.rollout`
+            returned, or states of shape (steps + 1, nworld, state_size) or (steps + 1, state_size). A mapping
+            from titles to these is drawn side by side.
         out: The file to write, `.gif` or `.mp4`. None: `animation.gif` in the run folder.
         system: The system of states, or of a run whose system cannot be imported.
         policy: The policy of a run whose config.json cannot say how it was made.
@@ -181,7 +181,7 @@ def _actor_panel(
 
 
 def _no_loss(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
-    """Stands in for a run's own loss, which an animation does not need."""
+    """Replaces a run's own loss, which an animation does not need."""
     return states.new_zeros(())
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the built-in systems' states, one function per system: what `System.draw` is wired to."""
+"""Pictures of the built-in systems' states, one function per system, which `System.draw` calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rollout on a Warp tape, for programs whose loss and whose other kernels are Warp's."""
+"""A rollout on a Warp tape, for programs whose loss and other kernels are in Warp."""
 
 from collections.abc import Sequence
 

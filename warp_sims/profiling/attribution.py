@@ -1,4 +1,6 @@
-"""Wall time divided among what ran: the sum over all names is the whole of it, also with several threads."""
+"""Divides wall time among the events that ran. The sum over all names is the wall time, also with several
+threads.
+"""
 
 from collections.abc import Sequence
 
@@ -13,8 +15,8 @@ REST = "(torch, Python)"
 def attribute(events: Sequence[Event], start: int, end: int) -> dict[str, int]:
     """Divides the time from `start` to `end` among the events in it, by name [ns].
 
-    At each moment the innermost event of each thread has an equal part; a moment without any is `REST`. An
-    event inside another on its thread is called by both names, "outer / inner".
+    At each moment the innermost event of each thread gets an equal part. A moment without any event is
+    `REST`. An event inside another one on its thread has both names, "outer / inner".
 
     Args:
         events: As `Tracer.events` returns them; those that end outside are cut.

@@ -1,8 +1,9 @@
-"""What a machine can do at most, measured: the rates that achieved ones are compared with.
+"""Measured rates of a machine, with which the rates of kernels are compared.
 
-Arithmetic is a large matrix product by torch, which calls the vendor's library (MKL, cuBLAS) on all of
-torch's threads; bytes are a large copy, out of every cache. Both are the best of many repeats: a ceiling is
-what was reached, not what is usual. Measure them in the run whose rates they stand beside, machines drift.
+The arithmetic rate is that of a large matrix product by torch, which calls the vendor's library (MKL, cuBLAS)
+on all of torch's threads. The byte rate is that of a large copy that fits no cache. Both are the best of many
+repeats. They are not the peak of the processor, so a kernel can exceed them. Measure them in the same run as
+the rates that they are compared with, because the speed of machines drifts.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Warp's generated adjoints of the same forward pass beside the hand-written ones: time and error."""
+"""Compares Warp's generated adjoints of the same forward pass with the hand-written ones: time and error."""
 
 import copy
 import time
@@ -34,11 +34,11 @@ class _Way(NamedTuple):
 def compare_with_generated(
     system: System, policy: nn.Module, x0: Tensor, horizon: int, repeats: int
 ) -> tuple[list[AgainstRow], list[str]]:
-    """Times hand-written and generated adjoints, and measures the error of both. Finite differences decide
-    which of them errors are measured against.
+    """Times hand-written and generated adjoints, and measures the errors of both. Finite differences decide
+    which of them is the reference.
 
-    The gradients are those of a fixed random combination of all states: in open loop by the controls and x0,
-    with the policy by its parameters (flow R, the only one that a generated adjoint has).
+    The gradients are those of a fixed random combination of all states. In open loop they are by the controls
+    and x0, with the policy by its parameters (flow R, the only flow that a generated adjoint has).
 
     Returns:
         The rows, and what is to be said about them.

@@ -1,8 +1,8 @@
-"""What a kernel takes of a GPU: registers, shared memory and spills, found by compiling, without a GPU.
+"""Registers, shared memory and spills of a kernel on a GPU. They are found by compiling, without a GPU.
 
-Warp compiles to PTX (NVRTC comes with it), NVIDIA's `ptxas` to machine code, and says with `-v` what each
-kernel uses. `ptxas` is looked for on the PATH, below CUDA_HOME, and in the Python packages that bring one
-along (nvidia-cuda-nvcc, triton).
+Warp compiles to PTX (it includes NVRTC). NVIDIA's `ptxas` compiles PTX to machine code, and says with `-v`
+what each kernel uses. `ptxas` is searched on the PATH, below CUDA_HOME, and in the Python packages that
+include it (nvidia-cuda-nvcc, triton).
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ NO_PTXAS = "no ptxas found; pip install nvidia-cuda-nvcc brings one"
 
 
 def cuda_rollout(functions: DeviceFunctions, dtype: Any, network: str, nworld: int) -> wp.Kernel:
-    """Returns the forward sweep that a GPU takes with a network, see `policies.fused_network`."""
+    """Returns the forward sweep that a GPU takes with a network, see `policies.networks.fused_network`."""
     itemsize = wp.types.type_size_in_bytes(dtype)
     plan = choose_plan(network, itemsize, nworld)
     if plan is not None:

@@ -1,5 +1,5 @@
-"""Where the time of a rollout and its gradients goes: every launch and every wide product, beside what the
-machine can do.
+"""Measures where the time of a rollout and its gradients goes: every launch and every wide product, beside
+the rates that the machine reaches.
 """
 
 import os
@@ -57,12 +57,13 @@ def profile(
     compile_times: bool = True,
     arch: int = 90,
 ) -> Profile:
-    """Times a rollout and its gradients, launch by launch, beside what this machine can do.
+    """Times a rollout and its gradients, launch by launch, beside the rates that this machine reaches.
 
     Args:
         system: The simulated system, built in or your own.
         policy: As in `rollout`; None for `MLP(state_size, (100, 100), control_size)`. A copy is used.
-        flows: Names, letters or `Flow`s. They take turns, so that a machine that drifts treats all alike.
+        flows: Names, letters or `Flow`s. They take turns, so that a change of the machine's speed concerns
+            all alike.
         batch: Number of worlds.
         horizon: Number of steps.
         loss: As in `rollout`; None for "final", or the mean square of all states for a system without a loss.
@@ -71,9 +72,10 @@ def profile(
         dtype: torch.float32 or torch.float64.
         device: "cpu", "cuda" or "cuda:INDEX".
         repeats: Timed forward and backward passes of each flow; as many again are traced.
-        against: "generated" puts Warp's generated adjoints of the same forward pass beside the hand-written
+        against: "generated" compares Warp's generated adjoints of the same forward pass with the hand-written
             ones.
-        compile_times: Whether to compile every kernel again, cold, for its time and what it takes of a GPU.
+        compile_times: Whether to compile every kernel again, to measure the time and read its registers on a
+            GPU.
         arch: GPU architecture to compile for, 90 for sm_90; no GPU is needed.
 
     Returns:

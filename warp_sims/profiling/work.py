@@ -1,23 +1,22 @@
-"""Operations and bytes of a rollout, counted from sizes: what the kernels' times are divided by.
+"""Operations and bytes of a rollout, counted from sizes, for the rates of kernels.
 
-Operations are those of matrix products, a multiplication and an addition two, over the true weights and
-worlds: padding, biases, tanh, the physics and everything else elementwise are left out, so that no rate is
-flattered. Per point (a world at a step), with F the products of one forward evaluation of the policy, P those
-that pull a cotangent of the hidden layers back to the first, and P0 those from there to the state:
+Operations are those of matrix products over the true weights and worlds; a multiplication and an addition
+count as two. Padding, biases, tanh, the physics and other elementwise work are left out, so rates are not too
+high. Per point (a world at a step), with F the products of one forward evaluation of the policy, P those that
+pull a cotangent of the hidden layers back to the first, and P0 those from there to the state:
 
     forward             F
     hidden cotangents   P + P0, a control component in a linearisation, a field in a fused adjoint sweep;
                         P0 only where a network edge is open
     weight gradients    F a field
 
-One control component leaves no product at the output layer: its cotangents are rows of a matrix, scaled.
-Several have it in P. What the mathematics needs differs from what is done in one place: of several control
-components no more than one cotangent a field has to be pulled back. Recomputation counts as done, never as
-needed.
+With one control component there is no product at the output layer, because its cotangents are scaled rows of
+a matrix. With several, P includes it. Two things are done but not needed. A linearisation pulls back a
+cotangent for each control component, where one for each field would do. And recomputation counts as done,
+never as needed.
 
-Bytes are those of the arrays that a kernel reads and writes, each once: what must come from and go to
-wherever the array lies. On a CPU much of it lies in cache, so more than the rate of a large copy can be
-reached.
+Bytes are those of the arrays that a kernel reads and writes, each counted once. On a CPU many arrays lie in
+cache, so a kernel can exceed the rate of a large copy.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How far a matrix of runs is, and how long it will take."""
+"""Shows the progress of a matrix of runs, and how long it will take."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The paper's experiments, run again: the matrix of runs on several processes, to be stopped and gone on with
-at any moment.
+"""Runs the paper's experiments again: a matrix of runs on several processes, which can be stopped and
+continued at any moment.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOGETHER = 4
 
 
 class RunFailed(RuntimeError):
-    """A run ended otherwise than by being finished, or by a loss that is not finite."""
+    """A run neither finished nor ended with a loss that is not finite."""
 
 
 def reproduce(
@@ -47,11 +47,11 @@ def reproduce(
     workers: int | None = None,
     progress: bool = True,
 ) -> int:
-    """Does what is not yet done of a matrix of runs, each in its folder below `out`.
+    """Does the runs of a matrix that are not done yet, each in its folder below `out`.
 
-    A run counts as finished when its outcome is written; one that stopped in the middle goes on from its last
+    A run is finished when its outcome is written. A run that stopped in the middle continues from its last
     checkpoint. More runs of the same scale may be added to a folder at any time. Up to `TOGETHER` runs that
-    differ in the seed alone are done together, fewer where processes would have nothing to do otherwise.
+    differ only in the seed are done together, fewer if processes would otherwise have nothing to do.
 
     Args:
         jobs: The runs, in the order in which they are begun.
@@ -68,7 +68,7 @@ def reproduce(
         ValueError: `out` was begun with another scale, or `workers` is below 1.
         BlockingIOError: Another process works on `out`.
         RunFailed: A run could not be done; what is finished is kept.
-        KeyboardInterrupt: Ctrl-C; what is finished, and the others up to where they were, is kept.
+        KeyboardInterrupt: Ctrl-C; finished runs are kept, and the others up to their last checkpoints.
     """
     scale = scale or Scale()
     workers = cores() if workers is None else workers
@@ -265,8 +265,8 @@ def _run(left: list[Job], out: Path, scale: Scale, count: int, board: Board, loc
 
 
 def take(waiting: list[Job], board: Board, idle: int = 1) -> list[Job]:
-    """Takes the next runs for a process out of those that wait: the first, and others that differ from it in
-    the seed alone, but not so many that the other processes would be done before this one.
+    """Takes the next runs for a process from those that wait: the first, and others that differ from it only
+    in the seed, but not so many that the other processes would finish before this one.
 
     Args:
         waiting: The runs that no process does yet, at least one for each idle process.

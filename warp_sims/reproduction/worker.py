@@ -1,8 +1,8 @@
 """A process that does runs of the paper's matrix: `python -m warp_sims.reproduction.worker`.
 
-Runs that are done together come in as a line of JSON on the standard input, and every epoch of each goes out
-as one on the standard output; so a worker whose parent was killed ends at the next epoch, or at the end of
-its input.
+Runs that are done together come as a line of JSON on the standard input, and every epoch of each run is a
+line on the standard output. So a worker whose parent was killed ends at the next epoch, or at the end of its
+input.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def run(jobs: Sequence[Job], scale: Scale, out: Path, report: Report) -> None:
-    """Does runs that differ in their seed alone, together, each from where it stopped. What makes a run count
-    as finished, how it ended, is written as soon as it has.
+    """Does runs together that differ only in their seed, each from where it stopped. The outcome, which makes
+    a run count as finished, is written as soon as the run has ended.
     """
     configs, folders = [job.config(scale) for job in jobs], [job.folder(out) for job in jobs]
     with TrainingTogether(configs, folders, resume=True) as training:

@@ -1,4 +1,4 @@
-"""A runner on four legs, as users name it."""
+"""`ws.Ant`: a runner on four legs."""
 
 from __future__ import annotations
 
@@ -110,9 +110,10 @@ class Ant(Runner):
 
     State [x, y, z, quaternion w x y z, hip and ankle of each leg, and velocities: of the torso in the world,
     its turning in its own frame, of the hinges] in m, rad, m/s, rad/s. Control: torques of hip and ankle of
-    the legs 4, 1, 2, 3 as shares of 150 N m, clipped to [-1, 1]. Cost of a state: minus its speed along x and
-    1, see kernels/systems/runners.py; `reward` has the control, too. An episode ends where the torso leaves
-    heights of 0.2 to 1 m. It weighs 0.9 kg, so that its contact is softer than that of the others.
+    the legs 4, 1, 2, 3 as shares of 150 N m, clipped to [-1, 1]. Cost of a state: minus (its speed along x +
+    1), see kernels/systems/runners.py; `reward` includes the cost of the control. An episode ends if the
+    height of the torso leaves 0.2 to 1 m. The ant weighs 0.9 kg, so its contact is softer than that of the
+    other robots.
 
     Raises:
         TypeError: a field has the wrong type.

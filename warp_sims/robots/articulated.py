@@ -1,4 +1,4 @@
-"""What all articulated systems share: from a model and its settings to device functions."""
+"""The base class of all articulated systems: makes device functions from a model and its settings."""
 
 from __future__ import annotations
 
@@ -65,19 +65,20 @@ class Articulated(System):
         return self._numbered(_articulated.make_functions(self.structure, dtype), dtype)
 
     def _numbered(self, functions: DeviceFunctions, dtype: Any) -> DeviceFunctions:
-        """The functions, with the numbers that a rollout may be given."""
+        """The functions, with their physical parameters."""
         own = _articulated.make_parameter_functions(self.structure, dtype, self.parameter_names)
         return _with(functions, own)
 
     @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
-        """Names of the numbers that `parameters=` of a rollout may give, see docs/robots.md."""
+        """Names of the physical parameters (`parameters=` of a rollout), see docs/robots.md."""
         return number_names(self.model)
 
     @functools.cached_property
     def physical_parameters(self) -> dict[str, float]:
-        """The same numbers by name as the model has them, in kg, m, kg m^2, N m s/rad or N s/m, and for gears
-        N m or N a unit of force."""
+        """The model's values of the physical parameters by name, in kg, m, kg m^2, N m s/rad or N s/m, and
+        for gears N m or N a unit of force.
+        """
         words = self.model.numbers(self.structure, (0.0,) * 7)
         return {
             name: float(words[place[0]])
@@ -86,7 +87,9 @@ class Articulated(System):
 
     @functools.cached_property
     def parameter_scales(self) -> tuple[float, ...]:
-        """What a number may differ by where a robot has 0: a product of inertia by the link's own inertia."""
+        """By how much a parameter may differ if the robot's value is 0: a product of inertia by the link's
+        inertia.
+        """
         scales = [1.0] * (2 * len(self.model.joints) + len(self.model.actuators))
         for link in self.model.links:
             if link.mass > 0:
@@ -128,7 +131,7 @@ class Articulated(System):
         )
 
     def check_step(self) -> None:
-        """Raises ValueError where the substep is longer than `dt_bound`."""
+        """Raises ValueError if the substep is longer than `dt_bound`."""
         bound, step = self.dt_bound, self.dt / self.substeps
         if step > bound.seconds:
             least = math.ceil(self.dt / bound.seconds)
@@ -168,7 +171,8 @@ class Articulated(System):
     def dynamics(
         self, qpos: np.ndarray, qvel: np.ndarray, ctrl: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a substep is made of, in float64 by the CPU kernels; not differentiable, nor made for speed.
+        """Accelerations, mass matrix and bias of a substep, in float64 by the CPU kernels; neither
+        differentiable nor fast.
 
         Args:
             qpos: (n, nq).

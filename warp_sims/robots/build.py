@@ -1,9 +1,9 @@
 """A `Model` from the arrays that MuJoCo's compiler gives a model, by their names there (`body_pos`,
 `jnt_axis`, ...).
 
-Bodies without a joint are fused with what they are welded to, those welded to the world are left out. A body
-with several joints becomes a chain of links, and the axis of a hinge or slide becomes the third axis of its
-link: what a joint does then costs no product of matrices.
+Bodies without a joint are fused with the body they are welded to, and left out if that is the world. A body
+with several joints becomes a chain of links. The axis of a hinge or slide becomes the third axis of its link,
+so that a joint needs no product of matrices.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def tuple_of(values: Any) -> Any:
 
 
 def first_column(values: Any) -> np.ndarray:
-    """The linear term, where a release of MuJoCo has polynomials."""
+    """The linear term; some releases of MuJoCo have polynomials."""
     values = np.asarray(values, np.float64)
     return values.reshape(len(values), -1)[:, 0] if values.size else values.reshape(len(values))
 
@@ -184,8 +184,9 @@ def _actuators(m: Any) -> tuple[Actuator, ...]:
 
 
 def torques(m: Any, first_dof: int = 0) -> tuple[Actuator, ...]:
-    """A torque or force on every degree of freedom but those of free joints, in the range that the model
-    gives."""
+    """A torque or force on every degree of freedom except those of free joints, in the range that the model
+    gives.
+    """
     found = []
     for j, kind in enumerate(m.jnt_type):
         if int(kind) == MJ_FREE:

@@ -80,7 +80,8 @@ def _corners(shape: Shape) -> list[tuple[np.ndarray, float]]:
 def read_contacts(
     m: Any, call: str, shapes: list[Shape], contact: str, ground: float | None
 ) -> tuple[float, tuple[Sphere, ...], tuple[Pair, ...]]:
-    """Height of the ground, the spheres that touch it, and the pairs that touch each other; see `from_mjcf`.
+    """Height of the ground, the spheres that can touch it, and the pairs that can touch each other; see
+    `from_mjcf`.
 
     Args:
         m: The compiled file.

@@ -1,4 +1,4 @@
-"""A planar runner on two legs, as users name it."""
+"""`ws.HalfCheetah`: a planar runner on two legs."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class HalfCheetah(Runner):
 
     State [x, z, pitch, three hinges of the back leg, three of the front leg, and their rates] in m, rad, m/s,
     rad/s. Control: torques of the six hinges as shares of 120, 90, 60, 120, 60, 30 N m, clipped to [-1, 1].
-    Cost of a state: minus its speed along x, see kernels/systems/runners.py; `reward` has the control, too.
-    Episodes end with their time alone.
+    Cost of a state: minus its speed along x, see kernels/systems/runners.py; `reward` includes the cost of
+    the control. Episodes end only with their time.
 
     Raises:
         TypeError: a field has the wrong type.

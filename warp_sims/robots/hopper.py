@@ -1,4 +1,4 @@
-"""The hopper of the papers on differentiable simulation, as users name it."""
+"""`ws.Hopper`: the hopper of the papers on differentiable simulation."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Hopper(Articulated):
 
     State [q_x, q_z, pitch, thigh, leg, foot, and their rates] in m, rad, m/s, rad/s; q_z is 0 upright.
     Control: torques of thigh, leg and foot as shares of 200 N m, clipped to [-1, 1]; the papers' policies end
-    in a tanh. Cost of a state: minus the reward of a step but for its control, see kernels/systems/hopper.py;
-    `reward` has all of it.
+    in a tanh. Cost of a state: minus the reward of a step without the cost of its control, see
+    kernels/systems/hopper.py; `reward` includes it.
 
     Raises:
         TypeError: a field has the wrong type.

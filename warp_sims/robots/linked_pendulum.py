@@ -1,4 +1,4 @@
-"""A pendulum of several links on a cart, as users name it."""
+"""`ws.LinkedPendulum`: a pendulum of several links on a cart."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LinkedPendulum(Articulated):
     damping: float = 0.0
     """Damping of every hinge [N m s/rad]."""
     implicit: bool = False
-    """Whether the damping acts on the velocity behind a step."""
+    """Whether the damping acts on the velocity after a step."""
 
     def __post_init__(self) -> None:
         # contact is none of this system's

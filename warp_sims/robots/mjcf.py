@@ -1,7 +1,9 @@
-"""MJCF and URDF files as a `Model`: compiled by MuJoCo, checked for what the kernels do not simulate.
+"""Reads MJCF and URDF files as a `Model`. MuJoCo compiles them; what the kernels do not simulate is found
+here.
 
-What would move a robot and is not supported is refused by its name, never left out. What only MuJoCo's
-contact solver knows (solref, solimp, margin, gap, condim beyond friction or none) has no counterpart here.
+Everything that would move a robot and is not supported raises an error that names it; it is never left out
+silently. Settings of MuJoCo's contact solver (solref, solimp, margin, gap, condim beyond friction or none)
+have no counterpart here and are ignored.
 """
 
 from __future__ import annotations

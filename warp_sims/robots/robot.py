@@ -1,4 +1,4 @@
-"""Robots as users name them."""
+"""`ws.Robot`: robots read from files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Robot(Articulated):
 
         robot = ws.Robot.from_mjcf("hopper.xml")
 
-    State [qpos, qvel] as MuJoCo orders them, quaternions w, x, y, z; control: the actuators' ctrl. A control
-    step `dt` is `substeps` steps of semi-implicit Euler with the control held. Contact and joint limits are
-    smooth springs, whose numbers are fields here: those of MuJoCo's solver (solref, solimp, margin) belong
-    to another model of contact and are not used. Equations: kernels/systems/articulated.py; what of a file is
-    understood and what is refused: docs/robots.md. A robot has no loss of its own: give `ws.rollout` and
+    State [qpos, qvel] in MuJoCo's order, quaternions w, x, y, z. Control: the actuators' ctrl. A control step
+    `dt` is `substeps` steps of semi-implicit Euler with the control held. Contact and joint limits are smooth
+    springs, whose numbers are fields here. The numbers of MuJoCo's solver (solref, solimp, margin) belong to
+    another model of contact and are not used. Equations: kernels/systems/articulated.py. What is read from a
+    file, and what raises an error: docs/robots.md. A robot has no loss of its own: give `ws.rollout` and
     `ws.TrainConfig` a callable of (states, controls).
 
     Raises:
@@ -39,11 +39,11 @@ class Robot(Articulated):
     substeps: int = 1
     """Equal steps of the integrator in a control step."""
     implicit: bool = False
-    """Whether joint damping acts on the velocity behind a substep, as in MuJoCo's Euler."""
+    """Whether joint damping acts on the velocity after a substep, as in MuJoCo's Euler."""
     friction: Literal["smooth", "linear"] = "linear"
     """Friction mu N v / sqrt(|v|^2 + slip_speed^2), or min(friction_stiffness |v|, mu N) against v."""
     approach: bool = False
-    """Whether contact damps what comes nearer only; friction is then bounded by the undamped force."""
+    """Whether contact damps approaching bodies only; friction is then bounded by the undamped force."""
     contact_stiffness: float = 2e4
     """Normal force per depth, ke [N/m]."""
     contact_damping: float = 0.05
@@ -57,7 +57,7 @@ class Robot(Articulated):
     limit_damping: float = 0.05
     """Damping of the same in proportion to the way beyond [s/rad, s/m]."""
     check_stability: bool = True
-    """Whether a substep longer than `dt_bound` is refused."""
+    """Whether a substep longer than `dt_bound` raises ValueError."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_model(self.model))
@@ -92,12 +92,12 @@ class Robot(Articulated):
             dt: Control step [s]. None: the file's time step.
             substeps: None: the least number that `dt_bound` allows.
             implicit: None: as in MuJoCo's Euler, so implicit unless the file says eulerdamp="disable".
-            contact: With the "ground" alone: spheres, capsules and boxes on a horizontal plane that is fixed
-                to the world; "all": that, and spheres on each other, which refuses files where other pairs
-                of bodies would collide; or "none".
+            contact: "ground": spheres, capsules and boxes on a horizontal plane that is fixed to the world.
+                "all": spheres on each other too; a file in which other pairs of bodies would collide raises
+                an error. "none": no contact.
             limits: Whether joint limits act.
-            actuators: Those of the "model", or "torques": a force on every degree of freedom but those of
-                free joints.
+            actuators: "model": those of the file. "torques": a force on every degree of freedom except those
+                of free joints.
             **settings: Further fields of `Robot`.
 
         Raises:
@@ -193,7 +193,7 @@ def check_settings(robot: Any) -> None:
 
 
 def check_masses(model: Model) -> None:
-    """Raises ValueError where a joint moves nothing: its acceleration would be infinite."""
+    """Raises ValueError if a joint moves no mass: its acceleration would be infinite."""
     mass = [link.mass for link in model.links]
     for i in range(len(mass) - 1, -1, -1):
         if model.links[i].parent:

@@ -1,4 +1,4 @@
-"""What the robots that are to run along x share: settings of contact, reward, start and observation."""
+"""The base class of robots that are to run along x: settings of contact, reward, start and observation."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Runner(Articulated):
         return torch.from_numpy(np.concatenate([q, NOISE * random.randn(n, nv)], axis=1)).to(dtype)
 
     def observe(self, states: Tensor) -> Tensor:
-        """What a policy sees (..., observations) of states (..., state_size): all but where on the ground it
-        is.
+        """What a policy sees (..., observations) of states (..., state_size): everything except the position
+        on the ground.
         """
         return states[..., self.unseen :]
 

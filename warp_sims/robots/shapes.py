@@ -1,4 +1,4 @@
-"""Masses of simple solids, and models written down without a file."""
+"""Masses of simple solids, and models that are built without a file."""
 
 from __future__ import annotations
 

@@ -4,11 +4,11 @@ Semi-implicit Euler v' = v - h (k x + c v) / m, x' = x + h v' is stable for
 
     k h^2 / m + 2 c h / m < 4
 
-With 1 / m = j^T Mh^-1 j along a direction j, the bound is the least over what may act: contact of each
-sphere along the normal (k = ke, c = kd times the robot's weight) and along the ground (c = kf, or mu weight
-/ vs where friction is smooth), limits, springs and servos of the joints, and damping that is not implicit.
-The effective masses depend on the pose; the least of the rest pose and of poses drawn at random is taken.
-What acts at once on several points of a body is not added up, so a margin is well spent.
+With 1 / m = j^T Mh^-1 j along a direction j, the bound is the least over what may act: contact of each sphere
+along the normal (k = ke, c = kd times the robot's weight) and along the ground (c = kf, or mu weight / vs
+where friction is smooth), limits, springs and servos of the joints, and damping that is not implicit. The
+effective masses depend on the pose; the least of the rest pose and of poses drawn at random is taken. Forces
+that act at once on several points of a body are not added up, so keep a margin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Simulators that are no Warp kernels as systems: a torch function, a JAX function, launches on a Warp tape,
+"""Systems whose simulators are not Warp kernels: a torch function, a JAX function, launches on a Warp tape,
 or anything else that can be linearised.
 """
 
@@ -23,8 +23,8 @@ Draw = Callable[..., Tensor]
 
 
 def foreign_system(cls: type) -> Any:
-    """A frozen class with a constructor of its own, compared by identity: functions are what it consists
-    of.
+    """Makes a frozen class with a constructor of its own. It is compared by identity, because it consists of
+    functions.
     """
     return dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)(cls)
 
@@ -44,15 +44,15 @@ class ForeignSystem(System, Simulator):
         state_size, control_size: Numbers of components.
         loss: Cost of states in torch, (n, state_size) to (n,), for loss="final" and loss="running" (its mean
             over the steps).
-        rowwise: Whether any number of rows may go through a call and none changes with another.
-        check: Whether gradients are held against finite differences at the first states of each dtype; False
-            where they are meant to differ from the step's.
+        rowwise: Whether a call takes any number of rows, and no row changes with another.
+        check: Whether gradients are compared with finite differences at the first states of each dtype. False
+            for gradients that are meant to differ from those of the step.
         initial_states: (n, seed, split) to (n, state_size), for `train`.
-        parameters: Numbers of the physics by name, with their values, which a rollout may be given others of.
-            advance and linearize then find them behind the controls, as further columns in this order; where
-            a rollout is given none, there are no further columns.
+        parameters: Physical parameters by name, with their values, which a rollout may replace. advance and
+            linearize then find them after the controls, as further columns in this order. Without given
+            parameters there are no further columns.
 
-    A system is compared by identity and stays known to the process: make it once.
+    A system is compared by identity, and the process keeps it: make it once.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.
@@ -188,12 +188,12 @@ class TorchSystem(ForeignSystem):
 
     Args:
         step: (x, u) to the next states: tensors (n, state_size) and (n, control_size) to (n, state_size), of
-            the same dtype and device; any function that torch differentiates, of its arguments alone (no
-            random numbers, no state of its own, inputs left as they are).
-        rowwise: Rows do not mix, and Jacobians are taken at all points of a trajectory at once. False lets
-            worlds act on each other: each step is recorded by itself, which takes longer.
-        parameters: Numbers of the physics by name, with their values, which a rollout may be given others of.
-            The step takes them by name, `step(x, u, mass=..., length=...)`, each a tensor (n, 1).
+            the same dtype and device. Any function of its arguments that torch differentiates; it draws no
+            random numbers, keeps no state and does not change its inputs.
+        rowwise: Whether rows do not mix. Jacobians are then taken at all points of a trajectory at once.
+            False lets worlds act on each other: each step is recorded alone, which takes longer.
+        parameters: Physical parameters by name, with their values, which a rollout may replace. The step
+            takes them by name, `step(x, u, mass=..., length=...)`, each a tensor (n, 1).
         state_size, control_size, loss, check, initial_states: As of `ForeignSystem`.
 
     Raises:
@@ -235,7 +235,7 @@ class TorchSystem(ForeignSystem):
             return self._step(x, u)
 
     def first_use(self, x: Tensor, u: Tensor) -> None:
-        """Raises TypeError where step or loss want a gradient for something else."""
+        """Raises TypeError if step or loss hold a tensor that requires a gradient."""
         foreign_torch.check_fixed(self, "step", self._step, x, u)
         if self._loss is not None:
             foreign_torch.check_fixed(self, "loss", self._loss, x)
@@ -251,7 +251,7 @@ class TorchSystem(ForeignSystem):
 
 @foreign_system
 class JaxSystem(ForeignSystem):
-    """A simulator written in JAX, on the memory of the tensors.
+    """A simulator written in JAX, which works on the memory of the tensors.
 
         system = ws.JaxSystem(step, state_size=4, control_size=1, loss=cost)
 
@@ -259,7 +259,7 @@ class JaxSystem(ForeignSystem):
         step: (x, u) to the next states: JAX arrays (n, state_size) and (n, control_size) to (n, state_size),
             of the same dtype; any function that `jax.vjp` differentiates, of its arguments alone.
         loss: Cost of states in JAX, (n, state_size) to (n,).
-        jit: Whether the step is compiled; False for a step that `jax.jit` does not take.
+        jit: Whether the step is compiled; False for a step that `jax.jit` cannot compile.
         parameters: As of `TorchSystem`, each a JAX array (n, 1).
         state_size, control_size, rowwise, check, initial_states: As of `ForeignSystem`.
 
@@ -325,32 +325,32 @@ class JaxSystem(ForeignSystem):
 
 @foreign_system
 class TapeSystem(ForeignSystem):
-    """A simulator that launches Warp kernels with adjoints of Warp's, on arrays of its own.
+    """A simulator that launches Warp kernels on arrays of its own, with the adjoints that Warp generates.
 
         system = ws.TapeSystem(
             launch, inputs=[q, qd], controls=[f], outputs=[q_next, qd_next], state_size=4, control_size=1
         )
 
-    Each step writes states and controls into the arrays, launches and reads the outputs; in the backward pass
-    it is recorded on a tape of its own and pulled once for each gradient field. The engine clears gradients
+    Each step writes states and controls into the arrays, launches and reads the outputs. The backward pass
+    records it on a tape of its own and pulls back once for each gradient field. The engine clears gradients
     between pulls.
 
     Args:
-        launch: Launches the kernels of one step, from `inputs` and `controls` to `outputs`. It leaves the
-            first two as they are, and what it remembers from step to step belongs into the state. All arrays
-            in between need `requires_grad=True`.
+        launch: Launches the kernels of one step, from `inputs` and `controls` to `outputs`. It does not
+            change the first two. Everything that it keeps from step to step must be part of the state. All
+            arrays in between need `requires_grad=True`.
         inputs: Arrays that make up the state, in the order of its components: an array of nworld * k numbers,
-            world after world, holds k components of each. Of one scalar type, as all of these.
-        controls: Arrays that make up the control likewise.
+            world after world, holds k components of each. All arrays here have one scalar type.
+        controls: Arrays that make up the control in the same way.
         outputs: Arrays of the next state, as `inputs`.
-        parameters: Arrays of a number of the physics for every world by name, which a rollout may be given
-            others of; what they hold now is what they hold where none are given.
-        load: (x, u), called behind the copies and before `launch`, outside the tape: for what else has to be
-            set or reset.
+        parameters: Physical parameters by name, arrays with one number for every world, which a rollout may
+            replace. Otherwise they keep the numbers that they hold now.
+        load: (x, u), called after the copies and before `launch`, outside the tape, to set or reset other
+            things.
         state_size, control_size, loss, check, initial_states: As of `ForeignSystem`; the loss in torch.
 
-    The arrays fix the number of worlds, the dtype and the device. Worlds may act on each other. One thread at
-    a time may use a system: all of them would write to the same arrays.
+    The arrays fix the number of worlds, the dtype and the device. Worlds may act on each other. Only one
+    thread at a time may use a system, because all threads would write to the same arrays.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected. The first use
@@ -399,7 +399,7 @@ class TapeSystem(ForeignSystem):
 
     @property
     def worlds_apart(self) -> bool:
-        """Taken as given, for `linearize`: kernels that let worlds act on each other are rare."""
+        """`linearize` assumes so, because kernels that let worlds act on each other are rare."""
         return True
 
     def advance(self, x: Tensor, u: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Steps of foreign simulators as users give them, and the numbers of the physics that they take by name."""
+"""Steps of foreign simulators as users give them, and the physical parameters that they take by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,8 +32,8 @@ def check_numbers(name: str, parameters: Any) -> dict[str, float]:
 def with_columns(
     step: Callable[..., Any], control_size: int, parameters: Mapping[str, float] | None
 ) -> Callable[..., Any]:
-    """A step of (x, u) that finds its parameters behind the controls, and its own numbers where they are
-    not.
+    """Makes a step of (x, u) that finds its parameters after the controls; without such columns it takes its
+    own numbers.
     """
     if not parameters:
         return step

@@ -17,15 +17,15 @@ from . import System
 __all__ = ["Parameters", "check_parameters"]
 
 Parameters = Mapping[str, Tensor | float] | None
-"""Numbers of the physics by name, one for all worlds, () or a float, or one a world, (nworld,)."""
+"""Physical parameters by name: a float or a tensor () for all worlds, or a tensor (nworld,)."""
 
 
 def check_parameters(
     call: str, system: System, parameters: Any, x0: Tensor, members: int = 0, own_loss: bool = False
 ) -> tuple[Physical | None, tuple[Tensor, ...]]:
-    """What the bridge is handed of given parameters, stacked for an ensemble of `members`; None for none.
+    """Returns given parameters as the bridge takes them, stacked for an ensemble of `members`; None for none.
 
-    `own_loss`: whether the system's own loss is asked for.
+    `own_loss`: whether the rollout has the system's own loss.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says what was expected.

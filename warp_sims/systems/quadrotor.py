@@ -21,9 +21,9 @@ class Quadrotor(System):
     inner loop on body rates.
 
     State [p (3), v (3), q (4), o (3)]: position [m] and velocity [m/s] in the world, z up; unit quaternion
-    (w, x, y, z) from body to world; body rates [rad/s]. Control [thrust, rates (3)], without units: 0 hovers,
-    1 doubles the thrust, or asks for `rate`. Nothing is bounded. Cost of a state: |p|^2 + velocity_cost |v|^2
-    + rate_cost |o|^2.
+    (w, x, y, z) from body to world; body rates [rad/s]. Control [thrust, rates (3)], without units: 0 hovers;
+    a thrust of 1 doubles the thrust, and a rate of 1 asks for `rate`. Controls are not bounded. Cost of a
+    state: |p|^2 + velocity_cost |v|^2 + rate_cost |o|^2.
 
     Equations: kernels/systems/quadrotor.py. Mass, inertia, drag and the control rate are those of DiffAero's
     position control.

@@ -1,4 +1,4 @@
-"""A control that is held for several steps: what a policy sees as one step is several of the simulator."""
+"""A control that is held for several steps: one step of the policy is several steps of the simulator."""
 
 import dataclasses
 from typing import Any, Literal
@@ -23,9 +23,9 @@ def repeat(system: System, times: int) -> System:
 
         slow = ws.repeat(ws.CartPole(dt=0.005), 4)    # the policy acts every 0.02 s
 
-    Gates, windows and decay then apply at the states that the policy sees. The backward pass computes the
-    states in between again, from the first for each: nothing more is kept, and the work grows with the square
-    of `times`. The form of a step in vector lanes is not used.
+    Gates, windows and decay apply at the states that the policy sees. The backward pass recomputes each state
+    in between from the first one. So nothing more is kept, and the work grows with the square of `times`. The
+    form of a step in vector lanes is not used.
 
     Args:
         system: Any system with an adjoint written by hand, or a foreign one.

@@ -1,4 +1,4 @@
-"""What a system is: the base class, and the checks of its numbers that the built-in systems share."""
+"""The base class of all systems, and the checks of fields that the built-in systems share."""
 
 import abc
 import dataclasses
@@ -25,15 +25,15 @@ class System(abc.ABC):
     A subclass supplies
 
     - `state_size` and `control_size`, ints (class attributes or properties),
-    - `device_functions(dtype)`: a `DeviceFunctions` with `step`, `step_vjp` and, for losses of its own,
-      `loss` and `loss_vjp`. Cache it (`functools.lru_cache` on a module-level factory): kernels are compiled
-      once for each object it returns. Do not use `from __future__ import annotations` in that file, Warp
-      reads the annotations.
+    - `device_functions(dtype)`: a `DeviceFunctions` with `step`, `step_vjp` and, for a loss of its own,
+      `loss` and `loss_vjp`. Without `step_vjp` Warp generates the adjoints. Cache it (`functools.lru_cache`
+      on a module-level factory): kernels are compiled once for each object it returns. Do not use `from
+      __future__ import annotations` in that file, because Warp reads the annotations.
     - `initial_states(n, seed, split)`, if it is to be trained from the command line.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
-    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `train_defaults` and
-    `bench_defaults`. With `observe(states)`, in torch, it says what a policy sees (`Observed`).
+    field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `done`, `train_defaults`
+    and `bench_defaults`. A method `observe(states)`, in torch, says what a policy sees (`Observed`).
 
     The first call compiles the kernels, later ones load them from Warp's cache. `warp_sims.check(system)`
     says whether the adjoint is that of the step.
@@ -46,20 +46,21 @@ class System(abc.ABC):
     """Whether animations show the controls over time below the picture."""
 
     done: ClassVar[Callable[..., torch.Tensor] | None] = None
-    """Which worlds end with a state, for episodes: done(states (nworld, state_size)) returns (nworld,), bool.
-    None where none do.
+    """Which states end an episode: a function of states (nworld, state_size) that returns (nworld,), bool.
+    None: no state does.
     """
 
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """What `warp-sims train` and `profile` start from: some of `horizon`, `loss`, `control_cost`, `zero_last`
-    and `policy` ("mlp" or "wavecnn"). The rest is that of the cart-pole: 100 steps, the loss of the last
-    state.
+    """Defaults of `warp-sims train` and `profile` for this system: some of `horizon`, `loss`, `control_cost`,
+    `zero_last` and `policy` ("mlp" or "wavecnn"). Others are those of the cart-pole: 100 steps, the loss of
+    the last state.
     """
 
     bench_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """What `warp-sims bench` takes besides: some of `numbers`, those of the system that are not its defaults;
-    `scaled`, (name, values) of the one that `--scaling` varies; `tolerance` of a gradient in float32,
-    relative, by default 2e-5; `last_layer`, a factor on the last layer of the policy, by default 1.
+    """Settings of `warp-sims bench` for this system: some of `numbers` (fields of the system that differ from
+    its defaults), `scaled` (name and values of the field that `--scaling` varies), `tolerance` (relative, of
+    a gradient in float32, by default 2e-5), and `last_layer` (a factor on the last layer of the policy, by
+    default 1).
     """
 
     _number: ClassVar[int | None] = None

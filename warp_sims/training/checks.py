@@ -9,7 +9,7 @@ from ..kernels.flow import as_int
 
 
 def whole(call: str, name: str, value: Any, at_least: int) -> int:
-    """Returns a setting that is a whole number, of this or another library.
+    """Returns a setting that is a whole number, as an int; numbers of other libraries are accepted.
 
     Raises:
         TypeError: It is no whole number; the message begins with `call`.

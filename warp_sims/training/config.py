@@ -36,13 +36,14 @@ class TrainConfig:
         control_cost: Weight of the mean squared control that is added to the loss.
         window: Truncation window in steps: both edges closed at every multiple of it. None: no truncation.
         decay: Factor in [0, 1] on what crosses the physics edge backwards, or a `PerSecond`.
-        clip_cotangent: Largest norm of what a step is given to pull back, in every world; None: no bound.
-        combiner: Of flow "combined": another way to make one gradient of M and R, see `GradientPair.combine`;
-            `Anneal` blends them with a weight that changes over the updates. None: the published one.
-        inputs: What the policy is given beside the states, (x0, horizon, generator) -> (horizon, nworld, k),
-            such as references or noise; asked for every update and every evaluation, with a generator that
-            depends on `seed` and the update alone, for evaluations on `seed`. None: nothing; of a
-            `GaussianPolicy` its noise.
+        clip_cotangent: Largest norm of the cotangent that a step pulls back, in every world. None: no bound.
+        combiner: For flow "combined": another way to make one gradient of M and R, see
+            `GradientPair.combine`; `Anneal` blends them with a weight that changes over the updates. None:
+            the published one.
+        inputs: A function (x0, horizon, generator) -> (horizon, nworld, k) for a second argument of the
+            policy, such as references or noise. It is called for every update and every evaluation. The
+            generator depends only on `seed` and the number of the update, for evaluations only on `seed`.
+            None: no inputs; a `GaussianPolicy` gets its noise.
         samples: Number of initial states in the training set, and as many in the test set.
         batch: Initial states of one update. Batches are taken in order and never shuffled.
         epochs: Passes over the training set.
@@ -53,22 +54,21 @@ class TrainConfig:
         clip: "none", "value" (every component to [-clip_at, clip_at]) or "norm" (of all components together).
             It acts on the final gradient, for C on the combined one.
         clip_at: Bound of the clip.
-        on_divergence: What becomes of an update whose loss or gradient is not finite, or one of whose two
-            fields (flow "combined") is NaN or infinite in all components: "stop" ends the run with an error
-            that names it and puts the last finite weights back; "skip" leaves weights and optimizer as they
-            are and takes the next batch, and ends the run after an epoch in which every update was skipped.
+        on_divergence: What happens at an update whose loss or gradient is not finite, or one of whose two
+            fields (flow "combined") is NaN or infinite in all components. "stop" ends the run with an error
+            that names the update, and restores the last finite weights. "skip" leaves weights and optimizer
+            unchanged and takes the next batch; an epoch in which every update was skipped ends the run.
         seed: Seed of the initial states; 42 gives the published data sets.
-        dtype: "float32" or "float64". None: the dtype of the policy's parameters, which it must agree with.
-        device: Where the run takes place. None: the device of the policy's parameters, which it must agree
-            with.
+        dtype: "float32" or "float64"; it must be that of the policy's parameters. None: that dtype.
+        device: The device of the run; it must be that of the policy's parameters. None: that device.
         log_every: Epochs from one row of the log to the next. Train and test loss are evaluated for each row.
-        checkpoint_every: Epochs from one writing of the checkpoints to the next. They are written at the end
-            and after an interruption as well, so this bounds what a killed process loses.
+        checkpoint_every: Epochs between two writings of the checkpoints. They are also written at the end and
+            after an interruption. So a killed process loses at most so many epochs.
         tensorboard: Write TensorBoard events into the run folder.
         graph: Record an update as a CUDA graph (forward, backward, comparison, clipping and optimizer) and
-            replay it: the host then takes one call an update. Needs a CUDA device. Weights are those without
-            it, to the last bit. A policy or loss of your own must do nothing on the host that differs from
-            call to call.
+            replay it, so that the host makes one call an update. Needs a CUDA device. Weights are the same as
+            without it, to the last bit. A policy or loss of your own must do the same on the host in every
+            call.
     """
 
     system: System
@@ -163,14 +163,14 @@ class TrainConfig:
 
     @property
     def draws(self) -> Callable[[torch.Tensor, int, torch.Generator], torch.Tensor] | None:
-        """What draws the inputs of an update, where the policy is given any."""
+        """The function that draws the inputs of an update; None if the policy takes none."""
         policy = self.policy
         if self.inputs is None and isinstance(policy, GaussianPolicy):
             return lambda x0, horizon, generator: policy.draw(horizon, x0, generator=generator)
         return self.inputs
 
     def combiner_at(self, update: int) -> Combiner | None:
-        """What makes one gradient of two in an update, counted from 0."""
+        """The combiner of an update, counted from 0."""
         return self.combiner.at(update) if isinstance(self.combiner, Anneal) else self.combiner
 
     def _check_combiner(self) -> None:

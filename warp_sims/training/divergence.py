@@ -1,4 +1,6 @@
-"""Where numbers stop being finite: which update of a training run, which world and step of a rollout."""
+"""Finds where numbers stop being finite: in which update of a training run, in which world and step of a
+rollout.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,10 @@ class Place(NamedTuple):
 
 
 def locate(states: Tensor, controls: Tensor) -> Place | None:
-    """Returns the first number of a trajectory that is not finite; None where all are.
+    """Returns the first number of a trajectory that is not finite; None if all are.
 
     Args:
-        states: (horizon + 1, nworld, state_size), with a member axis behind the first of an ensemble.
+        states: (horizon + 1, nworld, state_size), for an ensemble (horizon + 1, members, nworld, state_size).
         controls: (horizon, nworld, control_size), the same.
     """
     found = []
@@ -67,9 +69,10 @@ def locate(states: Tensor, controls: Tensor) -> Place | None:
 
 
 def check_rollout(system: System, states: Tensor, controls: Tensor, loss: Tensor | None) -> None:
-    """Raises FloatingPointError where a rollout has diverged; it says in which world and step.
+    """Raises FloatingPointError if a rollout has diverged; the message says in which world and step.
 
-    In the good case it reads the last state and the loss alone: what is not finite does not become so again.
+    Otherwise it reads only the last state and the loss, because a state that is not finite never becomes
+    finite again.
     """
     if capturing(states.device):
         raise ValueError(
@@ -121,12 +124,13 @@ def reason(row: Sequence[float], size: int, config: TrainConfig) -> str | None:
 def first_lost(
     rows: Sequence[Sequence[float]], size: int, config: TrainConfig, broken_off: bool
 ) -> tuple[int, str] | None:
-    """Returns the first update of an epoch that ends the run and why, see `reason`; None where none does.
+    """Returns the first update of an epoch that ends the run, and why, see `reason`; None if none does.
 
     Args:
         rows: What is `RECORDED` of each update.
         size: Number of components of the gradient.
-        config: The settings. Where such updates are skipped, they end the run if all were.
+        config: The settings. If such updates are skipped, only an epoch in which all were skipped ends the
+            run.
         broken_off: Whether the epoch ended early, by an error that may be a consequence.
     """
     reasons: list[str | None] = []
@@ -146,15 +150,13 @@ def first_lost(
 
 
 def time_step(system: System) -> str:
-    """Says what the time step of a system is, where it has one."""
+    """Says what the time step of a system is, if it has one."""
     dt = getattr(system, "dt", None)
     return "" if dt is None else f"; the time step is dt={dt:g}"
 
 
 def lost(contents: Any, name: str) -> str | None:
-    """Returns the name of the first floating tensor in nested containers that is not finite; None where all
-    are.
-    """
+    """Returns the name of the first floating tensor in nested containers that is not finite, or None."""
     if isinstance(contents, dict):
         items = [(f"{name}.{key}" if name else str(key), value) for key, value in contents.items()]
     elif isinstance(contents, Tensor):

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever stops the process or the machine."""
+"""Writes files that are complete or not there at all, whatever stops the process or the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTIAL = ".partial"
 
 
 def replace_file(target: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replaces a file in one move: whoever stops the process or the machine finds the old one or the new one.
+    """Replaces a file in one move: if the process or the machine stops, the old file or the new one is there.
 
     Args:
         target: The file.
@@ -42,7 +42,7 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def keep_as(source: Path, target: Path) -> None:
-    """Gives a file a second name in one move, so that replacing it under its own loses nothing."""
+    """Gives a file a second name in one move, so that it is kept when the first name is replaced."""
     partial = _partial(target)
     try:
         try:
@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what processes that were killed in the middle of a writing have left."""
+    """Removes the partial files of processes that were killed while they wrote."""
     for left in folder.glob("*" + PARTIAL):
         left.unlink(missing_ok=True)
 

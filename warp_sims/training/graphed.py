@@ -20,7 +20,7 @@ Update = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class GraphedUpdate:
-    """An update that records itself as a CUDA graph, one for each batch size, and is replayed from then on.
+    """An update that is recorded as a CUDA graph, one for each batch size, and then replayed.
 
     Args:
         update: (initial states (nworld, state_size), record (rows,)) -> None: changes the weights in place,
@@ -33,7 +33,7 @@ class GraphedUpdate:
         self._seen: dict[int, int] = {}
 
     def __call__(self, x0: torch.Tensor, record: torch.Tensor) -> None:
-        """Does one update."""
+        """Makes one update."""
         size = x0.shape[0]
         seen = self._seen[size] = self._seen.get(size, 0) + 1
         if seen <= WARM_UP:

@@ -1,4 +1,4 @@
-"""What a policy in training is given beside the states: drawn anew for every update."""
+"""The inputs that a policy in training is given beside the states, drawn anew for every update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .config import TrainConfig
 
 def draw_inputs(config: TrainConfig, x0: Tensor, what: str, horizon: int | None = None) -> Tensor | None:
     """Returns the inputs (horizon, nworld, k) of a rollout from x0 (nworld, state_size), None for a policy of
-    states alone. They depend on the seed of the run and on `what` they are for: a run that goes on draws what
-    it would have drawn.
+    states only. They depend on the seed of the run and on `what` they are for, so a resumed run draws the
+    same inputs.
 
     Raises:
         TypeError, ValueError: `config.inputs` returned something else.

@@ -1,4 +1,4 @@
-"""Ctrl-C while what has to agree is being written."""
+"""Delays Ctrl-C while files that must agree are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Lets Ctrl-C wait for the end of a short block, so that the log and the last checkpoint agree."""
+    """Delays Ctrl-C to the end of a short block, so that the log and the last checkpoint agree."""
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""What the processes of a group settle before they train together."""
+"""What the processes of a group agree on before they train together."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .processes import Processes
 
 
 def meet(config: TrainConfig, processes: Processes) -> None:
-    """Makes sure that all processes do the same, and gives all of them the weights of the first.
+    """Checks that all processes do the same, and gives all of them the weights of the first.
 
     Raises:
-        ValueError: In every process, where one has another system, other settings, initial states or
-            parameters, or another order of them; the message names the first that differs.
+        ValueError: In every process, if one has another system, other settings, initial states or parameters,
+            or another order of them. The message names the first process that differs.
     """
     if config.graph:
         raise ValueError(

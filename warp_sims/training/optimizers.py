@@ -28,9 +28,9 @@ def make_optimizer(
 
     Args:
         name: One of `OPTIMIZERS`.
-        parameters: What is trained.
+        parameters: The parameters to train.
         lr: Learning rate.
-        momentum: For `sgd` alone.
+        momentum: Only for `sgd`.
         capturable: Keep everything that changes from step to step on the device, so that a CUDA graph can
             hold a step; not for those of `ON_HOST`.
     """
@@ -54,15 +54,15 @@ class KerasAdam(torch.optim.Optimizer):
         v += (1 - b2) (g^2 - v)
         p -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon)
 
-    It differs from `torch.optim.Adam` in two points. torch adds epsilon to the bias-corrected root of v,
-    Keras to the uncorrected one: the first updates differ by 1e-3 of their size where gradients are small.
-    And Keras finds the rate in front of m in the precision of the parameters: in float32 it falls short by
-    6.7e-6 in the first step, by 4e-6 in the thousandth. Step after step in one direction, that is more than
-    rounding leaves between two programs: with it the weights of 64 updates of the published runs are met to
-    4e-6 of the way that they go, without it to 2e-5.
+    It differs from `torch.optim.Adam` in two points. First, torch adds epsilon to the bias-corrected root of
+    v, Keras to the uncorrected one. If gradients are small, the first updates differ by 1e-3 of their size.
+    Second, Keras computes the rate in front of m in the precision of the parameters. In float32 the rate is
+    too small by 6.7e-6 in the first step and by 4e-6 in the thousandth. These errors all have one sign, so
+    they exceed rounding errors: after 64 updates of the published runs our weights differ from the published
+    ones by 4e-6 of the distance that these moved, and by 2e-5 without this detail.
 
     Args:
-        parameters: What is trained.
+        parameters: The parameters to train.
         lr: Learning rate.
         betas: Decay rates (b1, b2) of the first and second moment.
         epsilon: Keras's epsilon.

@@ -44,10 +44,10 @@ class Processes:
         return self.rank == 0
 
     def share(self, x0: Tensor) -> tuple[Tensor, int]:
-        """Returns what this process takes of the states (nworld, state_size), and how many worlds count.
+        """Returns this process's share of the states (nworld, state_size), and how many of its worlds count.
 
-        Shares differ by one world at most. A process whose share is empty takes one world that counts as
-        none: a policy or a loss of the user's own need not know what to do with no worlds at all.
+        Shares differ by one world at most. A process whose share is empty takes one world that does not
+        count, so that a user's policy or loss never sees a batch without worlds.
         """
         if not self.several:
             return x0, x0.shape[0]
@@ -74,7 +74,7 @@ class Processes:
         return box[0]
 
     def in_first(self, action: Callable[[], None], device: Any) -> None:
-        """Does something in the first process alone; what it raises there is raised in all."""
+        """Does something in the first process only. An error there is raised in all processes."""
         failure = None
         if self.first:
             try:
@@ -169,8 +169,7 @@ def reduced_mean(
 ) -> list[Tensor]:
     """Returns means over `total` worlds of all processes, of what are means over the `worlds` of this one.
 
-    One reduction of one flat buffer. A share without worlds has no say, whatever its numbers are: the mean
-    over no worlds is NaN.
+    It is one reduction of one flat buffer. A share without worlds is ignored, because its mean is NaN.
     """
     buffer = torch.cat([t.reshape(-1) for t in tensors])
     buffer = buffer * (worlds / total) if worlds else torch.zeros_like(buffer)
@@ -180,7 +179,7 @@ def reduced_mean(
 
 
 def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process."""
+    """Whether torchrun, or a program that sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
@@ -199,6 +198,6 @@ def join(device: str | None) -> str | None:
 
 
 def leave() -> None:
-    """Leaves the process group, whatever state it is in: one that failed must not wait for the others."""
+    """Leaves the process group in any state, because a process that failed must not wait for the others."""
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What runs and figures come from: the versions in use, and the machine."""
+"""The versions in use and the machine, which runs and figures are labelled with."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Returns what the figures were made on, without a word that identifies the machine."""
+    """Returns a description of the machine that does not identify it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -141,10 +141,10 @@ def make_jobs(
     costs: Sequence[float] = COSTS,
     targets: Sequence[int] = TARGETS,
 ) -> list[Job]:
-    """Returns the runs of a selection, seed by seed: the whole matrix is there early, and gains its bands.
+    """Returns the runs of a selection, seed by seed, so that all settings have a first run early.
 
     Raises:
-        ValueError: Something is asked for that the published scripts do not have, or nothing at all.
+        ValueError: The selection has something that the published scripts do not have, or it is empty.
     """
     if seeds < 1:
         raise ValueError(f"reproduce: seeds={seeds}, expected at least 1")

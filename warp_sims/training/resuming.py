@@ -1,4 +1,4 @@
-"""A run that stopped: whether what stands in its folder fits together, and what it needs to go on."""
+"""A run that stopped: whether the files in its folder fit together, and what the run needs to continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANEW = "or begin anew with overwrite=True (--overwrite)"
 
 @dataclass(frozen=True)
 class Stopped:
-    """A run that stopped after a finished epoch, and what it needs to go on."""
+    """A run that stopped after a finished epoch, and what it needs to continue."""
 
     last: dict[str, Any]
     """Contents of the last checkpoint."""
@@ -40,15 +40,14 @@ class Stopped:
 
 
 def read_stopped(path: str | os.PathLike[str], config: TrainConfig) -> Stopped | None:
-    """Returns where the run at `path` stopped, None where it got to no checkpoint or no run stands there.
+    """Returns where the run at `path` stopped; None if it has no checkpoint, or if there is no run.
 
-    A setting that the run lacks, because a later version added it, is taken to be its default. More epochs
-    than it was begun with continue it.
+    If the run lacks a setting that a later version added, the default is taken. If `config` has more epochs
+    than the run, it is continued.
 
     Raises:
-        ValueError: The run that stands there has other settings than `config`, or what is in its folder does
-            not fit together: a checkpoint or the log is missing, damaged, or of another epoch or another run.
-            Nothing is changed then.
+        ValueError: The run has other settings than `config`, or its files do not fit together: a checkpoint
+            or the log is missing, damaged, or of another epoch or another run. Nothing is changed then.
     """
     if not is_run(path):
         return None
@@ -102,12 +101,12 @@ def resumed_config(
     combiner: Callable[..., torch.Tensor] | None = None,
     inputs: Callable[..., torch.Tensor] | None = None,
 ) -> TrainConfig:
-    """Returns the settings of the run at `path`, to go on with it.
+    """Returns the settings of the run at `path`, to continue it.
 
     Args:
         path: The run folder.
-        epochs: How many there shall be in all; None: as many as it was begun with.
-        device: Where it shall take place; None: where it was begun.
+        epochs: Number of epochs in all. None: that of the run.
+        device: The device to continue on. None: that of the run.
         policy, loss, combiner, inputs: The run's own, where its config.json does not say how they are made.
     """
     data = read_config(path)
@@ -175,7 +174,7 @@ def _is_less(was: Any, now: Any) -> bool:
 
 
 def _refuse_what_has_no_checkpoint(folder: Path, config: TrainConfig) -> None:
-    """Raises ValueError where the run got so far that its last checkpoint must have been there."""
+    """Raises ValueError if the log shows that the run must have had a checkpoint."""
     found = [-1]
     for name in ("best", PREVIOUS):
         if (folder / checkpoint_name(name)).exists():
@@ -190,7 +189,7 @@ def _refuse_what_has_no_checkpoint(folder: Path, config: TrainConfig) -> None:
 
 
 def _previous(folder: Path) -> str:
-    """Says what the checkpoint before the last is good for, where there is one."""
+    """Says how to use the checkpoint before the last one, if there is one."""
     try:
         epoch = read_checkpoint(folder, PREVIOUS)["epoch"]
     except (OSError, ValueError):
@@ -200,7 +199,7 @@ def _previous(folder: Path) -> str:
 
 
 def _check_log(folder: Path, log: Log, last: int, config: TrainConfig) -> None:
-    """Raises ValueError where the log is behind the checkpoint or lacks a row before it."""
+    """Raises ValueError if the log ends before the checkpoint or lacks a row."""
     present = set(log["epoch"].tolist())
     due = [-1, *(e for e in range(last + 1) if (e + 1) % config.log_every == 0)]
     lacking = [epoch for epoch in due if epoch not in present]
@@ -215,7 +214,8 @@ def _check_log(folder: Path, log: Log, last: int, config: TrainConfig) -> None:
 def _check_best(folder: Path, log: Log, best: int, last: int) -> None:
     """Raises ValueError unless the best checkpoint is of the epoch that the log says.
 
-    It may be ahead of the last one, which is written after it: the epochs between them are repeated.
+    It may be of a later epoch than the last checkpoint, which is written after it. The epochs between them
+    are repeated.
     """
     losses = dict(zip(log["epoch"].tolist(), log["loss_test"].tolist()))
     lowest = min((loss for epoch, loss in losses.items() if epoch <= last), default=float("nan"))

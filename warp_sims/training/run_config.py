@@ -1,9 +1,9 @@
 """A run's settings as the contents of its config.json, and back.
 
-A system is written as its name in the registry (or `module:Class`) with its fields, a policy as
+A system is written as its name in the registry (or `module:Class`) with its fields. A policy is written as
 `module:Class` with the constructor arguments that it keeps as attributes of the same name. What cannot be
-written so (a class made inside a function, an argument that is not kept) is written as null, and has to be
-handed over when the run is loaded.
+written like this (a class made inside a function, an argument that is not kept) becomes null, and must be
+given when the run is loaded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def from_json(
     combiner: Callable[..., torch.Tensor] | None = None,
     inputs: Callable[..., torch.Tensor] | None = None,
 ) -> TrainConfig:
-    """Returns the settings that `to_json` wrote; what is given here takes the place of what is written."""
+    """Returns the settings that `to_json` wrote; arguments given here replace them."""
     settings = dict(data["training"])
     known: dict[str, Any] = {
         f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name not in ("system", "policy")

@@ -1,4 +1,4 @@
-"""The lock on a run folder: of two processes that would write one run, the second is refused."""
+"""The lock on a run folder: a second process that would write the same run gets an error."""
 
 from __future__ import annotations
 

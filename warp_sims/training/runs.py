@@ -63,15 +63,15 @@ Log = dict[str, np.ndarray]
 class RunFolder:
     """Writes one run, and keeps other processes away from its folder until it is closed or discarded.
 
-    Until `begin`, nothing that stands in the folder is touched, and `discard` undoes the making.
+    Until `begin`, no file in the folder is changed, and `discard` undoes what was made.
 
     Args:
         path: The folder, made with its parents where missing.
-        overwrite: Whether a run that stands there may be replaced. Only files that a run writes are removed.
-        columns: Of its log, the first of which counts.
+        overwrite: Whether an existing run may be replaced. Only files that a run writes are removed.
+        columns: Columns of its log; the first one counts epochs or updates.
 
     Raises:
-        FileExistsError: Something stands there, and it is no run or `overwrite` is False.
+        FileExistsError: The folder is not empty, and it is not a run or `overwrite` is False.
         BlockingIOError: Another process writes a run there; the message names it.
         OSError: The folder cannot be made or written.
     """
@@ -134,8 +134,8 @@ class RunFolder:
             probe.write(b"warp-sims")
 
     def discard(self) -> None:
-        """Gives the lock back and removes the folders that were made, where they are still empty: the run did
-        not start.
+        """Gives the lock back and removes the folders that were made, if they are still empty, because the
+        run did not start.
         """
         self._release()
         for folder in reversed(self._made):
@@ -143,7 +143,7 @@ class RunFolder:
                 folder.rmdir()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Removes the run that stands there, if any, and writes config.json and the header of the log."""
+        """Removes an existing run, and writes config.json and the header of the log."""
         # config.json is replaced, not removed: whenever this is stopped, it is known for a run's folder.
         for name in ("log.csv", "curves.png", OUTCOME, *map(checkpoint_name, (*CHECKPOINTS, PREVIOUS))):
             (self.path / name).unlink(missing_ok=True)
@@ -154,7 +154,7 @@ class RunFolder:
         self._open_log([])
 
     def resume(self, rows: list[Row], epochs: dict[str, int], settings: Mapping[str, Any] | None) -> None:
-        """Keeps the run that stands there, with these rows of its log, and appends to it.
+        """Keeps the existing run, with these rows of its log, and appends to it.
 
         Args:
             rows: The log up to the last checkpoint.
@@ -179,10 +179,10 @@ class RunFolder:
         self._log.flush()
 
     def save_checkpoint(self, name: str, contents: Mapping[str, Any]) -> None:
-        """Replaces a checkpoint in one move, by one that is on disk as a whole, with the log up to it.
+        """Replaces a checkpoint in one move, when the new one and the log up to it are completely on disk.
 
-        One of an epoch whose checkpoint stands there already is not written again. The last one before stays
-        as `PREVIOUS`.
+        If the checkpoint of this epoch exists, it is not written again. The last checkpoint before stays as
+        `PREVIOUS`.
         """
         epoch = contents["epoch"]
         if self._saved.get(name) == epoch:
@@ -340,9 +340,9 @@ def load_run(
         path: The run folder.
         checkpoint: "last" (after the last finished epoch), "best" (lowest test loss) or "first" (before
             training).
-        system: Takes the place of the system in config.json; needed where its class cannot be imported.
-        policy: Takes the weights; needed where config.json cannot say how the policy was made.
-        loss, combiner, inputs: Take the place of functions that cannot be imported.
+        system: Replaces the system in config.json; needed if its class cannot be imported.
+        policy: A module that gets the weights; needed if config.json cannot say how the policy was made.
+        loss, combiner, inputs: Replace functions that cannot be imported.
 
     Returns:
         The settings, the policy with the checkpoint's weights (on the CPU, unless given), and the log as one

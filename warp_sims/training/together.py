@@ -1,4 +1,4 @@
-"""Training several runs that differ in the initial weights alone, in one batch of work."""
+"""Trains several runs that differ only in the initial weights, in one batch of work."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def train_together(
         configs = [ws.TrainConfig(system=system, policy=make_policy(seed)) for seed in range(4)]
         results = ws.train_together(configs, [f"runs/seed{seed}" for seed in range(4)])
 
-    Every run has the weights, the log and the folder that it would have alone, on a CPU to the last bit; only
-    `seconds` in its log are those of all of them, and the mean cosine may differ in its last bits. One whose
-    loss becomes NaN or infinite ends, and the others go on.
+    Every run has the weights, the log and the folder that it would have alone, on a CPU to the last bit. Only
+    `seconds` in its log are those of all of them, and the mean cosine may differ in its last bits. A run
+    whose loss becomes NaN or infinite ends, and the others continue.
 
     Args:
-        configs: The runs. They differ in nothing but the weights of their policies, which an `Ensemble` takes
-            (several `MLP` or `WaveCNN` of one size). Policies that are given inputs may be any; each of their
-            runs takes its epochs by itself, which saves no time.
+        configs: The runs. They differ only in the weights of their policies, of which an `Ensemble` must be
+            possible (several `MLP` or `WaveCNN` of one size). Policies with inputs may be any modules; their
+            runs take their epochs one after the other, which saves no time.
         outs: A run folder for each of them. None: nothing is written.
         overwrite: As for `train`, for every run.
-        resume: As for `train`, for every run. Those that are behind the others catch up first.
+        resume: As for `train`, for every run. Runs with fewer epochs than the others catch up first.
         progress: Show a progress bar for each, where the package rich is installed.
 
     Returns:
@@ -74,7 +74,7 @@ def train_together(
 class TrainingTogether:
     """Several training runs, epoch by epoch. Used as a context manager, like `TrainingRun`.
 
-    All that can be refused is refused while it is made, before anything that stands in a folder is touched.
+    Its constructor makes all checks that can fail, before it changes anything in a folder.
 
     Args:
         configs: As for `train_together`.
@@ -129,10 +129,10 @@ class TrainingTogether:
         return [run for run in self.runs if not run.done and run.diverged is None]
 
     def run_epoch(self) -> list[TrainingRun]:
-        """Runs an epoch of those active runs that are furthest behind, and returns them.
+        """Runs an epoch of those active runs that have made the fewest epochs, and returns them.
 
-        Runs that stopped at different epochs so come to train together. One that diverges in it is no longer
-        active afterwards. One that ends in it is written and closed.
+        So runs that stopped at different epochs catch up and train together. A run that diverges is not
+        active any more. A run that ends is written and closed.
         """
         behind = min(run.epoch for run in self.active)
         runs = [run for run in self.active if run.epoch == behind]
@@ -198,8 +198,8 @@ class _Group:
 
 
 def _given_inputs(runs: Sequence[TrainingRun]) -> bool:
-    """Whether policies are given more than states, which the sweeps do not hand to stacked ones: each then
-    takes its epoch by itself.
+    """Whether policies take inputs beside the states. The sweeps do not give these to stacked policies, so
+    each then takes its epoch alone.
     """
     return any(run.config.draws is not None for run in runs)
 
@@ -213,8 +213,8 @@ def _may_diverge(run: TrainingRun) -> Iterator[None]:
 
 
 def _stacked(states: list[State]) -> State:
-    """Returns the optimizer state of stacked parameters. What is no tensor like its parameter, such as the
-    count of steps, the members have in common: they have made the same number of updates.
+    """Returns the optimizer state of stacked parameters. Values that are not tensors like the parameter, such
+    as the count of steps, are the same for all members, because they have made the same number of updates.
     """
     first = states[0]
     state = {

@@ -1,4 +1,4 @@
-"""Training a policy through a simulator: the loop, and what is written while it runs."""
+"""Trains a policy through a simulator: the loop, and what it writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrainResult:
     """What `ws.train` and `ws.train_together` return.
 
     Attributes:
-        policy: The trained policy, the very module that was given.
+        policy: The trained policy, the same module that was given.
         log: One array per column: epoch (-1 is before training), loss_batch (mean over the updates, before
             each), loss_train, loss_test (after the epoch), grad_norm (root of the mean squared norm, before
             clipping), cosine and agreement of the two gradients that C compares (NaN for other flows),
@@ -40,8 +40,8 @@ class TrainResult:
             infinite, in all updates since the row before), zeros (share of zeros in the combined gradient,
             mean over the updates; NaN for other flows).
         path: The run folder; None where none was asked for, and in all but the first of several processes.
-        diverged: Of `train_together`: what ended this run before its last epoch, where its loss became NaN or
-            infinite. `train` raises it instead.
+        diverged: Of `train_together`: the error that ended this run before its last epoch, because its loss
+            became NaN or infinite. `train` raises it instead.
     """
 
     policy: torch.nn.Module
@@ -61,8 +61,8 @@ def train(
     """Trains `config.policy` in place, from its present weights.
 
     In a process group of `torch.distributed` every process takes its share of the worlds of each batch, and
-    all end with the same weights: those of one process up to rounding. The first process's weights are what
-    they start from, and it alone logs and saves. A loss of your own is to be a mean over worlds.
+    all end with the same weights: those of one process up to rounding. All start from the weights of the
+    first process, and only the first one logs and saves. A loss of your own must be a mean over worlds.
 
     With a folder, config.json, log.csv, checkpoints and a picture of the curves are written there, and they
     stay usable when the run is interrupted (KeyboardInterrupt is raised again afterwards).
@@ -70,10 +70,9 @@ def train(
     Args:
         config: What is trained, on what and how.
         out: The run folder, which must not exist yet (an empty folder will do). None: nothing is written.
-        overwrite: Replace the run that stands at `out`. It is left alone until the new one has begun.
-        resume: Go on with the run that stands at `out`, from its last checkpoint instead of the policy's
-            present weights; begin it where there is none. With more `epochs` than it was begun with it goes
-            on to those.
+        overwrite: Replace the run at `out`. It is not changed before the new one has begun.
+        resume: Continue the run at `out` from its last checkpoint, instead of the policy's present weights;
+            begin a new run if there is none. More `epochs` than the run had continue it to these.
         progress: Show a progress bar, where the package rich is installed.
 
     Returns:
@@ -103,8 +102,7 @@ def train(
 class TrainingRun:
     """A training run, epoch by epoch. Used as a context manager; leaving it writes what is to be kept.
 
-    All that can be refused is refused while it is made, before anything that stands in the folder is touched;
-    that is done on entering.
+    Its constructor makes all checks that can fail. The folder is changed only on entering.
 
     Args:
         config: As for `train`.
@@ -155,18 +153,18 @@ class TrainingRun:
             raise
 
     def _open(self, out: str | os.PathLike[str] | None, overwrite: bool, resume: bool) -> None:
-        """Takes the folder, so that nobody else writes what is then read."""
+        """Locks the folder, so that no other process writes what is then read."""
         if out is not None:
             self._opened = RunFolder(out, overwrite or resume)
             self._stopped = read_stopped(out, self.config) if resume else None
 
     def discard(self) -> None:
-        """Takes back the making of the folder: the run does not begin."""
+        """Undoes the making of the folder, because the run does not begin."""
         if self._opened is not None:
             self._opened.discard()
 
     def begin(self) -> None:
-        """Begins the run in its folder, or goes on with the one that stands there."""
+        """Begins the run in its folder, or continues the one there."""
         stopped = self._stopped
         try:
             if stopped is not None:
@@ -304,8 +302,9 @@ class TrainingRun:
         self._snapshot, self._best = self._take_snapshot(self.epoch), stopped.best
 
     def check_finite(self, record: torch.Tensor, error: Exception | None = None) -> None:
-        """Raises at the first update of the next epoch whose loss or gradient is not finite, or one of whose
-        gradient fields is not in any component; where such updates are skipped, if all were.
+        """Raises FloatingPointError at the first update of the next epoch whose loss or gradient is not
+        finite, or one of whose gradient fields has no finite component. If such updates are skipped, it
+        raises only if all were skipped.
         """
         found = first_lost(record.T.tolist(), self.updates.size, self.config, error is not None)
         if found is None:
@@ -316,8 +315,8 @@ class TrainingRun:
         raise self._divergence(what.format(when=when), where) from error
 
     def _place(self, update: int) -> str:
-        """Says where the rollout of an update of this epoch is first not finite. The epoch is repeated up to
-        there: this is not the good case.
+        """Says where the rollout of an update of this epoch is first not finite. For this the epoch is
+        repeated up to there.
         """
         try:
             self.return_to_snapshot()
@@ -330,7 +329,7 @@ class TrainingRun:
         return f"; {place.text(self.config.horizon, self.config.system)}"
 
     def _check_weights(self, when: str) -> None:
-        """Raises where what would be kept is not finite."""
+        """Raises FloatingPointError if weights or moments of the optimizer are not finite."""
         name = self.updates.lost()
         if name is not None:
             raise self._divergence(f"{name} {when} holds NaN or infinity", "")

@@ -1,4 +1,4 @@
-"""The computing of a training run: updates and losses of a policy, or of the members of an ensemble."""
+"""The computation of a training run: updates and losses of a policy, or of the members of an ensemble."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def summary(record: torch.Tensor, size: int) -> torch.Tensor:
 def means(summaries: list[torch.Tensor]) -> dict[str, float]:
     """Returns what a row of the log says of the updates since the row before, from their summaries.
 
-    The count of non-finite components is that of all updates; in everything else skipped updates have no say.
+    The count of non-finite components includes all updates. Everything else ignores skipped updates.
     """
     # those of an earlier version, in the checkpoint of a run that goes on, have fewer rows
     whole = [torch.cat([s, s.new_full((len(SUMMARY) - len(s), s.shape[1]), math.nan)]) for s in summaries]
@@ -110,7 +110,7 @@ class Updates:
         self.step = GraphedUpdate(self.update) if self.config.graph else self.update
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Puts the optimizer into a state. Its tensors are others then, and graphs hold the old ones."""
+        """Sets the state of the optimizer. It then has other tensors, while graphs hold the old ones."""
         self.optimizer.load_state_dict(state)
         self._forget_graphs()
 
@@ -136,8 +136,8 @@ class Updates:
         return lost(dict(self.policy.state_dict()), "") or lost(state, "optimizer")
 
     def rehearse(self) -> None:
-        """Computes a gradient for nothing: what it refuses is refused before a folder is touched, and
-        compiling is not counted as time of the first epoch.
+        """Computes a gradient and drops it, so that errors arise before a folder is changed, and compiling
+        does not count as time of the first epoch.
         """
         self._gradient(self._train_states[: self.config.batch])
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,7 +189,7 @@ class Updates:
         return torch.stack(losses, dim=-1).tolist()
 
     def _inputs(self, x0: torch.Tensor, what: str) -> torch.Tensor | None:
-        """What this process's share of the worlds is given beside the states."""
+        """The inputs of this process's share of the worlds."""
         given = draw_inputs(self.config, x0, what)
         return None if given is None else self.processes.share(given.transpose(0, 1))[0].transpose(0, 1)
 
