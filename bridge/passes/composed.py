@@ -7,6 +7,7 @@ policies they replace those of wide.py.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,11 +19,13 @@ from ...kernels.policy.composed_layout import (
     AFFINE,
     CLEAR,
     COPY,
+    GATHER,
     LINEAR,
     NORMALIZE,
     Entry,
     parse,
 )
+from ..runtime.arrays import constant
 from ..runtime.launches import span
 from .wide import Rows
 
@@ -52,7 +55,7 @@ def evaluate(network: str, parameters: Sequence[Tensor], constants: Sequence[Ten
         if word == "-":
             return missing
         if word[0] in "pc":
-            return (parameters if word[0] == "p" else constants)[int(word[1:])]
+            return (parameters if word[0] == "p" else constants)[int(word[1:])].flatten()
         found = [float(part) for part in word.split(",")]
         return x.new_tensor(found) if len(found) > 1 else found[0]
 
@@ -61,6 +64,18 @@ def evaluate(network: str, parameters: Sequence[Tensor], constants: Sequence[Ten
         if op.kind == "linear":
             bias = None if words[2] == "-" else parameters[int(words[2][1:])]
             out = functional.linear(v, parameters[int(words[1][1:])], bias)
+        elif op.kind == "conv":
+            bias = None if words[5] == "-" else parameters[int(words[5][1:])]
+            v = v.unflatten(-1, (-1, int(words[3]))).mT
+            weight = parameters[int(words[4][1:])].view(int(words[0]), int(words[3]), int(words[1]))
+            out = functional.conv1d(v, weight, bias, int(words[2])).mT.flatten(1)
+        elif op.kind == "turn":
+            out = v.unflatten(-1, (int(words[0]), -1)).mT.flatten(1)
+        elif op.kind == "spread":
+            channels, around = int(words[0]), (int(words[1]), int(words[2]))
+            v = v.unflatten(-1, (channels, -1) if words[4] == "first" else (-1, channels))
+            mode = "constant" if words[3] == "zeros" else words[3]
+            out = functional.pad(v if words[4] == "first" else v.mT, around, mode).mT.flatten(1)
         elif op.kind == "normalize" and words[0] == "layer":
             out = functional.layer_norm(v, (op.width,), eps=float(words[1]))
         elif op.kind == "normalize":
@@ -105,6 +120,14 @@ def _gelu_tanh_slope(x: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * factor * (1 + 0.134145 * x * x)
 
 
+def _reading(key: tuple[bytes, int]) -> np.ndarray:
+    """(2, n) components of an input and of the output that is gathered from it: of each the k-th reading."""
+    places, k = np.frombuffer(key[0], dtype=np.int32), key[1]
+    found = [np.flatnonzero(places == source)[k : k + 1] for source in range(places.max() + 1)]
+    where = np.concatenate(found)
+    return np.stack([places[where], where]).astype(np.int64)
+
+
 class _Table:
     """A layout's table and what it names, of all rows at once."""
 
@@ -130,6 +153,24 @@ class _Table:
         matrix = self.rows.packed[..., first : first + units * pitch].unflatten(-1, (units, pitch))
         return matrix[..., : self.of(i, Entry.WINDOW)]
 
+    def spans(self, i: int) -> list[tuple[slice, slice]]:
+        """Per position of a linear operation: what it reads of its input, and what it writes."""
+        window, hop, units = (self.of(i, c) for c in (Entry.WINDOW, Entry.HOP, Entry.UNITS))
+        return [
+            (slice(k * hop, k * hop + window), slice(k * units, (k + 1) * units))
+            for k in range(self.of(i, Entry.POSITIONS))
+        ]
+
+    def gathered(self, i: int) -> list[tuple[Tensor, Tensor]]:
+        """Components of the input and those of the output that come from them, one after the other: none of
+        the input twice in an entry, so that sums have one order.
+        """
+        first, device = self.of(i, Entry.SECOND), self.rows.hidden.device
+        places = self.lay.table.ravel()[first : first + self.of(i, Entry.UNITS)]
+        times, key = int(np.bincount(places[places >= 0]).max()), places.tobytes()
+        both = [constant((key, k), _reading, device) for k in range(times)]
+        return [(one[0], one[1]) for one in both]
+
     def numbers(self, i: int, count: int) -> list[Tensor]:
         """Of an operation, (..., 1, 1) each."""
         first = self.of(i, Entry.NUMBERS)
@@ -142,10 +183,20 @@ def _pull(t: _Table, i: int, d: Tensor, want_jac: bool) -> None:
     kind, units = t.of(i, e.KIND), t.of(i, e.UNITS)
     if not want_jac and not t.of(i, e.INNER):
         return
-    out = d[..., t.of(i, e.ADJ_OUTPUT) : t.of(i, e.ADJ_OUTPUT) + units]
-    first = t.of(i, e.ADJ_INPUT)
+    last, first = t.of(i, e.ADJ_OUTPUT), t.of(i, e.ADJ_INPUT)
+    out = d[..., last : last + units]
     if kind == CLEAR:
         out.zero_()
+        return
+    if kind == GATHER:
+        for source, target in t.gathered(i):
+            d.index_add_(-1, first + source, out.index_select(-1, target))
+        return
+    if kind == LINEAR and t.of(i, e.POSITIONS) > 1:
+        with span("product"):
+            for read, written in t.spans(i):
+                found = d[..., last + written.start : last + written.stop] @ t.matrix(i)
+                d[..., first + read.start : first + read.stop].add_(found)
         return
     if kind == LINEAR:
         units = t.of(i, e.WINDOW)
@@ -206,19 +257,21 @@ def weight_grad(rows: Rows, d: list[Tensor], mu: Tensor, unpack: Tensor) -> Tens
             trained = 3 if kind == LINEAR else t.of(i, e.TRAINED)
             if not trained:
                 continue
-            first = t.of(i, e.ADJ_OUTPUT)
-            cotangent = torch.stack(
-                [m[..., c : c + 1] * d[c][..., first : first + units] for c in range(len(d))]
-            )
+            first, last = t.of(i, e.ADJ_OUTPUT), t.of(i, e.ADJ_OUTPUT) + units * t.of(i, e.POSITIONS)
+            cotangent = torch.stack([m[..., c : c + 1] * d[c][..., first:last] for c in range(len(d))])
             cotangent = cotangent.sum(0)
             matrix, bias = t.of(i, e.BACKWARD), t.of(i, e.BIAS)
             if kind == LINEAR:
                 window, pitch = t.of(i, e.WINDOW), t.of(i, e.PITCH_WINDOW)
                 grad = packed[f, ..., matrix : matrix + units * pitch].unflatten(-1, (units, pitch))
+                column = t.of(i, e.INPUT)
                 with span("product"):
-                    grad[..., :window] += cotangent.mT @ t.value(i, e.INPUT, window)
+                    for read, written in t.spans(i):
+                        inputs = rows.hidden[..., column + read.start : column + read.stop]
+                        grad[..., :window] += cotangent[..., written].mT @ inputs
+                        packed[f, ..., bias : bias + units] += cotangent[..., written].sum(-2)
             elif trained & 1:
                 packed[f, ..., matrix : matrix + units] += (cotangent * t.value(i, e.INPUT)).sum(-2)
-            if trained & 2:
+            if kind != LINEAR and trained & 2:
                 packed[f, ..., bias : bias + units] += cotangent.sum(-2)
     return packed.index_select(-1, unpack)

@@ -9,7 +9,7 @@
   enum { WINDOW, UNITS, PITCH_WINDOW, PITCH_UNITS, FORWARD, BIAS, BACKWARD, INPUT, POSITIONS, HOP, SECTION,
          KIND, OUTPUT, SECOND, ADJ_INPUT, ADJ_OUTPUT, ADJ_SECOND, ADDS, NUMBERS, FILL, ADJ_FILL, TRAINED, INNER,
          CENTERED, RESULT, ADJ_RESULT, ADJ_STATE, CONTROLS, TABLE = 28 };
-  enum { CLEAR, LINEAR, NORMALIZE, AFFINE, ADD, COPY, ACTIVATION = 16 };
+  enum { CLEAR, LINEAR, NORMALIZE, AFFINE, ADD, COPY, GATHER, ACTIVATION = 16 };
   enum { FEW = 4 };  // units of a linear operation that are no tile of their own
 //: vectors
 #if defined(__CUDA_ARCH__)
@@ -144,18 +144,22 @@
     if (T[KIND] == LINEAR) {
       const real* wt = P + T[FORWARD];
       const real* b = P + T[BIAS];
-      for (int j = lane; j < pitch; j += lanes) {
+      const int width = T[POSITIONS] * units;
+      for (int at = lane; at < width; at += lanes) {
+        const int j = at % units;
+        const real* x = from + at / units * T[HOP];
         real acc[BLOCK];
         #pragma unroll
         for (int r = 0; r < BLOCK; ++r) acc[r] = b[j];
         for (int k = 0; k < T[WINDOW]; ++k) {
           const real w = wt[k * pitch + j];
           #pragma unroll
-          for (int r = 0; r < BLOCK; ++r) acc[r] += from[r * row + k] * w;
+          for (int r = 0; r < BLOCK; ++r) acc[r] += x[r * row + k] * w;
         }
         #pragma unroll
-        for (int r = 0; r < BLOCK; ++r) to[r * row + j] = acc[r];
+        for (int r = 0; r < BLOCK; ++r) to[r * row + at] = acc[r];
       }
+      for (int at = lane; at < BLOCK * T[FILL]; at += lanes) to[at / T[FILL] * row + width + at % T[FILL]] = real(0);
     } else if (T[KIND] == NORMALIZE) {
       // a warp a row
       for (int r = lane / 32; r < BLOCK; r += lanes / 32) {
@@ -179,6 +183,12 @@
       for (int at = lane; at < BLOCK * (units + T[FILL]); at += lanes) {
         const int r = at / (units + T[FILL]), j = at % (units + T[FILL]);
         to[r * row + j] = j < units ? from[r * row + j] : real(0);
+      }
+    } else if (T[KIND] == GATHER) {
+      const int* place = table.data + T[SECOND];
+      for (int at = lane; at < BLOCK * pitch; at += lanes) {
+        const int r = at / pitch, j = at % pitch;
+        to[r * row + j] = j < units && place[j] >= 0 ? from[r * row + place[j]] : real(0);
       }
     } else {
       #define WS_MAP(V) { \
@@ -266,6 +276,14 @@
           for (int j = 0; j < T[FILL]; ++j) to[at_row(r) + units + j] = real(0);
         }
         break;
+      case GATHER: {
+        const int* place = table.data + T[SECOND];
+        for (int r = 0; r < count; ++r) {
+          for (int j = 0; j < units; ++j) to[at_row(r) + j] = place[j] < 0 ? real(0) : from[at_row(r) + place[j]];
+          for (int j = 0; j < T[FILL]; ++j) to[at_row(r) + units + j] = real(0);
+        }
+        break;
+      }
       default: WS_VALUES
     }
     #undef WS_MAP
@@ -294,7 +312,8 @@
       const real* x = rows + T[INPUT];
       const real* b = P + T[BIAS];
       real* y = rows + T[OUTPUT];
-      if (units <= FEW) {
+      const int positions = T[POSITIONS];
+      if (units <= FEW && positions == 1) {
         for (int r = 0; r < ROWS; ++r) {
           const real* x_r = x + at_row(r);
           real* y_r = y + at_row(r);
@@ -316,8 +335,14 @@
           else WS_TILE(ROWS, V, x, at_row, 1, wt + j, pitch_units, window) \
           WS_EACH(ROWS, V, const int at = j + v * VL; \
                            WS_STORE(y + at_row(r) + at, acc[r][v] + WS_LOAD(b + at));) }
-      WS_COLUMNS(ROWS, pitch_units, WS_LAYER)
+      // what a position writes beyond its units, the next one overwrites
+      for (int i = 0; i < positions; ++i, x += T[HOP], y += units) {
+        WS_COLUMNS(ROWS, pitch_units, WS_LAYER)
+      }
       #undef WS_LAYER
+      if (positions > 1)
+        for (int r = 0; r < ROWS; ++r)
+          for (int j = 0; j < T[FILL]; ++j) y[at_row(r) + j] = real(0);
     }
     const int present = worlds - world0 < ROWS ? worlds - world0 : ROWS;
     for (int r = 0; r < present; ++r)
@@ -428,6 +453,13 @@
           for (int j = 0; j < T[ADJ_FILL]; ++j) d_in[r * row_adj + units + j] = real(0);
         }
         break;
+      case GATHER: {
+        const int* place = table.data + T[SECOND];
+        for (int r = 0; r < count; ++r)
+          for (int j = 0; j < units; ++j)
+            if (place[j] >= 0) d_in[r * row_adj + place[j]] += d_out[r * row_adj + j];
+        break;
+      }
       default: WS_SLOPES
     }
     #undef WS_PULL
@@ -470,7 +502,9 @@
           else WS_TILE(ROWS, V, x, at_row, 1, w + j, pitch_window, units) \
           WS_EACH(ROWS, V, real* to = y + r * row_adj + j + v * VL; \
                            WS_STORE(to, adds ? WS_LOAD(to) + acc[r][v] : acc[r][v]);) }
-      WS_COLUMNS(ROWS, pitch_window, WS_LAYER)
+      for (int i = 0; i < T[POSITIONS]; ++i, x += units, y += T[HOP]) {
+        WS_COLUMNS(ROWS, pitch_window, WS_LAYER)
+      }
       #undef WS_LAYER
     }
     if (want_jac)
@@ -555,21 +589,24 @@
       }
       if (T[KIND] != LINEAR) continue;
       // the bias takes the sum of the cotangents
+      const int positions = T[POSITIONS];
+      int position = 0;
       const auto scale = [&](auto strip, int at) {
         enum { V = decltype(strip)::VECTORS };
         real* gb = g + T[BIAS] + at;
+        const int d_column = column + position * units, panel = position * pitch_units;
         vec s[V];
         _Pragma("unroll") for (int v = 0; v < V; ++v) s[v] = WS_LOAD(gb + v * VL);
         for (int r = 0; r < nrows; ++r)
           _Pragma("unroll") for (int v = 0; v < V; ++v) {
-            const vec y = cotangent(r, column + at + v * VL);
-            WS_STORE(sc + (at + v * VL) * nrows + r * VL, y);
+            const vec y = cotangent(r, d_column + at + v * VL);
+            WS_STORE(sc + (panel + at + v * VL) * nrows + r * VL, y);
             s[v] += y;
           }
         _Pragma("unroll") for (int v = 0; v < V; ++v) WS_STORE(gb + v * VL, s[v]);
       };
-      in_strips(pitch_units, scale);
-      if (units <= FEW) {
+      for (; position < positions; ++position) in_strips(pitch_units, scale);
+      if (units <= FEW && positions == 1) {
         for (int c = 0; c < units; ++c)
           for (int j = 0; j < pitch_window; j += VL) {
             real* to = g + T[BACKWARD] + c * pitch_window + j;
@@ -589,7 +626,9 @@
           for (int o = 0; o < units; o += WS_RO) { \
             fetch(); \
             WS_ZERO(WS_RO, V) \
-            WS_TILE(WS_RO, V, sc + (o - o % VL) * nrows + o % VL, at_row, VL, a + j, row, nrows) \
+            for (int i = 0; i < positions; ++i) \
+              WS_TILE(WS_RO, V, sc + (i * pitch_units + o - o % VL) * nrows + o % VL, at_row, VL, \
+                      a + i * T[HOP] + j, row, nrows) \
             WS_EACH(WS_RO, V, real* to = g + T[BACKWARD] + (o + r) * pitch_window + j + v * VL; \
                               WS_STORE(to, WS_LOAD(to) + acc[r][v]);) }
       WS_LAYER(3)

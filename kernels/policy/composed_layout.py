@@ -6,6 +6,10 @@ A composed policy is written down as one line, its operations in order of evalua
     composed:10|linear 0 100 p0 p1|normalize 1 layer 1e-05|affine 2 p2 p3|elu 3 1.0|linear 4 1 p4 p5
 
     linear v units W b          W v + b; b may be `-`
+    conv v units kernel stride channels W b
+                                the same at every position of a value with its channels last: W, torch's
+                                (units, channels, kernel), times `kernel` positions, then `stride` further
+    spread v ..., turn v rows   components in another order and zeros, see composed_places.py
     normalize v layer eps       (v - mean) / sqrt(var + eps) over the width; `rms`: v / sqrt(mean(v^2) + eps)
     affine v S o                S v + o, component by component; each may be `-`
     add v w                     v + w
@@ -28,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .composed_places import gathered
 from .layout import TILE_ROWS, Column, Layout, pitch
 
 TABLE_COLUMNS = 28
@@ -36,18 +41,23 @@ TABLE_COLUMNS = 28
 
 class Entry(Column):
     """Columns of the table of a composed policy; those of `Column` mean the same, a `units` or a `window` is
-    the width of an operation that is not linear.
+    the width of an operation that is not linear. A linear operation at several positions writes its units
+    behind one another without a gap.
     """
 
     KIND = 11  # CLEAR ... COPY, or ACTIVATION + the place of an activation in ACTIVATIONS
     OUTPUT = 12  # column of the output in a row
-    SECOND = 13  # of the second summand; of the factor that a normalisation has found
+    # of the second summand; of the factor that a normalisation has found; where the components of a gathered
+    # value come from, behind the rows of the table
+    SECOND = 13
     ADJ_INPUT = 14  # the same in a row of cotangents
     ADJ_OUTPUT = 15
     ADJ_SECOND = 16
     ADDS = 17  # 1: the cotangent of the input is added to what stands there, 2: that of the second summand
     NUMBERS = 18  # offset of the operation's numbers in the packed parameters
-    FILL = 19  # elements behind a copy that are padding, to be zero
+    FILL = (
+        19  # elements behind an output that are padding, to be zero, where it is copied, gathered or linear
+    )
     ADJ_FILL = 20  # the same behind the cotangent of its input
     TRAINED = 21  # an affine operation's scale (1) and shift (2) have gradients
     INNER = 22  # whether the input depends on parameters: without Jacobians, others need no cotangents
@@ -59,8 +69,11 @@ class Entry(Column):
     CONTROLS = 27
 
 
-CLEAR, LINEAR, NORMALIZE, AFFINE, ADD, COPY, ACTIVATION = 0, 1, 2, 3, 4, 5, 16
+CLEAR, LINEAR, NORMALIZE, AFFINE, ADD, COPY, GATHER, ACTIVATION = 0, 1, 2, 3, 4, 5, 6, 16
 """Kinds of operations in the table."""
+_PRODUCTS = ("linear", "conv")
+_APART = ("part", "conv", "spread", "turn")
+"""Operations that read some of their input, or some of it several times: their cotangents are added up."""
 
 
 class Activation(NamedTuple):
@@ -115,6 +128,11 @@ def parse(network: str) -> tuple[int, list[Operation]]:
         width = widths[inputs[0]]
         if kind == "linear":
             width = int(arguments[0])
+        elif kind == "conv":
+            units, kernel, stride, channels = map(int, arguments[:4])
+            width = units * ((width // channels - kernel) // stride + 1)
+        elif kind in ("spread", "turn"):
+            width = gathered(kind, arguments, width).size
         elif kind == "part":
             width = int(arguments[1])
         elif kind == "join":
@@ -160,11 +178,14 @@ class _Composer:
             for v in op.inputs:
                 self.values[v].consumers.append(i)
         self.row = self.row_adj = 0
+        # a convolution moves whole vectors, at any column: the last may reach beyond its value's section
+        self.beyond = pitch(1, itemsize) if any(op.kind == "conv" for op in self.operations) else 0
 
     def section(self, width: int) -> int:
         """Takes a section of a row."""
-        self.row += pitch(width, self.itemsize)
-        return self.row - pitch(width, self.itemsize)
+        first = self.row
+        self.row += pitch(width, self.itemsize) + self.beyond
+        return first
 
     def trained(self, op: Operation) -> int:
         """Which of an affine operation's vectors have gradients: 1 the scale, 2 the shift."""
@@ -192,7 +213,7 @@ class _Composer:
         self.values[0].column = self.section(self.values[0].width)
         for i, op in enumerate(self.operations):
             source, target = self.values[op.inputs[0]], self.values[i + 1]
-            target.inner = op.kind == "linear" or self.trained(op) > 0
+            target.inner = op.kind in _PRODUCTS or self.trained(op) > 0
             target.inner |= any(self.values[v].inner for v in op.inputs)
             reads_input = self.trained(op) & 1 or (
                 op.kind in ACTIVATIONS and not ACTIVATIONS[op.kind].by_output
@@ -216,8 +237,9 @@ class _Composer:
 
     def adjoint_section(self, width: int) -> int:
         """Takes a section of a row of cotangents."""
-        self.row_adj += pitch(width, self.itemsize)
-        return self.row_adj - pitch(width, self.itemsize)
+        first = self.row_adj
+        self.row_adj += pitch(width, self.itemsize) + self.beyond
+        return first
 
 
 def _copies(c: _Composer, i: int, op: Operation) -> list[dict[int, int]]:
@@ -276,6 +298,13 @@ def _entries(c: _Composer) -> list[tuple[int, dict[int, int]]]:
             own = [common | copy | {e.KIND: COPY} for copy in _copies(c, i, op)]
         elif op.kind == "linear":
             own = [common | {e.KIND: LINEAR, e.WINDOW: sources[0].width}]
+        elif op.kind == "conv":
+            units, kernel, stride, channels = map(int, op.arguments[:4])
+            found = {e.UNITS: units, e.POSITIONS: op.width // units, e.ADDS: 1}
+            found |= {e.WINDOW: kernel * channels, e.HOP: stride * channels}
+            own = [common | found | {e.KIND: LINEAR}]
+        elif op.kind in ("spread", "turn"):
+            own = [common | {e.KIND: GATHER, e.ADDS: 1}]
         elif op.kind == "normalize":
             found = {e.KIND: NORMALIZE, e.SECOND: c.section(1), e.CENTERED: int(op.arguments[0] == "layer")}
             own = [common | found]
@@ -298,7 +327,7 @@ def _order_sums(c: _Composer, rows: list[tuple[int, dict[int, int]]]) -> list[tu
     e = Entry
     written: set[int] = set()
     out: list[tuple[int, dict[int, int]]] = []
-    taken_apart = {op.inputs[0] for op in c.operations if op.kind == "part"}
+    taken_apart = {op.inputs[0] for op in c.operations if op.kind in _APART}
     piece = {}  # which input of a joining operation a row is
     counts: dict[int, int] = {}
     for n, (i, _) in enumerate(rows):
@@ -321,12 +350,36 @@ def _order_sums(c: _Composer, rows: list[tuple[int, dict[int, int]]]) -> list[tu
                 }
                 clears.append((i, clear))
             same = own.adjoint == c.values[i + 1].adjoint
-            if value in written and not same and op.kind != "part":
+            if value in written and not same and op.kind not in _APART:
                 row[e.ADDS] = row.get(e.ADDS, 0) + (2 if which else 1)
             written.add(value)
         # the backward pass meets the clearing first
         out = [(i, row), *clears, *out]
     return out
+
+
+def _window(op: Operation, window: int) -> np.ndarray:
+    """Element of the window (window,) that each weight of a unit acts on, in the order of torch's tensor."""
+    if op.kind == "linear":
+        return np.arange(window)
+    kernel, channels = int(op.arguments[1]), int(op.arguments[3])
+    return np.arange(window).reshape(kernel, channels).T.ravel()
+
+
+def _with_places(c: _Composer, rows: list[tuple[int, dict[int, int]]], table: np.ndarray) -> np.ndarray:
+    """The table, and behind its rows the places of what is gathered; its entries say where."""
+    behind: list[np.ndarray] = []
+    at = table.size
+    for n, (i, row) in enumerate(rows):
+        if row[Entry.KIND] == GATHER:
+            op = c.operations[i]
+            behind.append(gathered(op.kind, op.arguments, c.values[op.inputs[0]].width))
+            table[n, Entry.SECOND] = at
+            at += behind[-1].size
+    if not behind:
+        return table
+    flat = np.concatenate([table.ravel(), *behind]).astype(np.int32)
+    return np.pad(flat, (0, -flat.size % TABLE_COLUMNS)).reshape(-1, TABLE_COLUMNS)
 
 
 @functools.cache
@@ -342,13 +395,16 @@ def composed_layout(network: str, itemsize: int) -> Layout:
     for n, (_, row) in enumerate(rows):
         for column, value in row.items():
             table[n, column] = value
-        table[n, e.POSITIONS] = 1
+        table[n, e.POSITIONS] = row.get(e.POSITIONS, 1)
         table[n, e.PITCH_UNITS] = pitch(row[e.UNITS], itemsize)
         if row[e.KIND] == LINEAR:
             table[n, e.PITCH_WINDOW] = pitch(row[e.WINDOW], itemsize)
+        if row[e.KIND] in (LINEAR, GATHER):
+            width = row[e.UNITS] * table[n, e.POSITIONS]
+            table[n, e.FILL] = pitch(width, itemsize) - width
         if row[e.KIND] == COPY and row.get(e.ADDS):
             table[n, e.ADJ_FILL] = 0
-    table[0, e.SECTION] = pitch(c.values[0].width, itemsize)
+    table[0, e.SECTION] = pitch(c.values[0].width, itemsize) + c.beyond
     table[0, e.RESULT], table[0, e.CONTROLS] = c.values[-1].column, c.values[-1].width
     table[0, e.ADJ_RESULT], table[0, e.ADJ_STATE] = c.values[-1].adjoint, c.values[0].adjoint
 
@@ -374,10 +430,10 @@ def composed_layout(network: str, itemsize: int) -> Layout:
             # rows padded to a whole register tile, so that the products may write one
             table[n, e.BACKWARD] = size
             size += -(-units // TILE_ROWS) * TILE_ROWS * pitch_window
-            places = np.arange(units)[:, None] * pitch_window + np.arange(window)
-            weight = _Tensor(arguments[1], units * window)
-            trained.append((int(table[n, e.BACKWARD]), places.ravel(), weight))
-            vector(arguments[2], units, n, e.BIAS)
+            at = np.arange(units)[:, None] * pitch_window + _window(c.operations[i], window)
+            weight = _Tensor(arguments[-2], units * window)
+            trained.append((int(table[n, e.BACKWARD]), at.ravel(), weight))
+            vector(arguments[-1], units, n, e.BIAS)
         elif row[e.KIND] == AFFINE:
             for bit, word, column in zip((1, 2), arguments, (e.BACKWARD, e.BIAS)):
                 if row[e.TRAINED] & bit:
@@ -389,9 +445,9 @@ def composed_layout(network: str, itemsize: int) -> Layout:
             units, window, pitch_units = (int(table[n, k]) for k in (e.UNITS, e.WINDOW, e.PITCH_UNITS))
             table[n, e.FORWARD] = size
             size += window * pitch_units
-            places = np.arange(units)[:, None] + np.arange(window) * pitch_units
-            weight = _Tensor(op.arguments[1], units * window)
-            fixed.append((int(table[n, e.FORWARD]), places.ravel(), weight))
+            at = np.arange(units)[:, None] + _window(op, window) * pitch_units
+            weight = _Tensor(op.arguments[-2], units * window)
+            fixed.append((int(table[n, e.FORWARD]), at.ravel(), weight))
         elif row[e.KIND] == AFFINE:
             for bit, word, column in zip((1, 2), op.arguments, (e.BACKWARD, e.BIAS)):
                 if not row[e.TRAINED] & bit:
@@ -438,7 +494,7 @@ def composed_layout(network: str, itemsize: int) -> Layout:
         c.row_adj,
         size,
         grads,
-        table,
+        _with_places(c, rows, table),
         pack,
         np.concatenate([unpack[word] for word in order]).astype(np.int32),
         np.array(numbers),

@@ -70,7 +70,7 @@ class Layout(NamedTuple):
     biases).
     """
     table: np.ndarray
-    """(layers, TABLE_COLUMNS) int32."""
+    """(layers, TABLE_COLUMNS) int32; a composed policy's has what its operations gather behind these rows."""
     pack: np.ndarray
     """(packed,) int64: index into `numbers` and the concatenated parameters behind them, 0 for padding."""
     unpack: np.ndarray
@@ -90,7 +90,8 @@ class Layout(NamedTuple):
     @property
     def widest(self) -> int:
         """Elements of the widest section of hidden cotangents, at least one vector."""
-        outputs = self.table[:, Column.POSITIONS] * self.table[:, Column.PITCH_UNITS]
+        rows = self.table[: self.layers]
+        outputs = rows[:, Column.POSITIONS] * rows[:, Column.PITCH_UNITS]
         return int(outputs.max())
 
 

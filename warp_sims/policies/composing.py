@@ -4,6 +4,7 @@
 module is then evaluated by torch. The operations are those of kernels/policy/composed_layout.py.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import convolving
+from .convolving import stored, straight
 from .translation import (
     Composition,
     Constant,
@@ -33,6 +36,8 @@ __all__ = ["MODULES", "compose"]
 
 def _linear(t: Translation, v: Value, weight: Tensor, bias: Tensor | None) -> Value:
     units, window = weight.shape
+    if v.rows:
+        return convolving.by_position(t, v, weight, bias)
     if window != v.width:
         raise NotComposed(f"a linear layer reads {window} inputs, expected {v.width}")
     words = t.parameter(weight, (units, window)), t.parameter(bias, (units,))
@@ -42,20 +47,21 @@ def _linear(t: Translation, v: Value, weight: Tensor, bias: Tensor | None) -> Va
 def _norm(
     t: Translation, v: Value, kind: str, shape: Any, eps: float | None, *tensors: Tensor | None
 ) -> Value:
-    if tuple(shape) != (v.width,):
-        raise NotComposed(f"a normalisation is over {tuple(shape)}, expected ({v.width},)")
+    if tuple(shape) != v.shape:
+        raise NotComposed(f"a normalisation is over {tuple(shape)}, expected {v.shape}")
     small = torch.finfo(t.dtype).eps if eps is None else eps
-    v = t.emit("normalize", (v,), (kind, number(small)), v.width)
+    v = t.emit_alike("normalize", v, (kind, number(small)))
     if all(tensor is None for tensor in tensors):
         return v
-    words = tuple(t.parameter(tensor, (v.width,)) for tensor in tensors)
-    return t.emit("affine", (v,), (*words, "-")[:2], v.width)
+    v = straight(t, v)
+    words = tuple(t.parameter(tensor, v.shape) for tensor in tensors)
+    return _affine(t, v, *(*words, "-")[:2])
 
 
 def _activation(t: Translation, v: Any, kind: str, *numbers: float) -> Value:
     if not isinstance(v, Value):
         raise NotComposed(f"{kind} acts on something that does not depend on the states")
-    return t.emit(kind, (v,), tuple(number(n) for n in numbers), v.width)
+    return t.emit_alike(kind, v, tuple(number(n) for n in numbers))
 
 
 def _leaky(t: Translation, v: Any, slope: float) -> Value:
@@ -94,6 +100,7 @@ MODULES: dict[type, Callable[[Translation, Value, Any, str], Value]] = {
     nn.Softplus: lambda t, v, m, _: _activation(t, v, "softplus", m.beta, m.threshold),
     nn.Identity: lambda t, v, m, _: v,
     nn.Dropout: _dropout,
+    **convolving.MODULES,
 }
 """Modules of torch's that run fused, by their exact type."""
 
@@ -102,7 +109,12 @@ MODULES: dict[type, Callable[[Translation, Value, Any, str], Value]] = {
 
 
 def _affine(t: Translation, v: Value, scale: str, shift: str) -> Value:
-    return t.emit("affine", (v,), (scale, shift), v.width)
+    return t.emit_alike("affine", v, (scale, shift))
+
+
+def _acted_on(t: Translation, v: Value, operand: Any) -> Value:
+    """A value as the operand that scales or shifts it has its components."""
+    return straight(t, v) if isinstance(operand, Parameter) else v
 
 
 def _add(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
@@ -112,13 +124,16 @@ def _add(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
         a, b = b, a
     if not isinstance(a, Value):
         raise NotComposed("a parameter is shifted before it acts on the states")
-    word = t.vector(b, a.width)
+    a = _acted_on(t, a, b)
+    word = t.vector(b, a)
     if word is not None:
         return _affine(t, a, "-", word)
-    if a.width != b.width:
-        raise NotComposed(f"values of {a.width} and {b.width} components are added")
+    if a.shape != b.shape:
+        raise NotComposed(f"values of shapes {a.shape} and {b.shape}, without the states, are added")
+    b = stored(t, b, a.turned)
     # the later one first: it is more likely read by nobody else, and the sum takes its place
-    return t.emit("add", (a, b) if a.number > b.number else (b, a), (), a.width)
+    found = t.emit("add", (a, b) if a.number > b.number else (b, a), (), a.width)
+    return dataclasses.replace(a, number=found.number)
 
 
 def _sub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
@@ -126,7 +141,7 @@ def _sub(t: Translation, a: Any, b: Any, alpha: float = 1) -> Value:
         raise NotComposed("a subtraction has an alpha")
     if isinstance(b, Value):
         return _add(t, _affine(t, b, "-1.0", "-"), a)
-    word = t.vector(b, a.width, operator.neg)
+    word = t.vector(b, a, operator.neg)
     assert word is not None
     return _affine(t, a, "-", word)
 
@@ -136,7 +151,8 @@ def _mul(t: Translation, a: Any, b: Any) -> Value:
         a, b = b, a
     if not isinstance(a, Value):
         raise NotComposed("a parameter is scaled before it acts on the states")
-    word = t.vector(b, a.width)
+    a = _acted_on(t, a, b)
+    word = t.vector(b, a)
     if word is None:
         raise NotComposed("two values are multiplied")
     return _affine(t, a, word, "-")
@@ -145,7 +161,7 @@ def _mul(t: Translation, a: Any, b: Any) -> Value:
 def _div(t: Translation, a: Any, b: Any) -> Value:
     if not isinstance(a, Value):
         raise NotComposed("something is divided by a value")
-    word = t.vector(b, a.width, lambda c: 1 / c)
+    word = t.vector(b, a, lambda c: 1 / c)
     if word is None:
         raise NotComposed("something is divided by a value")
     return _affine(t, a, word, "-")
@@ -165,34 +181,64 @@ def _clamp(t: Translation, v: Any, min: Any = None, max: Any = None) -> Value:
     return _activation(t, v, "clamp", low, high)
 
 
+def _along(t: Translation, v: Value, dim: Any) -> Value:
+    """A value stored with the axis `dim` in front, of those behind the states."""
+    axes = 1 + len(v.shape)
+    if type(dim) is not int or not -axes <= dim < axes or dim % axes == 0:
+        raise NotComposed("values are joined or split along something else than their components")
+    return stored(t, v, dim % axes == 2) if v.rows else v
+
+
 def _join(t: Translation, tensors: Any, dim: int = 0) -> Value:
-    if dim not in (1, -1) or not all(isinstance(v, Value) for v in tensors):
-        raise NotComposed("a concatenation is of something else than values, or not along their components")
-    if len(tensors) == 1:
-        return tensors[0]
-    return t.emit("join", tuple(tensors), (), sum(v.width for v in tensors))
+    if not all(isinstance(v, Value) for v in tensors):
+        raise NotComposed("a concatenation is of something else than values")
+    values = tuple(_along(t, v, dim) for v in tensors)
+    first = values[0]
+    if len({(len(v.shape), v.rows and v.shape[0 if v.turned else 1]) for v in values}) > 1:
+        raise NotComposed(f"values of shapes {[v.shape for v in values]}, without the states, are joined")
+    if len(values) == 1:
+        return first
+    found = t.emit("join", values, (), sum(v.width for v in values))
+    rows = first.rows if first.turned else sum(v.rows for v in values)
+    return dataclasses.replace(found, rows=rows, turned=first.turned)
 
 
 def _part(t: Translation, v: Value, first: int, count: int) -> Value:
+    """Some of the axis that stands in front where v is stored."""
     if count < 1:
         raise NotComposed("a part of a value is empty")
-    return v if count == v.width else t.emit("part", (v,), (str(first), str(count)), count)
+    each = 1 if not v.rows else v.rows if v.turned else v.columns
+    if count * each == v.width:
+        return v
+    found = t.emit("part", (v,), (str(first * each), str(count * each)), count * each)
+    return dataclasses.replace(found, rows=v.rows if v.turned or not v.rows else count, turned=v.turned)
 
 
 def _item(t: Translation, v: Any, index: Any) -> Any:
     if not isinstance(v, Value):
         return v[index] if isinstance(v, tuple) and isinstance(index, int) else _refuse_index()
-    if not isinstance(index, tuple) or len(index) != 2:
+    index = index if isinstance(index, tuple) else (index,)
+    if index[0] is Ellipsis:
+        index = (slice(None),) * (2 + len(v.shape) - len(index)) + index[1:]
+    # all but one axis whole
+    chosen_axes = [k for k, i in enumerate(index) if not isinstance(i, slice) or i != slice(None)]
+    if len(index) > 1 + len(v.shape) or len(chosen_axes) > 1 or chosen_axes == [0]:
         _refuse_index()
-    rows, columns = index
-    if rows is not Ellipsis and rows != slice(None):
-        _refuse_index()
-    places = range(v.width)
+    if not chosen_axes:
+        return v
+    axis = chosen_axes[0]
+    columns, v = index[axis], _along(t, v, axis)
+    places = range(v.shape[axis - 1])
+    if type(columns) is int and v.rows and -len(places) <= columns < len(places):
+        # the axis goes
+        return dataclasses.replace(_part(t, v, places[columns], 1), rows=0, turned=False)
     if isinstance(columns, slice) and all(
         isinstance(e, (int, type(None))) for e in (columns.start, columns.stop, columns.step)
     ):
         chosen = list(places[columns])
-    elif isinstance(columns, list) and all(type(i) is int and -v.width <= i < v.width for i in columns):
+    elif isinstance(columns, list) and all(
+        type(i) is int and i in range(-len(places), len(places)) for i in columns
+    ):
         chosen = [places[i] for i in columns]
     else:
         _refuse_index()
@@ -204,7 +250,7 @@ def _item(t: Translation, v: Any, index: Any) -> Any:
             runs.append([i])
     if not runs:
         _refuse_index()
-    return _join(t, [_part(t, v, run[0], len(run)) for run in runs], -1)
+    return _join(t, [_part(t, v, run[0], len(run)) for run in runs], axis)
 
 
 def _refuse_index() -> Any:
@@ -212,17 +258,18 @@ def _refuse_index() -> Any:
 
 
 def _split(t: Translation, v: Value, size: Any, dim: int = 0) -> tuple[Value, ...]:
-    if dim not in (1, -1):
-        raise NotComposed("a value is split, but not along its components")
+    v = _along(t, v, dim)
+    length = v.shape[1 if v.turned else 0]
     if type(size) is int:
-        size = [min(size, v.width - first) for first in range(0, v.width, size)]
-    if sum(size) != v.width:
+        size = [min(size, length - first) for first in range(0, length, size)]
+    if sum(size) != length:
         raise NotComposed("the parts of a value are not all of it")
     return tuple(_part(t, v, sum(size[:k]), count) for k, count in enumerate(size))
 
 
 def _chunk(t: Translation, v: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
-    return _split(t, v, -(-v.width // chunks), dim)
+    v = _along(t, v, dim)
+    return _split(t, v, -(-v.shape[1 if v.turned else 0] // chunks), dim)
 
 
 def _function_linear(t: Translation, input: Value, weight: Any, bias: Any = None) -> Value:
@@ -292,6 +339,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rms_norm": _function_norm("rms"),
     "contiguous": _same,
     "clone": _same,
+    **convolving.FUNCTIONS,
 }
 """Functions and methods that run fused, by name."""
 
@@ -302,7 +350,7 @@ _TARGETS = {
     if name not in ("layer_norm", "rms_norm") or space is functional  # torch's own have other arguments
     for target in [getattr(space, name, None)]
     if target is not None
-}
+} | {getattr: convolving.attribute}
 
 
 def compose(module: nn.Module, in_size: int) -> Composition:

@@ -6,13 +6,23 @@ written in are those of kernels/policy/composed_layout.py.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-__all__ = ["Composition", "Constant", "Grammar", "Leaves", "NotComposed", "Parameter", "Translation", "Value"]
+__all__ = [
+    "BATCH",
+    "Composition",
+    "Constant",
+    "Grammar",
+    "Leaves",
+    "NotComposed",
+    "Parameter",
+    "Translation",
+    "Value",
+]
 
 
 class NotComposed(Exception):
@@ -46,12 +56,33 @@ class Parameter:
     tensor: Tensor
 
 
+class _Batch:
+    """The number of states, which no policy knows."""
+
+
+BATCH = _Batch()
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A value of the composed policy."""
+    """A value of the composed policy: (n, width) in torch, or (n, rows, columns)."""
 
     number: int
     width: int
+    rows: int = 0
+    """0 of a value with one axis."""
+    turned: bool = False
+    """Whether the components of two axes stand as (columns, rows)."""
+
+    @property
+    def columns(self) -> int:
+        """Of a value with two axes."""
+        return self.width // self.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without the axis of the states."""
+        return (self.rows, self.columns) if self.rows else (self.width,)
 
 
 class Leaves(fx.Tracer):
@@ -182,6 +213,10 @@ class Translation:
             raise NotComposed("it returns nothing")
         if not isinstance(result, Value) or result.number == 0:
             raise NotComposed("its output is not a function of the states alone")
+        if result.rows:
+            raise NotComposed(
+                f"its output has shape (n, {result.rows}, {result.columns}), expected (n, controls)"
+            )
         return self.described(result)
 
     def look_up(self, found: dict[fx.Node, Any], argument: Any) -> Any:
@@ -213,7 +248,9 @@ class Translation:
                 raise NotComposed(f"{node.target} is called on something else than one value")
             return make(self, args[0], part, str(node.target))
         name = str(node.target) if node.op == "call_method" else _name(node.target)
-        values = [a for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, (Value, Parameter))]
+        values = [
+            a for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, (Value, Parameter, _Batch))
+        ]
         if not values:
             return self.constant(node, args, kwargs)
         is_method = node.op == "call_method"
@@ -261,6 +298,10 @@ class Translation:
             raise NotComposed(f"{name} does not run fused")
         return Constant(value)
 
+    def emit_alike(self, kind: str, v: Value, arguments: tuple[str, ...]) -> Value:
+        """An operation that takes every component for itself."""
+        return dataclasses.replace(v, number=self.emit(kind, (v,), arguments, v.width).number)
+
     def emit(self, kind: str, inputs: tuple[Value, ...], arguments: tuple[str, ...], width: int) -> Value:
         self.operations.append((kind, tuple(v.number for v in inputs), arguments))
         self.widths.append(width)
@@ -278,16 +319,16 @@ class Translation:
         self.used.append(name)
         return name
 
-    def vector(self, operand: Any, width: int, change: Callable[[Any], Any] | None = None) -> str | None:
-        """The word of a number, a constant or a parameter by which a value of this width is shifted or
-        scaled; None of a value.
+    def vector(self, operand: Any, v: Value, change: Callable[[Any], Any] | None = None) -> str | None:
+        """The word of a number, a constant or a parameter by which a value is shifted or scaled; None of a
+        value.
         """
         if isinstance(operand, Value):
             return None
         if isinstance(operand, Parameter):
             if change is not None:
                 raise NotComposed(f"parameter {operand.name!r} is negated or divided by")
-            return self.parameter(operand.tensor, (width,))
+            return self.parameter(operand.tensor, v.shape)
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return number(operand if change is None else change(operand))
         if not isinstance(operand, Constant):
@@ -295,14 +336,15 @@ class Translation:
         found = operand.value()
         if isinstance(found, (int, float)):
             return number(found if change is None else change(found))
-        if not isinstance(found, Tensor) or found.numel() not in (1, width) or found.shape[:-1].numel() != 1:
-            raise NotComposed("a constant is no number and no vector of the width of what it acts on")
+        if not isinstance(found, Tensor) or not _fits(found.shape, v.shape):
+            raise NotComposed("a constant is no number and no tensor of the shape of what it acts on")
         if found.ndim and found.is_floating_point() and found.dtype != self.dtype:
             raise NotComposed(f"a constant is {found.dtype}, the parameters are {self.dtype}")
 
         def value() -> Tensor:
             now = operand.value() if change is None else change(operand.value())
-            return now.detach().reshape(-1).expand(width)
+            now = now.detach().reshape(now.shape[-len(v.shape) :]).expand(v.shape)
+            return (now.mT if v.turned else now).reshape(-1)
 
         self.constants.append(value)
         return f"c{len(self.constants) - 1}"
@@ -337,6 +379,12 @@ class Translation:
 
 
 IMPURE = {"bernoulli", "normal", "dropout", "empty", "multinomial"}
+
+
+def _fits(shape: Sequence[int], own: Sequence[int]) -> bool:
+    """Whether a constant is the same for all states and leaves the shape of a value as it is."""
+    whole = (1,) * (1 + len(own) - len(shape)) + tuple(shape)
+    return len(whole) == 1 + len(own) and all(n in (1, k) for n, k in zip(whole, (1, *own)))
 
 
 def _name(target: Any) -> str:
