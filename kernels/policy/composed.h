@@ -222,14 +222,16 @@
   const auto takes_next = [](const int* T) {
     return T[KIND] == NORMALIZE && T[TABLE + KIND] == AFFINE && T[TABLE + INPUT] == T[OUTPUT];
   };
-  const auto elementwise = [&](const int* T, real* rows, int count, bool both) __attribute__((noinline)) {
+  // an activation can be of some columns
+  const auto elementwise = [&](const int* T, real* rows, int count, bool both, int first,
+                               int end) __attribute__((noinline)) {
     const int units = T[UNITS], pitch = T[PITCH_UNITS];
     const real* from = rows + T[INPUT];
     real* to = rows + T[OUTPUT];
     const vec p = (vec)(P[T[NUMBERS]]), q = (vec)(P[T[NUMBERS] + 1]);
     #define WS_MAP(V) { \
         for (int r = 0; r < count; ++r) \
-          for (int j = 0; j < pitch; j += VL) { \
+          for (int j = first; j < end; j += VL) { \
             const vec x = WS_LOAD(from + at_row(r) + j); \
             WS_STORE(to + at_row(r) + j, (V)); } \
         break; }
@@ -304,7 +306,7 @@
       if (T[KIND] != LINEAR) {
         const bool both = l + 1 < layers && takes_next(T);
         fetch();
-        elementwise(T, rows, ROWS, both);
+        elementwise(T, rows, ROWS, both, 0, T[PITCH_UNITS]);
         l += both;
         continue;
       }
@@ -327,6 +329,8 @@
         }
         continue;
       }
+      // an activation behind it goes along: its columns are still in the nearest cache
+      const bool activates = positions == 1 && l + 1 < layers && T[TABLE + KIND] >= ACTIVATION && T[TABLE + INPUT] == T[OUTPUT];
       const real* wt = P + T[FORWARD];
       #define WS_LAYER(V) { \
           fetch(); \
@@ -334,12 +338,14 @@
           if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, wt + j, pitch_units, window) \
           else WS_TILE(ROWS, V, x, at_row, 1, wt + j, pitch_units, window) \
           WS_EACH(ROWS, V, const int at = j + v * VL; \
-                           WS_STORE(y + at_row(r) + at, acc[r][v] + WS_LOAD(b + at));) }
+                           WS_STORE(y + at_row(r) + at, acc[r][v] + WS_LOAD(b + at));) \
+          if (activates) elementwise(T + TABLE, rows, ROWS, false, j, j + V * VL); }
       // what a position writes beyond its units, the next one overwrites
       for (int i = 0; i < positions; ++i, x += T[HOP], y += units) {
         WS_COLUMNS(ROWS, pitch_units, WS_LAYER)
       }
       #undef WS_LAYER
+      l += activates;
       if (positions > 1)
         for (int r = 0; r < ROWS; ++r)
           for (int j = 0; j < T[FILL]; ++j) y[at_row(r) + j] = real(0);
@@ -387,17 +393,18 @@
     const int units = T[UNITS], pitch = T[PITCH_UNITS];
     const real* d_out = ds + T[ADJ_OUTPUT];
     real* d_in = ds + T[ADJ_INPUT];
+    const bool adds = T[ADDS] & 1;  // read once: what a vector is stored to might be anything
     const vec p = (vec)(P[T[NUMBERS]]), q = (vec)(P[T[NUMBERS] + 1]);
     // of the value that is named, an input x or an output y
     #define WS_PULL(NAME, V) { \
         const real* from = rows + (#NAME[0] == 'x' ? T[INPUT] : T[OUTPUT]); \
-        for (int r = 0; r < count; ++r) \
+        for (int r = 0; r < count; ++r) { \
+          const real *at_ = from + r * row, *d_ = d_out + r * row_adj; \
+          real* to_ = d_in + r * row_adj; \
           for (int j = 0; j < pitch; j += VL) { \
-            const vec NAME = WS_LOAD(from + r * row + j); \
-            vec d = WS_LOAD(d_out + r * row_adj + j) * (V); \
-            real* to = d_in + r * row_adj + j; \
-            if (T[ADDS] & 1) d += WS_LOAD(to); \
-            WS_STORE(to, d); } \
+            const vec NAME = WS_LOAD(at_ + j); \
+            const vec d = WS_LOAD(d_ + j) * (V); \
+            WS_STORE(to_ + j, adds ? WS_LOAD(to_ + j) + d : d); } } \
         break; }
     switch (T[KIND]) {
       case CLEAR:
@@ -491,21 +498,33 @@
         l -= both;
         continue;
       }
-      const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], adds = T[ADDS] & 1;
+      const int units = T[UNITS], pitch_window = T[PITCH_WINDOW], adds = T[ADDS] & 1, slopes = T[SECOND];
       const real* w = P + T[BACKWARD];
       const real* x = ds + T[ADJ_OUTPUT];
       real* y = ds + T[ADJ_INPUT];
+      // an activation whose slope is read off its output goes along, before its cotangent is stored
+      const real* a = rows + T[INPUT];
+      const real* S = P + T[NUMBERS];
+      const auto slope = [&](vec y_) -> vec {
+        if (slopes == 1) return real(1) - y_ * y_;
+        return y_ > real(0) ? (vec)(real(1)) : WS_FMA((vec)(S[0]), y_, (vec)(S[1]));
+      };
       #define WS_LAYER(V) { \
           fetch(); \
           WS_ZERO(ROWS, V) \
           if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, w + j, pitch_window, units) \
           else WS_TILE(ROWS, V, x, at_row, 1, w + j, pitch_window, units) \
-          WS_EACH(ROWS, V, real* to = y + r * row_adj + j + v * VL; \
-                           WS_STORE(to, adds ? WS_LOAD(to) + acc[r][v] : acc[r][v]);) }
+          if (slopes) \
+            WS_EACH(ROWS, V, const int at = j + v * VL; \
+                             WS_STORE(y + r * row_adj + at, acc[r][v] * slope(WS_LOAD(a + r * row + at)));) \
+          else \
+            WS_EACH(ROWS, V, real* to = y + r * row_adj + j + v * VL; \
+                             WS_STORE(to, adds ? WS_LOAD(to) + acc[r][v] : acc[r][v]);) }
       for (int i = 0; i < T[POSITIONS]; ++i, x += units, y += T[HOP]) {
         WS_COLUMNS(ROWS, pitch_window, WS_LAYER)
       }
       #undef WS_LAYER
+      l -= slopes != 0;
     }
     if (want_jac)
       for (int r = 0; r < ROWS; ++r)

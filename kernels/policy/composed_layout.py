@@ -48,7 +48,7 @@ class Entry(Column):
     KIND = 11  # CLEAR ... COPY, or ACTIVATION + the place of an activation in ACTIVATIONS
     OUTPUT = 12  # column of the output in a row
     # of the second summand; of the factor that a normalisation has found; where the components of a gathered
-    # value come from, behind the rows of the table
+    # value come from, behind the rows of the table; what slope a linear operation takes along, see _slope
     SECOND = 13
     ADJ_INPUT = 14  # the same in a row of cotangents
     ADJ_OUTPUT = 15
@@ -82,14 +82,16 @@ class Activation(NamedTuple):
     numbers: int
     """Numbers that it takes."""
     by_output: bool
-    """Whether its derivative is read off its output: then it may work in place."""
+    """Whether its derivative is read off its output y: then it may work in place."""
+    slope: tuple[str, ...] = ()
+    """(b, c) where that is 1 for positive y and b y + c for others; "p" is the activation's number."""
 
 
 ACTIVATIONS = {
     "tanh": Activation(0, True),
-    "relu": Activation(0, True),
-    "leakyrelu": Activation(1, True),  # slope of at least 0
-    "elu": Activation(1, True),  # alpha, above 0
+    "relu": Activation(0, True, ("0", "0")),
+    "leakyrelu": Activation(1, True, ("0", "p")),  # p of at least 0
+    "elu": Activation(1, True, ("1", "p")),  # p above 0
     "sigmoid": Activation(0, True),
     "silu": Activation(0, False),
     "gelu": Activation(0, False),
@@ -358,6 +360,24 @@ def _order_sums(c: _Composer, rows: list[tuple[int, dict[int, int]]]) -> list[tu
     return out
 
 
+def _slope(c: _Composer, rows: list[tuple[int, dict[int, int]]], n: int) -> tuple[int, tuple[str, ...]]:
+    """Whether a linear operation takes the backward pass of an activation along, multiplying what it stores by
+    the slope: 1 that of tanh, 2 one with numbers, which are returned too.
+
+    It must be the only reader of the activation, which stands in front of it and works in place.
+    """
+    (i, row), (before, last) = rows[n], rows[n - 1]
+    op, read = c.operations[i], c.operations[before]
+    known = ACTIVATIONS.get(read.kind)
+    if n == 0 or op.kind != "linear" or row.get(Entry.ADDS) or known is None or op.inputs[0] != before + 1:
+        return 0, ()
+    if len(c.values[before + 1].consumers) > 1 or last[Entry.ADJ_INPUT] != last[Entry.ADJ_OUTPUT]:
+        return 0, ()
+    if last[Entry.KIND] == CLEAR or not (known.slope or read.kind == "tanh"):
+        return 0, ()
+    return (2 if known.slope else 1), tuple(read.arguments[0] if w == "p" else w for w in known.slope)
+
+
 def _window(op: Operation, window: int) -> np.ndarray:
     """Element of the window (window,) that each weight of a unit acts on, in the order of torch's tensor."""
     if op.kind == "linear":
@@ -423,6 +443,11 @@ def composed_layout(network: str, itemsize: int) -> Layout:
         tensor = _Tensor(word, width)
         (trained if tensor.trained else fixed).append((int(table[n, column]), np.arange(width), tensor))
 
+    def numbers_of(words: tuple[str, ...], n: int) -> None:
+        table[n, e.NUMBERS] = room(2)
+        for k, word in enumerate(words):
+            fixed.append((int(table[n, e.NUMBERS]) + k, np.arange(1), _Tensor(word, 1)))
+
     for n, (i, row) in enumerate(rows):
         arguments = c.operations[i].arguments
         if row[e.KIND] == LINEAR:
@@ -448,6 +473,8 @@ def composed_layout(network: str, itemsize: int) -> Layout:
             at = np.arange(units)[:, None] + _window(op, window) * pitch_units
             weight = _Tensor(op.arguments[-2], units * window)
             fixed.append((int(table[n, e.FORWARD]), at.ravel(), weight))
+            table[n, e.SECOND], words = _slope(c, rows, n)
+            numbers_of(words, n)
         elif row[e.KIND] == AFFINE:
             for bit, word, column in zip((1, 2), op.arguments, (e.BACKWARD, e.BIAS)):
                 if not row[e.TRAINED] & bit:
@@ -455,9 +482,7 @@ def composed_layout(network: str, itemsize: int) -> Layout:
                     vector(missing if word == "-" else word, row[e.UNITS], n, column)
         elif row[e.KIND] >= ACTIVATION or row[e.KIND] == NORMALIZE:
             words = op.arguments[1:] if row[e.KIND] == NORMALIZE else op.arguments
-            table[n, e.NUMBERS] = room(2)
-            for k, word in enumerate(words):
-                fixed.append((int(table[n, e.NUMBERS]) + k, np.arange(1), _Tensor(word, 1)))
+            numbers_of(words, n)
 
     # the flat tensor that is packed: numbers, parameters, constants
     tensors = {t.word: t.size for _, _, t in [*trained, *fixed] if t.word[0] in "pc"}

@@ -70,11 +70,20 @@ class Replay:
         self.arguments = [_copied(value) for value in command.params]
 
 
-def _copied(value: Any) -> tuple[bytes, int, bytes]:
-    """An argument; of an array the address of its memory, and that memory."""
-    if not isinstance(value, array_t) or not value.data or not value.ndim:
-        return bytes(value), 0, b""
-    return bytes(value), value.data, ctypes.string_at(value.data, value.shape[0] * value.strides[0])
+def _copied(value: Any) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    """An argument, and the arrays in it: where it holds their address, the address, and their memory."""
+    return bytes(value), list(_arrays(value, 0))
+
+
+def _arrays(value: Any, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    """Arrays of an argument, which is one or a struct that has some."""
+    if isinstance(value, array_t):
+        if value.data and value.ndim:
+            memory = ctypes.string_at(value.data, value.shape[0] * value.strides[0])
+            yield offset + array_t.data.offset, value.data, memory
+    elif isinstance(value, ctypes.Structure):
+        for name, *_ in value._fields_:
+            yield from _arrays(getattr(value, name), offset + getattr(type(value), name).offset)
 
 
 class Command:

@@ -1,7 +1,7 @@
 """Runs a recorded launch again in a process of its own under a sanitizer: `check` returns what that says.
 
-Every array comes as memory of its own and of its size, so that an access beside it is seen; arrays that lay
-at one address share it.
+Every array, one in a struct too, comes as memory of its own and of its size, so that an access beside it is
+seen; arrays that lay at one address share it.
 """
 
 import ctypes
@@ -64,19 +64,19 @@ def _replay(path: str) -> None:
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     largest: dict[int, bytes] = {}
-    for _, address, memory in arguments:
-        if len(memory) >= len(largest.get(address, b"")):
-            largest[address] = memory
+    for _, arrays in arguments:
+        for _, address, memory in arrays:
+            if len(memory) >= len(largest.get(address, b"")):
+                largest[address] = memory
     places = {}
     for address, memory in largest.items():
-        if address:
-            places[address] = libc.malloc(len(memory))
-            ctypes.memmove(places[address], memory, len(memory))
+        places[address] = libc.malloc(len(memory))
+        ctypes.memmove(places[address], memory, len(memory))
     keep, addresses = [], []
-    for raw, address, _ in arguments:
+    for raw, arrays in arguments:
         argument = ctypes.create_string_buffer(raw, len(raw))
-        if address:
-            ctypes.memmove(argument, ctypes.byref(ctypes.c_uint64(places[address])), 8)
+        for offset, address, _ in arrays:
+            ctypes.memmove(ctypes.byref(argument, offset), ctypes.byref(ctypes.c_uint64(places[address])), 8)
         keep.append(argument)
         addresses.append(ctypes.addressof(argument))
     code = ctypes.CDLL(library)
