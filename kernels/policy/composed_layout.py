@@ -361,8 +361,8 @@ def _order_sums(c: _Composer, rows: list[tuple[int, dict[int, int]]]) -> list[tu
 
 
 def _slope(c: _Composer, rows: list[tuple[int, dict[int, int]]], n: int) -> tuple[int, tuple[str, ...]]:
-    """Whether a linear operation takes an activation along in the backward pass, multiplying what it stores by
-    the slope: 1 that of tanh, 2 one with numbers, which are returned too.
+    """Whether a linear operation takes an activation along in the backward pass, whose slope multiplies what
+    it stores: 1 that of tanh, 2 one with numbers, which are returned too.
 
     It must be the only reader of the activation, which stands in front of it and works in place.
     """
