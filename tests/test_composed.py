@@ -21,6 +21,7 @@ from composed_nets import (
     Table,
     Turned,
     convolved,
+    everything,
     filled,
     networks,
 )
@@ -131,6 +132,9 @@ ELEMENTS = {
     **{f"convolution, {mode}": lambda mode=mode: around_convolution(padding_mode=mode) for mode in PADDED},
     "convolution of windows apart": lambda: around_convolution(stride=3, padding=0),
     "convolution, same": lambda: around_convolution(padding="same", padding_mode="circular"),
+    "convolution, same, even": lambda: nn.Sequential(
+        Table(4), nn.Conv1d(4, 4, 2, padding="same"), nn.Conv1d(4, 4, 4, padding="same"), nn.Flatten()
+    ),
     "convolution, a position": lambda: nn.Sequential(Table(4), nn.Conv1d(4, 20, 4, 3), nn.Flatten()),
     "linear by position": lambda: nn.Sequential(Table(4), Position(4, 4), nn.Flatten()),
     "channels": lambda: nn.Sequential(Table(4), Channels(4, 5), Turned()),
@@ -196,6 +200,14 @@ def test_features_and_parts():
     )
 
 
+def test_controls_of_a_convolution():
+    """Whose last vector ends behind its section, where the factor of a normalisation stands."""
+    before = nn.Linear(3, 6), nn.LayerNorm(6, elementwise_affine=False)
+    policy = nn.Sequential(*before, Table(1), nn.Conv1d(1, 1, 5), nn.Flatten())
+    for flow in "RC":
+        check(TWO, filled(policy, 3), 5, 5, flow)
+
+
 def test_convolutions_of_convolutions():
     """In a row, with several controls, and of more channels than a tile is wide."""
     for system in (CART, TWO):
@@ -209,6 +221,21 @@ def test_convolutions_of_convolutions():
         check(system, policy, 6, 5, "R", checkpoint_every=2)
     wide = nn.Conv1d(2, 100, 2, padding=1), nn.Tanh(), nn.Conv1d(100, 70, 2), nn.Tanh(), Turned()
     check(CART, filled(nn.Sequential(Table(2), *wide, nn.Linear(140, 1)), 3), 9, 3, "C")
+
+
+@pytest.mark.parametrize("make", [convolved, everything])
+def test_no_row_is_read_before_it_is_written(make, monkeypatch):
+    """Where memory that torch gives is NaN, the bits are those that they are with zeros in it."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    policy, x0 = make(4, 1, 3), make_states(CART, 6)
+    cotangents = make_cotangents(CART, 5, 6)
+    expected = found_of(CART, policy, x0, 5, "R", cotangents)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = found_of(CART, policy, x0, 5, "R", cotangents)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[name], g) for name, g in expected.items())
 
 
 def test_published_sizes():
