@@ -149,6 +149,7 @@ def around(element: nn.Module, system, width=20) -> nn.Sequential:
     return nn.Sequential(nn.Linear(system.state_size, width), element, nn.Linear(width, system.control_size))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # of even kernels, torch's own
 @pytest.mark.parametrize("system", [CART, TWO], ids=["one control", "two controls"])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_every_element(name, system):
