@@ -109,6 +109,54 @@ class Bounded(nn.Module):
         )
 
 
+class Table(nn.Module):
+    """(n, width) as (n, rows, columns), with the sizes that the input has."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], self.rows, -1)
+
+
+class Turned(nn.Module):
+    """Channels and positions the other way, flat: what a convolution gives, position after position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(x.size(0), -1)
+
+
+class Position(nn.Module):
+    """A linear layer at every position."""
+
+    def __init__(self, channels: int, units: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels, units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.permute(0, 2, 1)).mT
+
+
+class Channels(nn.Module):
+    """Of (n, channels, length): a trained table, buffers along either axis, channels and positions in another
+    order, a channel alone, and all of it once more.
+    """
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(channels, length)), nn.Parameter(torch.zeros(length))
+        self.register_buffer("mean", torch.linspace(-0.5, 0.5, channels)[:, None])
+        self.register_buffer("level", torch.linspace(0.5, 2.0, length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x - self.mean) * self.scale / self.level
+        first = h[:, 0] + self.shift
+        h = torch.cat((h[:, 1:], first.unsqueeze(1)), dim=1) + x
+        a, b = h.split((1, h.shape[2] - 1), dim=-1)
+        return torch.cat((b.sin(), a), -1) - h
+
+
 def filled(net: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The network with seeded parameters, strong enough for flows to disagree."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,11 +164,46 @@ def filled(net: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.
     with torch.no_grad():
         for parameter in net.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim == 2:
-                parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+            if parameter.ndim >= 2:
+                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
             else:
                 parameter.copy_(0.8 + 0.4 * noise)
     return net
+
+
+PADDED = ("zeros", "circular", "replicate", "reflect")
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, width: int) -> tuple[list[nn.Module], int]:
+    """Convolutions of a value of this width, which is flat again behind them, and its width."""
+    channels = draw(st.sampled_from([c for c in range(1, width + 1) if width % c == 0]))
+    length = width // channels
+    parts: list[nn.Module] = [Table(channels) if draw(st.booleans()) else nn.Unflatten(1, (channels, length))]
+    for _ in range(draw(st.integers(1, 2))):
+        around, stride = draw(st.integers(0, 2)), draw(st.integers(1, 3))
+        mode = draw(st.sampled_from(PADDED))
+        around = min(around, {"circular": length, "reflect": length - 1}.get(mode, around))
+        kernel = draw(st.integers(1, min(4, length + 2 * around)))
+        units, bias = draw(st.sampled_from([1, 3, 4, 16, 17])), draw(st.booleans())
+        parts.append(nn.Conv1d(channels, units, kernel, stride, around, padding_mode=mode, bias=bias))
+        channels, length = units, (length + 2 * around - kernel) // stride + 1
+        for kind in draw(
+            st.lists(st.sampled_from(["activation", "norm", "residual", "line", "table"]), max_size=2)
+        ):
+            if kind == "activation":
+                parts.append(ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]())
+            elif kind == "norm" and channels * length > 1:
+                parts.append(nn.LayerNorm((channels, length)))
+            elif kind == "residual":
+                inner = nn.Conv1d(channels, channels, 3, padding="same")
+                parts.append(Residual(nn.Sequential(inner, nn.Tanh()), draw(st.booleans())))
+            elif kind == "line":
+                parts.append(Position(channels, channels))
+            elif kind == "table" and min(channels, length) > 1:
+                parts.append(Channels(channels, length))
+    parts.append(Turned() if draw(st.booleans()) else nn.Flatten())
+    return parts, channels * length
 
 
 @st.composite
@@ -134,6 +217,9 @@ def networks(draw: st.DrawFn, state_size: int, control_size: int) -> nn.Module:
         parts.append(Features(width))
         width = parts[-1].out_size
     for _ in range(draw(st.integers(0, 3))):
+        if draw(st.integers(0, 3)) == 0:
+            convolved, width = draw(convolutions(width))
+            parts += convolved
         units = draw(st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33, 40]))
         parts.append(nn.Linear(width, units, bias=draw(st.booleans())))
         width = units
@@ -186,6 +272,17 @@ def everything(state_size: int, control_size: int, seed: int) -> nn.Module:
         Bounded(False),
     ]
     return filled(nn.Sequential(*parts), seed)
+
+
+def convolved(state_size: int, control_size: int, seed: int) -> nn.Module:
+    """Every element that has channels and positions once, with few channels and with more than a vector."""
+    parts: list[nn.Module] = [Table(2), nn.Conv1d(2, 20, 2, padding=1), nn.SiLU()]
+    length = state_size // 2 + 1
+    for mode in PADDED:
+        parts += [nn.Conv1d(20, 20, 3, padding=1, padding_mode=mode, bias=mode != "reflect"), nn.Tanh()]
+    parts += [Channels(20, length), nn.LayerNorm((20, length)), Position(20, 5), nn.ELU()]
+    parts += [nn.CircularPad1d((2, 1)), nn.Conv1d(5, 3, 2, stride=2), Turned()]
+    return filled(nn.Sequential(*parts, nn.Linear(3 * ((length + 1) // 2 + 1), control_size)), seed)
 
 
 class Attention(nn.Module):

@@ -8,13 +8,20 @@ from cases import assert_close, cost_of, error_of, make_cotangents, make_states,
 from composed_nets import (
     ACTIVATIONS,
     NORMS,
+    PADDED,
     Bounded,
+    Channels,
     Features,
     Gain,
+    Position,
     Residual,
     SharedNorm,
     Skips,
     Standardized,
+    Table,
+    Turned,
+    convolved,
+    everything,
     filled,
     networks,
 )
@@ -23,6 +30,7 @@ from hypothesis import strategies as st
 from own_systems import Unicycle
 from reference import rollout as oracle
 from torch import nn
+from torch.nn import functional
 from warp_sims.bridge.passes.composed import evaluate
 
 import warp_sims as ws
@@ -90,6 +98,28 @@ def test_gradients_of_random_compositions(data, system, nworld, horizon, flow, d
     check(system, policy, nworld, horizon, flow, decay, checkpoint_every=every)
 
 
+class Written(nn.Module):
+    """A convolution by torch's functions, of a value with one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(2, 1, 3)), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        n, width = x.shape
+        h = functional.pad(x.reshape(n, 1, width), (1, 2), mode="circular")
+        h = functional.conv1d(h, self.weight, self.bias, stride=2)
+        return torch.flatten(h, 1)[:, : width // 2 * 2]
+
+
+def around_convolution(**options):
+    """20 components to 20, through channels of several widths."""
+    options = {"padding": 2} | options
+    first = nn.Conv1d(2, 17, 3, **options)
+    length = first(torch.zeros(1, 2, 10)).shape[-1]
+    return nn.Sequential(Table(2), first, nn.GELU(), nn.Flatten(), nn.Linear(17 * length, 20))
+
+
 ELEMENTS = {
     **ACTIVATIONS,
     **{f"{name} norm": lambda make=make: make(20) for name, make in NORMS.items()},
@@ -99,6 +129,16 @@ ELEMENTS = {
     "skips": lambda: Skips(20),
     "minus residual": lambda: Residual(nn.Linear(20, 20), minus=True),
     "scaled and shifted": lambda: Standardized(20),
+    **{f"convolution, {mode}": lambda mode=mode: around_convolution(padding_mode=mode) for mode in PADDED},
+    "convolution of windows apart": lambda: around_convolution(stride=3, padding=0),
+    "convolution, same": lambda: around_convolution(padding="same", padding_mode="circular"),
+    "convolution, same, even": lambda: nn.Sequential(
+        Table(4), nn.Conv1d(4, 4, 2, padding="same"), nn.Conv1d(4, 4, 4, padding="same"), nn.Flatten()
+    ),
+    "convolution, a position": lambda: nn.Sequential(Table(4), nn.Conv1d(4, 20, 4, 3), nn.Flatten()),
+    "linear by position": lambda: nn.Sequential(Table(4), Position(4, 4), nn.Flatten()),
+    "channels": lambda: nn.Sequential(Table(4), Channels(4, 5), Turned()),
+    "functional convolution": lambda: Written(),
     "bound": lambda: Bounded(smooth=True),
     "bound by tanh": lambda: Bounded(smooth=False),
 }
@@ -109,6 +149,7 @@ def around(element: nn.Module, system, width=20) -> nn.Sequential:
     return nn.Sequential(nn.Linear(system.state_size, width), element, nn.Linear(width, system.control_size))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # of even kernels, torch's own
 @pytest.mark.parametrize("system", [CART, TWO], ids=["one control", "two controls"])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_every_element(name, system):
@@ -158,6 +199,44 @@ def test_features_and_parts():
     check(
         CART, filled(nn.Sequential(Features(4), nn.Linear(9, 6), Features(6), nn.Linear(13, 1)), 3), 5, 6, "R"
     )
+
+
+def test_controls_of_a_convolution():
+    """Whose last vector ends behind its section, where the factor of a normalisation stands."""
+    before = nn.Linear(3, 6), nn.LayerNorm(6, elementwise_affine=False)
+    policy = nn.Sequential(*before, Table(1), nn.Conv1d(1, 1, 5), nn.Flatten())
+    for flow in "RC":
+        check(TWO, filled(policy, 3), 5, 5, flow)
+
+
+def test_convolutions_of_convolutions():
+    """In a row, with several controls, and of more channels than a tile is wide."""
+    for system in (CART, TWO):
+        if system.state_size % 2 == 0:
+            policy = convolved(system.state_size, system.control_size, 3)
+        else:
+            line = Table(1), nn.Conv1d(1, 5, 2), nn.SiLU(), nn.Conv1d(5, 3, 2, padding=1), nn.Flatten()
+            policy = filled(nn.Sequential(*line, nn.Linear(9, system.control_size)), 3)
+        for flow in "RMCN":
+            check(system, policy, 6, 5, flow)
+        check(system, policy, 6, 5, "R", checkpoint_every=2)
+    wide = nn.Conv1d(2, 100, 2, padding=1), nn.Tanh(), nn.Conv1d(100, 70, 2), nn.Tanh(), Turned()
+    check(CART, filled(nn.Sequential(Table(2), *wide, nn.Linear(140, 1)), 3), 9, 3, "C")
+
+
+@pytest.mark.parametrize("make", [convolved, everything])
+def test_no_row_is_read_before_it_is_written(make, monkeypatch):
+    """Where memory that torch gives is NaN, the bits are those that they are with zeros in it."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    policy, x0 = make(4, 1, 3), make_states(CART, 6)
+    cotangents = make_cotangents(CART, 5, 6)
+    expected = found_of(CART, policy, x0, 5, "R", cotangents)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = found_of(CART, policy, x0, 5, "R", cotangents)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[name], g) for name, g in expected.items())
 
 
 def test_published_sizes():
@@ -264,6 +343,11 @@ class InPlace(nn.Module):
         return self.out(self.relu(h) + h)
 
 
+class Cube(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 1, 2, 2)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +380,17 @@ class DoubleLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+def through(layer, width):
+    """The layer between (n, 2, 2) and a linear layer that reads so many components."""
+    return lambda: nn.Sequential(Table(2), layer, nn.Flatten(), nn.Linear(width, 1))
+
+
 REFUSED = {
+    "dilation": (through(nn.Conv1d(2, 3, 2, dilation=2, padding=1), 6), "dilation 2, expected 1"),
+    "groups": (through(nn.Conv1d(2, 4, 2, groups=2), 4), "2 groups, expected 1"),
+    "pooling": (through(nn.AvgPool1d(2), 2), "AvgPool1d"),
+    "norm of positions": (through(nn.LayerNorm(2), 4), "normalisation is over (2,), expected (2, 2)"),
+    "three axes": (lambda: nn.Sequential(Cube(), nn.Flatten(), nn.Linear(4, 1)), "more than two axes"),
     "hook": (hooked, "hook"),
     "parametrization": (parametrized, "ParametrizedLinear"),
     "tied": (tied, "shared"),
@@ -326,6 +420,32 @@ def test_what_torch_evaluates_says_why(name):
     out = ws.rollout(CART, policy, x0, horizon=1, flow="R")
     assert not out.fused and reason in out.path
     assert_close(out.controls[0], policy(x0), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "layers, reason",
+    [
+        ((Table(1), nn.Linear(4, 1)), "its output has shape (n, 1, 1), expected (n, controls)"),
+        ((nn.Conv1d(4, 1, 1),), "reads a value of shape (n, 4), expected (n, 4, length)"),
+        ((Table(2), nn.Conv1d(3, 1, 1), nn.Flatten()), "(n, 2, 2), expected (n, 3, length)"),
+        ((Table(2), nn.Conv1d(2, 1, 3), nn.Flatten()), "3 positions reads 2"),
+        (
+            (Table(2), nn.Conv1d(2, 1, 3, padding=2, padding_mode="reflect"), nn.Flatten()),
+            "(2, 2) of reflect",
+        ),
+        ((nn.Unflatten(1, (3, 1)), nn.Conv1d(3, 1, 1), nn.Flatten()), "is given the shape (3, 1)"),
+    ],
+)
+def test_what_fails_in_torch_too_says_why(layers, reason):
+    found = ws.explain(nn.Sequential(*layers), 4)
+    assert "torch evaluates it" in found and reason in found, found
+
+
+def test_explain_knows_the_states_of_a_convolution():
+    layers = nn.Unflatten(1, (2, -1)), nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(3, 1)
+    assert "expected in_size" in ws.explain(nn.Sequential(*layers))
+    sized = nn.Sequential(nn.Unflatten(1, (2, 2)), *layers[1:])
+    assert "runs inside the sweep, 4 to 1" in ws.explain(sized)
 
 
 def test_a_subclass_that_keeps_to_the_grammar_means_what_it_does():

@@ -338,10 +338,13 @@
           if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, wt + j, pitch_units, window) \
           else WS_TILE(ROWS, V, x, at_row, 1, wt + j, pitch_units, window) \
           WS_EACH(ROWS, V, const int at = j + v * VL; \
-                           WS_STORE(y + at_row(r) + at, acc[r][v] + WS_LOAD(b + at));) \
+                           const vec found = acc[r][v] + WS_LOAD(b + at); \
+                           real* to = y + at_row(r) + at; \
+                           if (at + VL <= room) WS_STORE(to, found); \
+                           else for (int q = 0; q < room - at; ++q) to[q] = found[q];) \
           if (activates) elementwise(T + TABLE, rows, ROWS, false, j, j + V * VL); }
-      // what a position writes beyond its units, the next one overwrites
-      for (int i = 0; i < positions; ++i, x += T[HOP], y += units) {
+      // what a position writes beyond its units, the next one overwrites; the last stays in its section
+      for (int i = 0, room = positions * units + T[FILL]; i < positions; ++i, x += T[HOP], y += units, room -= units) {
         WS_COLUMNS(ROWS, pitch_units, WS_LAYER)
       }
       #undef WS_LAYER

@@ -180,14 +180,13 @@ class _Composer:
             for v in op.inputs:
                 self.values[v].consumers.append(i)
         self.row = self.row_adj = 0
-        # a convolution moves whole vectors, at any column: the last may reach beyond its value's section
+        # a convolution adds whole vectors to cotangents, at any column: the last may reach beyond a section
         self.beyond = pitch(1, itemsize) if any(op.kind == "conv" for op in self.operations) else 0
 
     def section(self, width: int) -> int:
         """Takes a section of a row."""
-        first = self.row
-        self.row += pitch(width, self.itemsize) + self.beyond
-        return first
+        self.row += pitch(width, self.itemsize)
+        return self.row - pitch(width, self.itemsize)
 
     def trained(self, op: Operation) -> int:
         """Which of an affine operation's vectors have gradients: 1 the scale, 2 the shift."""
@@ -424,7 +423,7 @@ def composed_layout(network: str, itemsize: int) -> Layout:
             table[n, e.FILL] = pitch(width, itemsize) - width
         if row[e.KIND] == COPY and row.get(e.ADDS):
             table[n, e.ADJ_FILL] = 0
-    table[0, e.SECTION] = pitch(c.values[0].width, itemsize) + c.beyond
+    table[0, e.SECTION] = pitch(c.values[0].width, itemsize)
     table[0, e.RESULT], table[0, e.CONTROLS] = c.values[-1].column, c.values[-1].width
     table[0, e.ADJ_RESULT], table[0, e.ADJ_STATE] = c.values[-1].adjoint, c.values[0].adjoint
 

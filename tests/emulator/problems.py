@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import make_cotangents, make_net, make_states
-from composed_nets import everything, with_norms
+from composed_nets import convolved, everything, with_norms
 from own_systems import Pendulum, Unicycle
 from torch import Tensor
 from warp_sims.bridge.passes import fused, fused_backward, sweeps
@@ -65,6 +65,8 @@ PROBLEMS = {
     "composed": Problem(ws.CartPole(poles=2), _composed(with_norms)),
     "everything composed": Problem(ws.CartPole(poles=1), _composed(everything)),
     "composed herd": Problem(ws.GuidanceByRepulsion(2, 4), _composed(everything)),
+    "convolutions": Problem(ws.CartPole(poles=2), _composed(convolved)),
+    "convolved herd": Problem(ws.GuidanceByRepulsion(2, 4), _composed(convolved)),
     "own system": Problem(Pendulum(), _mlp(21)),
     "own system, no loss": Problem(Unicycle(), _mlp(5, 40)),
 }

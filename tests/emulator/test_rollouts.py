@@ -89,6 +89,9 @@ def test_products_in_pieces(emulator, monkeypatch):
         ("everything composed", torch.float64),
         ("composed herd", torch.float64),
         ("composed herd", torch.float32),
+        ("convolutions", torch.float64),
+        ("convolved herd", torch.float64),
+        ("convolved herd", torch.float32),
     ],
 )
 def test_every_operation_of_composed_policies(name, dtype, segment, emulator):

@@ -231,7 +231,8 @@ def recognise(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | s
 
     Args:
         policy: The module.
-        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads.
+        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads,
+            or the size of the `Unflatten` before a convolution.
     """
     found = _specialised(policy)
     if found is not None:
@@ -239,10 +240,12 @@ def recognise(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | s
     if torch.compiler.is_compiling():
         return "a graph is traced by torch.compile, which only MLP and WaveCNN run fused in"
     if in_size is None:
-        linear = next((m for m in policy.modules() if isinstance(m, nn.Linear)), None)
-        if linear is None:
+        first = next((m for m in policy.modules() if isinstance(m, _FIRST)), None)
+        if first is None:
             return "it has no linear layer"
-        in_size = linear.in_features
+        in_size = first.in_features if isinstance(first, nn.Linear) else _flat_size(first)
+        if in_size is None:
+            return f"its first layer, a {type(first).__name__}, says no size of the states, expected in_size"
     composition = composition_of(policy, in_size)
     if isinstance(composition, str):
         return composition
@@ -259,7 +262,8 @@ def explain(policy: nn.Module, in_size: int | None = None) -> str:
 
     Args:
         policy: Any module.
-        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads.
+        in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads,
+            or the size of the `Unflatten` before a convolution.
 
     Returns:
         A text of several lines to print.
@@ -276,9 +280,9 @@ def explain(policy: nn.Module, in_size: int | None = None) -> str:
             f"{name}: torch evaluates it, because {found}.\n"
             "Step by step in the forward pass, all steps at once in the backward pass. These run inside the "
             "sweep:\n"
-            "Linear, LayerNorm, RMSNorm, activations, sums of values, scales and shifts by numbers, buffers "
-            "and parameters,\n"
-            "sines and cosines, parts and concatenations of values."
+            "Linear, Conv1d, LayerNorm, RMSNorm, activations, sums of values, scales and shifts by numbers, "
+            "buffers and parameters,\n"
+            "sines and cosines, parts and concatenations of values, (n, channels, length) and back."
         )
     count = sum(q.numel() for q in found.parameters.values())
     first = f"{name}: runs inside the sweep, {found.in_size} to {found.out_size}, {count} parameters"
@@ -287,6 +291,18 @@ def explain(policy: nn.Module, in_size: int | None = None) -> str:
     lines = found.description.split("|")[1:]
     steps = [f"  {i + 1}: {line}" for i, line in enumerate(lines)]
     return "\n".join([f"{first}; value 0 is the state:", *steps])
+
+
+_FIRST = (nn.Linear, nn.Conv1d, nn.Unflatten)
+"""Modules that may say what a policy reads, where they come first."""
+
+
+def _flat_size(first: nn.Module) -> int | None:
+    """Size of the states that an `Unflatten` reads, None of other modules."""
+    if not isinstance(first, nn.Unflatten) or not all(type(n) is int for n in first.unflattened_size):
+        return None
+    found = math.prod(first.unflattened_size)
+    return found if found > 0 else None
 
 
 def _specialised(policy: nn.Module) -> FusedNetwork | None:

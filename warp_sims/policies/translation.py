@@ -6,6 +6,7 @@ written in are those of kernels/policy/composed_layout.py.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -251,6 +252,9 @@ class Translation:
         values = [
             a for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, (Value, Parameter, _Batch))
         ]
+        if not values and node.target in _OF_SIZES and all(type(a) is int for a in args) and not kwargs:
+            target: Any = node.target
+            return target(*args)  # of sizes, which a trace has as numbers
         if not values:
             return self.constant(node, args, kwargs)
         is_method = node.op == "call_method"
@@ -378,6 +382,7 @@ class Translation:
         return Composition(description, self.widths[0], result.width, tuple(names), constants)
 
 
+_OF_SIZES = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}
 IMPURE = {"bernoulli", "normal", "dropout", "empty", "multinomial"}
 
 
