@@ -337,11 +337,13 @@
           WS_ZERO(ROWS, V) \
           if (V == 1) WS_NARROW_TILE(ROWS, x, at_row, wt + j, pitch_units, window) \
           else WS_TILE(ROWS, V, x, at_row, 1, wt + j, pitch_units, window) \
-          WS_EACH(ROWS, V, const int at = j + v * VL; \
-                           const vec found = acc[r][v] + WS_LOAD(b + at); \
-                           real* to = y + at_row(r) + at; \
-                           if (at + VL <= room) WS_STORE(to, found); \
-                           else for (int q = 0; q < room - at; ++q) to[q] = found[q];) \
+          if (j + V * VL <= room) \
+            WS_EACH(ROWS, V, const int at = j + v * VL; \
+                             WS_STORE(y + at_row(r) + at, acc[r][v] + WS_LOAD(b + at));) \
+          else \
+            WS_EACH(ROWS, V, const int at = j + v * VL; \
+                             const vec found = acc[r][v] + WS_LOAD(b + at); \
+                             for (int q = 0; q < VL && at + q < room; ++q) y[at_row(r) + at + q] = found[q];) \
           if (activates) elementwise(T + TABLE, rows, ROWS, false, j, j + V * VL); }
       // what a position writes beyond its units, the next one overwrites; the last stays in its section
       for (int i = 0, room = positions * units + T[FILL]; i < positions; ++i, x += T[HOP], y += units, room -= units) {
