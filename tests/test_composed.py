@@ -201,6 +201,29 @@ def test_features_and_parts():
     )
 
 
+def test_convolutions_of_an_ensemble():
+    """Each member has the bits that it has alone."""
+
+    def make(seed):
+        first = nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 17, 3, padding=1, padding_mode="circular"), nn.SiLU()
+        second = nn.Conv1d(17, 3, 2, padding=1), nn.LayerNorm((3, 3)), nn.Flatten(), nn.Linear(9, 1)
+        return filled(nn.Sequential(*first, *second), seed)
+
+    policies = [make(seed) for seed in (3, 4, 5)]
+    x0 = make_states(CART, 15).unflatten(0, (3, 5))
+    ensemble = ws.Ensemble(policies)
+    together = ws.rollout(CART, ensemble, x0, horizon=6, flow="C")
+    assert together.fused
+    together.loss.sum().backward()
+    stacked = dict(ensemble.named_parameters())
+    for k, policy in enumerate(policies):
+        alone = ws.rollout(CART, policy, x0[k], horizon=6, flow="C")
+        alone.loss.backward()
+        assert torch.equal(together.states[:, k], alone.states)
+        found = [q.grad[k] for q in stacked.values()]
+        assert all(map(torch.equal, found, [q.grad for q in policy.parameters()]))
+
+
 def test_controls_of_a_convolution():
     """Whose last vector ends behind its section, where the factor of a normalisation stands."""
     before = nn.Linear(3, 6), nn.LayerNorm(6, elementwise_affine=False)
