@@ -31,7 +31,6 @@ class Declared(NamedTuple):
     """A field or a parameter."""
 
     annotation: Any
-    """Without None."""
     default: Any
     """`dataclasses.MISSING` where there is none."""
     text: str
@@ -55,8 +54,7 @@ def declared(by: Any) -> dict[str, Declared]:
             for p in inspect.signature(by).parameters.values()
         }
     return {
-        name: Declared(_without_none(hints.get(name)), default, texts.get(name, ""))
-        for name, default in defaults.items()
+        name: Declared(hints.get(name), default, texts.get(name, "")) for name, default in defaults.items()
     }
 
 
@@ -80,7 +78,8 @@ def add_declared(group: Any, by: Any, *names: str, **changes: dict[str, Any]) ->
     for name in names:
         found, change = known[name], changes.get(name, {})
         default = change.get("default", found.default)
-        kind = {} if "choices" in change or "action" in change else dict(_KINDS.get(found.annotation, {}))
+        told = "choices" in change or "action" in change
+        kind = {} if told else _KINDS.get(_without_none(found.annotation), {})
         if isinstance(default, tuple) and default:
             kind = {"nargs": "*", "type": type(default[0]), "metavar": "X"}
         text = option_help(found._replace(default=default, text=change.get("help", found.text)))
@@ -102,6 +101,13 @@ def add_system_options(parser: argparse.ArgumentParser, name: str) -> None:
             help=option_help(found),
             **_KINDS.get(found.annotation, {"type": _literal, "metavar": "X"}),
         )
+
+
+def make_system(options: argparse.Namespace) -> systems.System:
+    """Returns the system with the numbers that were given as options."""
+    given = vars(options).items()
+    fields = {name.removeprefix("field:"): value for name, value in given if name.startswith("field:")}
+    return systems.resolve(options.system)(**fields)
 
 
 def add_flag(parser: Any, name: str, default: bool, text: str) -> None:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import systems
-from ..field_options import add_declared, add_flag, add_system_options
+from ..field_options import add_declared, add_flag, add_system_options, make_system
 from ..options import FLOW
 from ..training.runs import ACTOR_CRITIC, is_run, read_config
 from .config import ALGORITHMS, ActorCriticConfig
@@ -85,9 +84,7 @@ def run_actor_critic(options: argparse.Namespace) -> None:
         config = from_json(read_config(options.resume, ACTOR_CRITIC), **moved)
         out, resume, overwrite = options.resume, True, False
     else:
-        fields = {name.removeprefix("field:"): v for name, v in given.items() if name.startswith("field:")}
-        system = systems.resolve(options.system)(**fields)
-        config = ActorCriticConfig(system, **{name: given[name] for name in SETTINGS})
+        config = ActorCriticConfig(make_system(options), **{name: given[name] for name in SETTINGS})
         label = options.system.rpartition(":")[2].lower()
         out = options.out or os.path.join("runs", f"{label}_{options.algorithm}_{config.settings()['flow']}")
         resume, overwrite = False, options.overwrite

@@ -29,7 +29,8 @@ class System(abc.ABC):
       `loss` and `loss_vjp`. Cache it (`functools.lru_cache` on a module-level factory): kernels are compiled
       once for each object it returns. Do not use `from __future__ import annotations` in that file, Warp
       reads the annotations.
-    - `initial_states(n, seed, split)`, if it is to be trained from the command line.
+    - `initial_states(n, seed, split)`, if it is to be trained from the command line; or `sample_states`,
+      whose arguments are checked already, and whose array becomes a tensor.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
     field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `train_defaults` and
