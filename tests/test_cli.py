@@ -181,6 +181,11 @@ def test_help_lists_commands_and_the_numbers_of_a_system(capsys):
     assert re.search(r"--poles N number of poles.* \(default: 4\)", texts["train"])
     assert re.search(r"--dt X time step \[s\] \(default: 0.01\)", texts["train"])
     assert "combined (C)" in texts["train"]
+    # from the docstring and the signature of what the command calls
+    assert re.search(r"--fps X pictures per second [^()]* \(default: 25\)", texts["animate"])
+    assert "steps of a run's rollout (default: as many as it was trained with)" in texts["animate"]
+    assert re.search(r"--clip-cotangent X largest norm [^()]* \(default: no bound\)", texts["train"])
+    assert re.search(r"--epochs N epochs for each flow \(default: 500\)", texts["demo"])
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 import torch
 import warp as wp
 
-from . import __version__, systems
+from . import __version__
 from .actor_critic.command import add_actor_critic_options, asks_for_actor_critic, run_actor_critic
 from .bench.command import add_bench_options, run_bench
 from .checking.command import add_check_options, run_check
 from .demo import run_demo
+from .field_options import make_system
 from .kernels.flow import Flow
 from .named import find_combiner, find_function, find_loss, make_policy, own_policy
 from .options import (
@@ -205,19 +206,9 @@ def _named_system(command: str, words: list[str]) -> str | None:
     return named
 
 
-def _make_system(options: argparse.Namespace) -> systems.System:
-    """Returns the system with the numbers that were given as options."""
-    fields = {
-        name.removeprefix("field:"): value
-        for name, value in vars(options).items()
-        if name.startswith("field:")
-    }
-    return systems.resolve(options.system)(**fields)
-
-
 def _run_train(options: argparse.Namespace) -> None:
     given = vars(options)
-    system = _make_system(options)
+    system = make_system(options)
     settings = {name: given[name] for name in DEFAULTS if name in given and name != "system"}
     flow = Flow.parse(options.flow)
     settings["loss"] = find_loss(options.loss)
@@ -324,11 +315,11 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _run_profile(options: argparse.Namespace) -> None:
-    run_profile(options, _make_system(options))
+    run_profile(options, make_system(options))
 
 
 def _run_check(options: argparse.Namespace) -> int:
-    return run_check(options, _make_system(options))
+    return run_check(options, make_system(options))
 
 
 def _run_reproduce(options: argparse.Namespace) -> None:

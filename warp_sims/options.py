@@ -1,21 +1,17 @@
-"""The options of the command line, most of them made from the fields of dataclasses."""
+"""The options of the commands, most of them made of what is declared already (`field_options`)."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import inspect
-import itertools
-import re
-import textwrap
-import typing
 from typing import Any, NamedTuple
 
 from . import systems
-from .demo import DEMO_EPOCHS
+from .demo import run_demo
 from .estimators import PerSecond
+from .field_options import add_declared, add_flag, add_system_options
 from .kernels.flow import Flow
+from .pictures.animation import animate
 from .training.config import CLIPS, LOSSES, ON_DIVERGENCE, TrainConfig
 from .training.optimizers import OPTIMIZERS
 from .training.published import COSTS, EPOCHS, FLOWS, POLES, SETTINGS, TARGETS
@@ -25,6 +21,12 @@ DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
 HIDDEN = (100, 100)
 WIDTH = 60
 POLICIES = ("mlp", "wavecnn")
+FLOW: dict[str, Any] = {
+    "metavar": "FLOW",
+    "help": "backward flow: " + ", ".join(f"{f.name.lower()} ({f.value})" for f in Flow),
+}
+DTYPE = {"choices": ("float32", "float64"), "default": "float32", "help": "precision of states and weights"}
+DEVICE = {"metavar": "DEVICE", "default": "cpu", "help": "cpu, cuda or cuda:INDEX"}
 
 
 class Preset(NamedTuple):
@@ -60,15 +62,20 @@ def preset_of(named: str | None) -> Preset:
     return preset
 
 
-def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> None:
-    """Adds what `train` takes; the numbers of the system too, where one is named already."""
-    preset = preset_of(named)
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """Adds the system, which is named first: it decides which options there are."""
     known = ", ".join(sorted(systems.registry))
     parser.add_argument(
         "system",
         metavar="SYSTEM",
         help=f"{known}, or module:Class for a system of your own; its name comes before the options",
     )
+
+
+def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> None:
+    """Adds what `train` takes; the numbers of the system too, where one is named already."""
+    preset = preset_of(named)
+    add_system(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="run folder (default: runs/SYSTEM_FLOW)")
     run.add_argument("--overwrite", action="store_true", help="replace the run that stands there")
@@ -90,73 +97,50 @@ def add_train_options(parser: argparse.ArgumentParser, named: str | None) -> Non
     add_policy(policy, preset.policy)
     add_flag(policy, "zero-last", preset.zero_last, "start with a zero output layer, so without any control")
     training = parser.add_argument_group("training")
-    texts = field_texts(TrainConfig)
-    kinds: dict[str, dict[str, Any]] = {
-        "flow": {
-            "metavar": "FLOW",
-            "help": "backward flow: " + ", ".join(f"{f.name.lower()} ({f.value})" for f in Flow),
-        },
-        "horizon": {"type": int, "default": preset.horizon},
-        "loss": {
+    add_declared(
+        training,
+        TrainConfig,
+        *(name for name in DEFAULTS if name not in ("system", "policy")),
+        flow=FLOW,
+        horizon={"default": preset.horizon},
+        loss={
             "metavar": "LOSS",
             "default": preset.loss,
             "help": "the system's loss of the last state (final) or of all states (running), or module:name "
             "for a function of (states, controls) of your own",
         },
-        "control_cost": {"type": float, "default": preset.control_cost},
-        "window": {"type": int, "help": "truncation: both edges close at every multiple of so many steps"},
-        "decay": {
+        control_cost={"default": preset.control_cost},
+        window={"help": "truncation: both edges close at every multiple of so many steps"},
+        decay={
             "type": _decay,
+            "metavar": "X",
             "help": "factor in [0, 1] on what crosses the physics edge backwards: at every step, or 0.3/s "
             "for 30% left after a second of simulated time",
         },
-        "clip_cotangent": {"type": float},
-        "combiner": {
+        combiner={
             "metavar": "COMBINER",
             "help": "of flow combined, another way to make one gradient of M and R: project (conflicting "
             "ones), blend:W (W of R, the rest of M), anneal:A:B:N (W from A to B over N updates), or "
             "module:name",
         },
-        "inputs": {
+        inputs={
             "metavar": "module:name",
             "help": "what the policy is given beside the states, a function of (x0, horizon, generator)",
         },
-        "samples": {"type": int},
-        "batch": {"type": int},
-        "epochs": {"type": int},
-        "optimizer": {"choices": OPTIMIZERS},
-        "lr": {"type": float},
-        "momentum": {"type": float},
-        "clip": {"choices": CLIPS},
-        "clip_at": {"type": float},
-        "on_divergence": {
+        optimizer={"choices": OPTIMIZERS},
+        clip={"choices": CLIPS},
+        on_divergence={
             "choices": ON_DIVERGENCE,
             "help": "an update that is not finite ends the run, or is skipped",
         },
-        "seed": {"type": int, "help": "seed of the initial states and of the initial weights"},
-        "dtype": {
-            "choices": ("float32", "float64"),
-            "default": "float32",
-            "help": "precision of states and weights",
+        seed={"help": "seed of the initial states and of the initial weights"},
+        dtype=DTYPE,
+        device=DEVICE,
+        tensorboard={"action": "store_true"},
+        graph={
+            "action": "store_true",
+            "help": "record an update as a CUDA graph and replay it; needs --device cuda",
         },
-        "device": {"metavar": "DEVICE", "default": "cpu", "help": "cpu, cuda or cuda:INDEX"},
-        "log_every": {"type": int},
-        "checkpoint_every": {"type": int},
-    }
-    for name, kind in kinds.items():
-        kind = {"default": DEFAULTS[name], "help": _uncapitalised(texts.get(name, "")), **kind}
-        shown = "" if kind["default"] is None else f" (default: {kind['default']})"
-        kind["help"] = _escaped(kind["help"].rstrip(".") + shown)
-        if "choices" not in kind:
-            kind.setdefault("metavar", "N" if kind.get("type") is int else "X")
-        training.add_argument(_option(name), **kind)
-    training.add_argument(
-        "--tensorboard", action="store_true", help="write TensorBoard events into the run folder"
-    )
-    training.add_argument(
-        "--graph",
-        action="store_true",
-        help="record an update as a CUDA graph and replay it; needs --device cuda",
     )
     if named is not None:
         add_system_options(parser, named)
@@ -216,74 +200,29 @@ def add_policy(policy: Any, default: str) -> None:
     )
 
 
-def add_system_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Adds an option for every field of the system: `poles` becomes --poles."""
-    system = systems.resolve(name)
-    texts = field_texts(system)
-    hints = typing.get_type_hints(system)
-    group = parser.add_argument_group(f"numbers of {name}")
-    taken = {word for action in parser._actions for word in action.option_strings}
-    for field in dataclasses.fields(system):
-        if not field.init:
-            continue
-        option = _option(field.name)
-        kind: dict[str, Any] = {"dest": f"field:{field.name}", "default": argparse.SUPPRESS}
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        text = _uncapitalised(texts.get(field.name, "").rstrip("."))
-        if field.default is not dataclasses.MISSING:
-            text = f"{text} (default: {field.default})".lstrip()
-        kind |= {"required": required, "help": _escaped(text)}
-        if hints.get(field.name) is bool:
-            kind["action"] = argparse.BooleanOptionalAction
-        else:
-            kind["type"] = {int: int, float: float, str: str}.get(hints.get(field.name), _literal)
-            kind["metavar"] = "N" if kind["type"] is int else "X"
-        # A system may have a field of a name that training takes.
-        group.add_argument(option if option not in taken else f"--system-{option[2:]}", **kind)
-
-
 def add_animate_options(parser: argparse.ArgumentParser) -> None:
     """Adds what `animate` takes."""
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder; several are drawn side by side")
     parser.add_argument(
         "--out", metavar="FILE", help="file to write, .gif or .mp4 (default: animation.gif in the first RUN)"
     )
-    parser.add_argument(
-        "--world",
-        type=int,
-        default=0,
-        metavar="N",
-        help="which of the test states to start from (default: 0)",
-    )
-    parser.add_argument("--horizon", type=int, metavar="N", help="number of steps (default: as in training)")
-    parser.add_argument(
-        "--checkpoint", choices=CHECKPOINTS, default="best", help="weights to load (default: best)"
-    )
-    parser.add_argument(
-        "--fps", type=float, default=25.0, metavar="X", help="pictures per second, one per step (default: 25)"
+    add_declared(
+        parser,
+        animate,
+        "world",
+        "horizon",
+        "checkpoint",
+        "fps",
+        world={"help": "which of the test states to start from"},
+        checkpoint={"choices": CHECKPOINTS, "help": "weights to load"},
     )
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
     """Adds what `demo` takes."""
-    parser.add_argument(
-        "--out", metavar="DIR", default="runs/demo", help="folder to write (default: runs/demo)"
-    )
-    parser.add_argument(
-        "--flows",
-        nargs="+",
-        metavar="FLOW",
-        default=["regular", "combined"],
-        help="flows to compare (default: regular combined)",
-    )
-    parser.add_argument("--poles", type=int, default=4, metavar="N", help="number of poles (default: 4)")
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        default=DEMO_EPOCHS,
-        metavar="N",
-        help=f"epochs for each flow (default: {DEMO_EPOCHS})",
-    )
+    flows = {"nargs": "+", "type": str, "metavar": "FLOW", "default": ["regular", "combined"]}
+    out = {"metavar": "DIR", "default": "runs/demo", "help": "folder to write"}
+    add_declared(parser, run_demo, "out", "flows", "poles", "epochs", out=out, flows=flows)
     add_flag(parser, "progress", True, "show a progress bar per flow")
 
 
@@ -344,73 +283,3 @@ def add_reproduce_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             option, nargs="+", type=kind, metavar="X", help=f"of {problem}, some of {shown} (default: all)"
         )
-
-
-def add_flag(parser: Any, name: str, default: bool, text: str) -> None:
-    """Adds --name and --no-name."""
-    parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")
-
-
-def _uncapitalised(text: str) -> str:
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
-
-
-def _literal(text: str) -> Any:
-    """Reads a value that is neither a number nor a name, a tuple for example."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no Python literal such as 3, 0.5, 'name' or (1, 2)"
-        ) from None
-
-
-def field_texts(cls: type) -> dict[str, str]:
-    """Returns what is written about each field: metadata "help", the string below it, or `Attributes:`."""
-    texts: dict[str, str] = {}
-    for owner in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(owner):
-            continue
-        texts |= _attributes_section(owner.__doc__ or "") | _strings_below(owner)
-    texts |= {f.name: f.metadata["help"] for f in dataclasses.fields(cls) if "help" in f.metadata}
-    return texts
-
-
-def _strings_below(cls: type) -> dict[str, str]:
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    except (OSError, SyntaxError, TypeError):  # made at run time
-        return {}
-    texts = {}
-    statements = body.body if isinstance(body, ast.ClassDef) else []
-    for field, below in itertools.pairwise(statements):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        value = below.value if isinstance(below, ast.Expr) else None
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            texts[field.target.id] = " ".join(value.value.split())
-    return texts
-
-
-def _attributes_section(doc: str) -> dict[str, str]:
-    lines = inspect.cleandoc(doc).splitlines()
-    texts: dict[str, str] = {}
-    name = None
-    for line in lines[lines.index("Attributes:") + 1 :] if "Attributes:" in lines else []:
-        if line and not line.startswith(" "):
-            break
-        start = re.match(r"    (\w+)(?: \([^)]*\))?: (.*)", line)
-        if start:
-            name = start.group(1)
-            texts[name] = start.group(2)
-        elif name and line.strip():
-            texts[name] += " " + line.strip()
-    return texts

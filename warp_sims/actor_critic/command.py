@@ -6,19 +6,18 @@ import argparse
 import dataclasses
 import os
 import shlex
-import typing
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from .. import systems
-from ..kernels.flow import Flow
-from ..options import add_flag, add_system_options, field_texts
+from ..field_options import add_declared, add_flag, add_system_options, make_system
+from ..options import FLOW
 from ..training.runs import ACTOR_CRITIC, is_run, read_config
 from .config import ALGORITHMS, ActorCriticConfig
 from .folder import from_json
 from .run import ActorCriticResult, train_actor_critic
+
+SETTINGS = [f.name for f in dataclasses.fields(ActorCriticConfig) if f.name != "system"]
 
 
 def asks_for_actor_critic(words: Sequence[str]) -> bool:
@@ -54,7 +53,12 @@ def add_actor_critic_options(
         )
         parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/SYSTEM_shac_FLOW)")
         parser.add_argument("--overwrite", action="store_true", help="replace the run that stands there")
-        _add_settings(parser)
+        flow = {**FLOW, "help": f"{FLOW['help']}; regular is SHAC"}
+        dtype = {"choices": ("float32", "float64")}
+        training = parser.add_argument_group("training")
+        add_declared(
+            training, ActorCriticConfig, *SETTINGS, flow=flow, dtype=dtype, device={"metavar": "DEVICE"}
+        )
     run = parser.add_argument_group("how it runs")
     run.add_argument(
         "--time-limit",
@@ -66,39 +70,6 @@ def add_actor_critic_options(
     add_flag(run, "progress", True, "show a progress bar")
     if not resumed and named is not None:
         add_system_options(parser, named)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    texts, hints = field_texts(ActorCriticConfig), typing.get_type_hints(ActorCriticConfig)
-    for field in dataclasses.fields(ActorCriticConfig):
-        if field.name == "system":
-            continue
-        text = texts.get(field.name, "").rstrip(".").replace("%", "%%")
-        kind: dict[str, Any] = {"default": field.default}
-        if field.default is not None:
-            shown = (
-                field.default if not isinstance(field.default, tuple) else " ".join(map(str, field.default))
-            )
-            text += f" (default: {shown:.4g})" if isinstance(shown, float) else f" (default: {shown})"
-        if isinstance(field.default, tuple):
-            kind |= {"nargs": "*", "type": type(field.default[0]), "metavar": "X"}
-        elif field.name == "flow":
-            kind["metavar"] = "FLOW"
-            text = (
-                "backward flow: "
-                + ", ".join(f"{f.name.lower()} ({f.value})" for f in Flow)
-                + "; regular is SHAC"
-            )
-        elif field.name == "dtype":
-            kind["choices"] = ("float32", "float64")
-        elif hints[field.name] in (int, int | None):
-            kind |= {"type": int, "metavar": "N"}
-        elif hints[field.name] in (float, float | None):
-            kind |= {"type": float, "metavar": "X"}
-        else:
-            kind["metavar"] = field.name.upper()
-        group.add_argument("--" + field.name.replace("_", "-"), help=text[:1].lower() + text[1:], **kind)
 
 
 def run_actor_critic(options: argparse.Namespace) -> None:
@@ -113,10 +84,7 @@ def run_actor_critic(options: argparse.Namespace) -> None:
         config = from_json(read_config(options.resume, ACTOR_CRITIC), **moved)
         out, resume, overwrite = options.resume, True, False
     else:
-        fields = {name.removeprefix("field:"): v for name, v in given.items() if name.startswith("field:")}
-        system = systems.resolve(options.system)(**fields)
-        names = [f.name for f in dataclasses.fields(ActorCriticConfig) if f.name != "system"]
-        config = ActorCriticConfig(system, **{name: given[name] for name in names})
+        config = ActorCriticConfig(make_system(options), **{name: given[name] for name in SETTINGS})
         label = options.system.rpartition(":")[2].lower()
         out = options.out or os.path.join("runs", f"{label}_{options.algorithm}_{config.settings()['flow']}")
         resume, overwrite = False, options.overwrite

@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from ..systems import System
 from ..training import run_config
 from ..training.provenance import versions
-from ..training.resuming import ANEW
+from ..training.resuming import ANEW, Stopped, differences, other_setting, rows_until
 from ..training.runs import (
     ACTOR_CRITIC,
     Log,
@@ -52,20 +51,6 @@ COLUMNS = (
 
 MOVABLE = ("device",)
 """Settings that a run may be resumed with another value of; numbers may then differ by rounding."""
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """A run that stopped behind an update, and what it needs to go on."""
-
-    last: dict[str, Any]
-    best: dict[str, Any]
-    rows: list[Row]
-
-    @property
-    def epochs(self) -> dict[str, int]:
-        """Updates behind the checkpoints, by name."""
-        return {"last": self.last["epoch"], "best": self.best["epoch"]}
 
 
 def to_json(config: ActorCriticConfig) -> dict[str, Any]:
@@ -108,7 +93,7 @@ def read_stopped(path: str | os.PathLike[str], config: ActorCriticConfig) -> Sto
         return None
     last, best = read_checkpoint(folder, "last"), read_checkpoint(folder, "best")
     log = read_log(folder, COLUMNS)
-    rows = [dict(zip(log, values)) for values in zip(*log.values()) if values[0] <= last["epoch"]]
+    rows = rows_until(log, last["epoch"])
     due = [u for u in range(last["epoch"] + 1) if is_logged(u, config)]
     if [row["update"] for row in rows] != due:
         raise ValueError(
@@ -131,13 +116,9 @@ def is_evaluated(update: int, config: ActorCriticConfig) -> bool:
 def _check_settings(folder: Path, config: ActorCriticConfig) -> None:
     asked, standing = json.loads(json.dumps(to_json(config))), read_config(folder, ACTOR_CRITIC)
     for part in ("system", "training"):
-        for name in sorted(asked[part].keys() | standing[part].keys()):
-            was, now = standing[part].get(name), asked[part].get(name)
-            if was != now and name not in MOVABLE:
-                raise ValueError(
-                    f"run folder {folder} was begun with {part} {name}={was!r}, now {name}={now!r}; give the "
-                    "settings it was begun with, or another folder"
-                )
+        for name, was, now in differences(asked[part], standing[part]):
+            if name not in MOVABLE:
+                raise other_setting(folder, part, name, was, now)
 
 
 def load_actor(

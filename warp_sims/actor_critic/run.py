@@ -13,10 +13,11 @@ from typing import Any
 
 from ..progress import Bars
 from ..training.interruption import uninterrupted
+from ..training.resuming import Stopped
 from ..training.runs import Log, Row, RunFolder, as_log
 from .config import ActorCriticConfig
 from .evaluation import evaluate
-from .folder import COLUMNS, Stopped, best_of, finite, is_evaluated, is_logged, read_stopped, to_json
+from .folder import COLUMNS, best_of, finite, is_evaluated, is_logged, read_stopped, to_json
 from .networks import Actor, Critic
 from .updates import Updates
 from .worlds import as_numbers

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .. import systems
-from ..options import add_system_options
+from ..field_options import add_declared, add_system_options
+from ..options import DEVICE, add_system
 from ..systems import System
 from .run import PARTS, check
 
@@ -14,12 +14,7 @@ __all__ = ["add_check_options", "run_check"]
 
 def add_check_options(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Adds what `check` takes; the numbers of the system too, where one is named already."""
-    known = ", ".join(sorted(systems.registry))
-    parser.add_argument(
-        "system",
-        metavar="SYSTEM",
-        help=f"{known}, or module:Class for a system of your own; its name comes before the options",
-    )
+    add_system(parser)
     what = parser.add_argument_group("what is checked")
     what.add_argument(
         "--parts",
@@ -29,15 +24,7 @@ def add_check_options(parser: argparse.ArgumentParser, named: str | None) -> Non
         default=list(PARTS),
         help=f"some of {' '.join(PARTS)} (default: all)",
     )
-    what.add_argument(
-        "--points",
-        type=int,
-        default=12,
-        metavar="N",
-        help="states and controls at which step and loss are tried (default: 12)",
-    )
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
-    what.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
+    add_declared(what, check, "points", "seed", "device", device=DEVICE)
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for the standard output")
     if named is not None:
         add_system_options(parser, named)

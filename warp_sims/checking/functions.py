@@ -251,27 +251,28 @@ class _Checker:
         first, other = self.trial(self.forms[0]), self.trial(form)
         x = self.points.x
         x = x.repeat(len(first.x_next) // len(x) + 1, 1)[: len(first.x_next)]
-        yield compare(
-            f"step {form.name}",
-            "float64",
-            BY_VALUE,
-            (other.x_next - x)[..., None],
-            (first.x_next - x)[..., None],
-            self.next_names,
-            [""],
-            tolerance=FORM._replace(floor=FORM.floor * float(1.0 + x.abs().max())),
-        )
-        if other.cost is not None and first.cost is not None:
-            yield compare(
-                f"loss {form.name}",
-                "float64",
-                BY_VALUE,
-                other.cost[:, None, None],
-                first.cost[:, None, None],
-                ["loss"],
-                [""],
-                tolerance=FORM,
-            )
+        floor = FORM.floor * float(1.0 + x.abs().max())
+        yield from self._values(form, BY_VALUE, other, first, FORM._replace(floor=floor), FORM, x)
+
+    def _values(
+        self,
+        form: Form,
+        against: str,
+        found: Outputs,
+        expected: Outputs,
+        of_step: Tolerance,
+        of_loss: Tolerance,
+        start: Tensor | float = 0.0,
+    ) -> Iterator[Comparison]:
+        """What step (less `start`) and loss give, beside the same of another form or dtype."""
+        dtype = str(form.dtype).removeprefix("torch.")
+        for name, a, b, outputs, tolerance in (
+            ("step", found.x_next - start, expected.x_next - start, self.next_names, of_step),
+            ("loss", found.cost, expected.cost, ["loss"], of_loss),
+        ):
+            if a is not None and b is not None:
+                a, b = (t.reshape(len(t), -1, 1) for t in (a, b))
+                yield compare(f"{name} {form.name}", dtype, against, a, b, outputs, [""], tolerance)
 
     def _exact(self, form: Form) -> Iterator[Comparison]:
         """Numbers of worlds, repetition, what is written and what is not."""
@@ -308,16 +309,7 @@ class _Checker:
     ) -> Iterator[Comparison]:
         """Float32 against float64 at the same points."""
         first, other = self.trial(double), self.trial(form)
-        yield compare(
-            f"step {form.name}",
-            "float32",
-            "float64",
-            other.x_next[..., None],
-            first.x_next[..., None],
-            self.next_names,
-            [""],
-            tolerance=SINGLE,
-        )
+        yield from self._values(form, "float64", other, first, SINGLE, SINGLE)
         yield compare(
             f"step_vjp {form.name}",
             "float32",
@@ -330,17 +322,6 @@ class _Checker:
             usable=usable,
             tolerance=SINGLE,
         )
-        if other.cost is not None and first.cost is not None:
-            yield compare(
-                f"loss {form.name}",
-                "float32",
-                "float64",
-                other.cost[:, None, None],
-                first.cost[:, None, None],
-                ["loss"],
-                [""],
-                tolerance=SINGLE,
-            )
         if other.adj_x_cost is not None and first.adj_x_cost is not None and gradient is not None:
             yield compare(
                 f"loss_vjp {form.name}",

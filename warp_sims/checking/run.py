@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import warp as wp
 
+from ..arguments import check_count, usable_device
 from ..bridge.runtime.arrays import WARP_DTYPE
 from ..bridge.runtime.contract import functions_of
+from ..plans import check_system
 from ..systems import System
 from .compare import exactly
 from .forms import Form, forms_of
@@ -117,30 +119,11 @@ def _compile(system: System, device: torch.device) -> list[Comparison]:
 
 
 def _checked(system: Any, parts: Any, points: Any, seed: Any, device: Any) -> torch.device:
-    if not isinstance(system, System):
-        hint = "; make an instance of it" if isinstance(system, type) else ""
-        raise TypeError(
-            f"check: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4){hint}"
-        )
+    check_system(system, "check")
     if isinstance(parts, str) or not set(parts) <= set(PARTS) or not parts:
         raise ValueError(f"check: parts is {parts!r}, expected some of {', '.join(PARTS)}")
-    for name, value, least in (("points", points, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"check: {name} is {value!r} of type {type(value).__name__}, expected an int")
-        if value < least:
-            raise ValueError(f"check: {name} is {value}, expected at least {least}")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"check: device {device!r} is none ({error}); give cpu, cuda or cuda:INDEX"
-        ) from error
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"check: device is {str(place)!r}, expected cpu, cuda or cuda:INDEX")
-    if place.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= count:
-            raise ValueError(f"check: device {str(place)!r} cannot be used, torch finds {count} CUDA devices")
-        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    check_count("check", "points", points)
+    check_count("check", "seed", seed, 0)
+    place = usable_device("check", device)
     wp.init()
     return place

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_count, usable_device
 from ..kernels.flow import Flow
 from ..kernels.policy.layout import layout
-from ..plans import Loss
+from ..plans import Loss, check_system
 from ..policies.networks import MLP, fused_network
 from ..systems import System
 from .work import Problem
 
-__all__ = ["FLOWS", "Case", "check_count", "make_case"]
+__all__ = ["FLOWS", "Case", "make_case"]
 
 FLOWS = (Flow.REGULAR, Flow.MODIFIED, Flow.STOPPED, Flow.COMBINED)
 """What is profiled unless something else is asked for."""
@@ -53,15 +54,12 @@ def make_case(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Case:
-    if not isinstance(system, System):
-        raise TypeError(
-            f"profile: system is {system!r}, expected a warp_sims.System such as CartPole(poles=4)"
-        )
-    check_count("batch", batch)
-    check_count("horizon", horizon)
+    check_system(system, "profile")
+    check_count("profile", "batch", batch)
+    check_count("profile", "horizon", horizon)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"profile: dtype is {dtype}, expected torch.float32 or torch.float64")
-    place = _usable(device)
+    place = usable_device("profile", device)
     notes: list[str] = []
     if policy is None:
         policy = MLP(system.state_size, (100, 100), system.control_size)
@@ -110,13 +108,6 @@ def make_case(
     )
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"profile: {name} is {value!r} of type {type(value).__name__}, expected an int")
-    if value < 1:
-        raise ValueError(f"profile: {name} is {value}, expected at least 1")
-
-
 def _parse_flows(flows: Sequence[str | Flow]) -> list[Flow]:
     if isinstance(flows, (str, Flow)):
         flows = [flows]
@@ -124,26 +115,6 @@ def _parse_flows(flows: Sequence[str | Flow]) -> list[Flow]:
     if not found:
         raise ValueError("profile: flows is empty, expected at least one of R, M, N, S, C")
     return found
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"profile: device {device!r} is none ({error}); give cpu, cuda or cuda:INDEX"
-        ) from error
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"profile: device is {str(place)!r}, expected cpu, cuda or cuda:INDEX")
-    if place.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= count:
-            raise ValueError(
-                f"profile: device {str(place)!r} cannot be used, torch finds {count} CUDA devices; give cpu, "
-                "or use a machine with a GPU and a torch with CUDA"
-            )
-        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
-    return place
 
 
 def _initial_states(system: System, batch: int, notes: list[str]) -> Tensor:

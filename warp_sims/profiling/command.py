@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from .. import systems
+from ..field_options import add_declared, add_flag, add_system_options
 from ..named import make_policy
-from ..options import add_flag, add_policy, add_system_options, preset_of
+from ..options import DEVICE, DTYPE, add_policy, add_system, preset_of
 from ..systems import System
 from ..training.config import LOSSES
 from .case import FLOWS
@@ -20,12 +20,7 @@ from .run import AGAINST, profile
 def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Adds what `profile` takes; the numbers of the system too, where one is named already."""
     preset = preset_of(named)
-    known = ", ".join(sorted(systems.registry))
-    parser.add_argument(
-        "system",
-        metavar="SYSTEM",
-        help=f"{known}, or module:Class for a system of your own; its name comes before the options",
-    )
+    add_system(parser)
     policy = parser.add_argument_group("policy")
     add_policy(policy, preset.policy)
     run = parser.add_argument_group("what is run")
@@ -38,42 +33,23 @@ def add_profile_options(parser: argparse.ArgumentParser, named: str | None) -> N
         default=letters,
         help=f"names or letters (default: {' '.join(letters)})",
     )
-    run.add_argument("--batch", type=int, default=256, metavar="N", help="number of worlds (default: 256)")
-    run.add_argument(
-        "--horizon",
-        type=int,
-        default=preset.horizon,
-        metavar="N",
-        help=f"number of steps (default: {preset.horizon})",
-    )
-    run.add_argument(
-        "--loss",
-        choices=LOSSES,
-        help=f"the system's loss of the last state, or of all states (default: {preset.loss}; for a system "
-        "without a loss the mean square of its states)",
-    )
-    run.add_argument(
-        "--control-cost",
-        type=float,
-        default=preset.control_cost,
-        metavar="X",
-        help=f"weight of the mean squared control (default: {preset.control_cost:g})",
-    )
-    run.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: float32")
-    run.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
-    run.add_argument(
-        "--repeats", type=int, default=20, metavar="N", help="timed passes of each flow (default: 20)"
+    add_declared(
+        run,
+        profile,
+        *("batch", "horizon", "loss", "control_cost", "dtype", "device", "repeats"),
+        horizon={"default": preset.horizon},
+        loss={
+            "choices": LOSSES,
+            "help": "the system's loss of the last state, or of all states (default: "
+            f"{preset.loss}; for a system without a loss the mean square of its states)",
+        },
+        control_cost={"default": preset.control_cost, "help": "weight of the mean squared control"},
+        dtype=DTYPE,
+        device=DEVICE,
     )
     out = parser.add_argument_group("what is reported")
-    out.add_argument(
-        "--against",
-        choices=AGAINST,
-        help="put Warp's generated adjoints of the same forward pass beside the hand-written ones",
-    )
+    add_declared(out, profile, "against", "arch", against={"choices": AGAINST})
     add_flag(out, "kernels", True, "compile every kernel anew, for its time and what it takes of a GPU")
-    out.add_argument(
-        "--arch", type=int, default=90, metavar="N", help="architecture of that GPU (default: 90 for sm_90)"
-    )
     out.add_argument("--json", metavar="FILE", help="write everything as JSON; - for the standard output")
     out.add_argument("--trace", metavar="FILE", help="write a trace for chrome://tracing or ui.perfetto.dev")
     if named is not None:

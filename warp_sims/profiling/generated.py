@@ -3,21 +3,20 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import warp as wp
 from torch import Tensor, nn
 
 from ..bridge.runtime.arrays import stream
-from ..bridge.runtime.launches import PREPARING
-from ..bridge.runtime.registry import Prepared, prepare
+from ..bridge.runtime.registry import prepare
 from ..kernels.sweeps.generated import MAX_UNROLL, make_generated_kernels
 from ..rollouts import rollout, simulate
 from ..systems import System
 from .ceilings import wait
 from .result import AgainstRow, spread
-from .verdict import decide
+from .verdict import GeneratedStep, array_of, decide
 
 __all__ = ["compare_with_generated"]
 
@@ -119,8 +118,8 @@ def _open_loop(system: System, x0: Tensor, controls: Tensor, weights: Tensor) ->
     states = torch.empty_like(weights)
     states[0] = x0
     adjoints = torch.empty_like(weights), torch.empty_like(controls)
-    x, adj_x = (_array(t, p.functions.State) for t in (states, adjoints[0]))
-    u, adj_u = (_array(t, p.functions.Control) for t in (controls, adjoints[1]))
+    x, adj_x = (array_of(t, p.functions.State) for t in (states, adjoints[0]))
+    u, adj_u = (array_of(t, p.functions.Control) for t in (controls, adjoints[1]))
     x.grad, u.grad = adj_x, adj_u
 
     def seed() -> None:
@@ -176,7 +175,7 @@ def _closed_loop(system: System, policy: nn.Module, x0: Tensor, horizon: int, we
     def forward() -> Callable[[], Tensor]:
         x, states = x0, [x0]
         for _ in range(horizon):
-            x = _GeneratedStep.apply(x, policy(x), p)
+            x = GeneratedStep.apply(x, policy(x), p)
             states.append(x)
         all_states = torch.stack(states)
         return lambda: _flat(torch.autograd.grad(all_states, parameters, weights))
@@ -185,54 +184,6 @@ def _closed_loop(system: System, policy: nn.Module, x0: Tensor, horizon: int, we
         _policy_by_hand(system, policy, x0, horizon, weights),
         _Way("rollout", "generated step, policy by torch", None, forward),
     ]
-
-
-class _GeneratedStep(torch.autograd.Function):
-    """One step as a torch operation with Warp's generated adjoint: (x, u, prepared) -> x_next."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, u: Tensor, p: Prepared) -> Tensor:
-        x, u = x.contiguous(), u.contiguous()
-        x_next = torch.empty_like(x)
-        ctx.save_for_backward(x, u, x_next)
-        ctx.prepared = p
-        f = p.functions
-        with stream(x.device):
-            wp.launch(
-                make_generated_kernels(f).step,
-                x.shape[0],
-                inputs=[_array(x, f.State), _array(u, f.Control), p.params],
-                outputs=[_array(x_next, f.State)],
-                device=p.device,
-                record_tape=False,
-            )
-        return x_next
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        x, u, x_next = ctx.saved_tensors
-        p, f = ctx.prepared, ctx.prepared.functions
-        adj_x, adj_u = torch.zeros_like(x), torch.zeros_like(u)
-        # a copy: generated adjoints zero what they have read
-        adj_x_next = cotangents[0].clone(memory_format=torch.contiguous_format)
-        with stream(x.device):
-            wp.launch(
-                make_generated_kernels(f).step,
-                x.shape[0],
-                inputs=[_array(x, f.State), _array(u, f.Control), p.params],
-                outputs=[_array(x_next, f.State)],
-                adj_inputs=[_array(adj_x, f.State), _array(adj_u, f.Control), f.Params()],
-                adj_outputs=[_array(adj_x_next, f.State)],
-                adjoint=True,
-                device=p.device,
-                record_tape=False,
-            )
-        return adj_x, adj_u, None
-
-
-def _array(tensor: Tensor, dtype: Any) -> wp.array:
-    with PREPARING:
-        return wp.from_torch(tensor.detach(), dtype=dtype, requires_grad=False)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,13 +2,10 @@
 the rates that the machine reaches.
 """
 
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..arguments import check_count
 from ..bridge.runtime.launches import PREPARING
 from ..bridge.runtime.registry import prepare
 from ..bridge.runtime.tracing import Event, trace
@@ -27,8 +25,9 @@ from ..plans import Loss
 from ..policies.networks import fused_network
 from ..rollouts import rollout
 from ..systems import System
+from ..training.provenance import machine
 from .attribution import REST, attribute
-from .case import FLOWS, Case, check_count, make_case
+from .case import FLOWS, Case, make_case
 from .ceilings import measure_ceilings, wait
 from .generated import compare_with_generated
 from .resources import cuda_rollout, device_resources, find_ptxas
@@ -87,7 +86,7 @@ def profile(
         RuntimeError: another trace or profile of this process is running.
     """
     case = make_case(system, policy, flows, batch, horizon, loss, control_cost, x0, dtype, device)
-    check_count("repeats", repeats)
+    check_count("profile", "repeats", repeats)
     if against is not None and against not in AGAINST:
         raise ValueError(f"profile: against is {against!r}, expected {AGAINST[0]!r} or None")
     for flow in case.flows:
@@ -373,9 +372,5 @@ def _describe(policy: nn.Module) -> str:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = models[0].strip() if models else cpu
-    return f"{cpu}, {os.cpu_count()} cores"
+    found = machine()
+    return f"{found['cpu']}, {found['cores']} cores"

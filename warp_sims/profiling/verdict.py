@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ..bridge.runtime.arrays import stream
 from ..bridge.runtime.launches import PREPARING
-from ..bridge.runtime.registry import prepare
+from ..bridge.runtime.registry import Prepared, prepare
 from ..checking.forms import forms_of
 from ..checking.functions import compare_adjoint, draw_points, jacobian_of_step, pulled_back
 from ..checking.report import Comparison
 from ..kernels.sweeps.generated import make_generated_kernels
 from ..systems import System
 
-__all__ = ["Verdict", "decide"]
+__all__ = ["GeneratedStep", "Verdict", "array_of", "decide"]
 
 POINTS, SEED = 12, 0
 SHOWN = 2
@@ -87,29 +87,57 @@ def decide(system: System, device: torch.device) -> Verdict:
 
 def _generated(system: System, device: torch.device, x: Tensor, u: Tensor) -> Tensor:
     """The Jacobian by Warp's generated adjoint (points, state_size, state_size + control_size)."""
-    p = prepare(system.number, torch.float64, device)
-    f, kernel = p.functions, make_generated_kernels(p.functions).step
     count, size = x.shape
     unit = torch.eye(size, dtype=torch.float64).repeat(count, 1).to(device)
-    x, u = (t.repeat_interleave(size, 0).to(device) for t in (x, u))
-    x_next, adj_x, adj_u = torch.empty_like(x), torch.zeros_like(x), torch.zeros_like(u)
+    x, u = (t.repeat_interleave(size, 0).to(device).requires_grad_() for t in (x, u))
+    x_next = GeneratedStep.apply(x, u, prepare(system.number, torch.float64, device))
+    return torch.cat(torch.autograd.grad(x_next, (x, u), unit), dim=1).cpu().unflatten(0, (count, size))
 
-    def array(tensor: Tensor, dtype: Any) -> wp.array:
-        return wp.from_torch(tensor, dtype=dtype, requires_grad=False)
 
-    with PREPARING, stream(device):
-        inputs = [array(x, f.State), array(u, f.Control), p.params]
-        outputs = [array(x_next, f.State)]
-        wp.launch(kernel, len(x), inputs=inputs, outputs=outputs, device=p.device, record_tape=False)
-        wp.launch(
-            kernel,
-            len(x),
-            inputs=inputs,
-            outputs=outputs,
-            adj_inputs=[array(adj_x, f.State), array(adj_u, f.Control), f.Params()],
-            adj_outputs=[array(unit, f.State)],
-            adjoint=True,
-            device=p.device,
-            record_tape=False,
-        )
-    return torch.cat([adj_x, adj_u], dim=1).cpu().unflatten(0, (count, size))
+class GeneratedStep(torch.autograd.Function):
+    """One step as a torch operation with Warp's generated adjoint: (x, u, prepared) -> x_next."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, u: Tensor, p: Prepared) -> Tensor:
+        x, u = x.contiguous(), u.contiguous()
+        x_next = torch.empty_like(x)
+        ctx.save_for_backward(x, u, x_next)
+        ctx.prepared = p
+        f = p.functions
+        with stream(x.device):
+            wp.launch(
+                make_generated_kernels(f).step,
+                x.shape[0],
+                inputs=[array_of(x, f.State), array_of(u, f.Control), p.params],
+                outputs=[array_of(x_next, f.State)],
+                device=p.device,
+                record_tape=False,
+            )
+        return x_next
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        x, u, x_next = ctx.saved_tensors
+        p, f = ctx.prepared, ctx.prepared.functions
+        adj_x, adj_u = torch.zeros_like(x), torch.zeros_like(u)
+        # a copy: generated adjoints zero what they have read
+        adj_x_next = cotangents[0].clone(memory_format=torch.contiguous_format)
+        with stream(x.device):
+            wp.launch(
+                make_generated_kernels(f).step,
+                x.shape[0],
+                inputs=[array_of(x, f.State), array_of(u, f.Control), p.params],
+                outputs=[array_of(x_next, f.State)],
+                adj_inputs=[array_of(adj_x, f.State), array_of(adj_u, f.Control), f.Params()],
+                adj_outputs=[array_of(adj_x_next, f.State)],
+                adjoint=True,
+                device=p.device,
+                record_tape=False,
+            )
+        return adj_x, adj_u, None
+
+
+def array_of(tensor: Tensor, dtype: Any) -> wp.array:
+    """A tensor as a Warp array of these elements, on the same memory."""
+    with PREPARING:
+        return wp.from_torch(tensor.detach(), dtype=dtype, requires_grad=False)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..training.durable import write_json
+from ..training.provenance import cores
 from ..training.published import Job, Scale
 from ..training.runs import OUTCOME
 from .progress import Board
@@ -84,12 +85,6 @@ def reproduce(
             if left:
                 _run(left, out, scale, min(workers, len(left)), board, lock)
     return len(left)
-
-
-def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def is_finished(out: Path, job: Job) -> bool:

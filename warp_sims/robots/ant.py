@@ -10,10 +10,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kernels.systems.articulated_tables import HINGE
+from .build import Solid, together
 from .model import Actuator, Geom, Joint, Limit, Model, Sphere
 from .robot import check_settings
 from .runners import Runner
-from .shapes import Chain, Solid, Vector, ball, capsule, together
+from .shapes import Chain, Vector, ball, capsule
 
 __all__ = ["Ant"]
 

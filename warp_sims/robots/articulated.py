@@ -7,12 +7,11 @@ import math
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from ..kernels.system import DeviceFunctions, ParameterFunctions
 from ..kernels.systems import articulated as _articulated
 from ..kernels.systems.articulated_tables import Structure
-from ..systems.system import System, check_draw
+from ..systems.system import System
 from .geometry import random_qpos
 from .model import Model, number_names
 from .stability import Bound, stability_bound
@@ -142,25 +141,17 @@ class Articulated(System):
                 "the same"
             )
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Returns initial states (n, state_size): joints and velocities uniform within 0.05 of rest (rad, m,
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size): joints and velocities uniform within 0.05 of rest (rad, m,
         rad/s, m/s).
         """
-        check_draw(f"{type(self).__name__}.initial_states", n, seed, split)
         random = np.random.RandomState((seed + (split == "test")) % 2**32)
         nv = len(self.model.joints)
         rows = [
             np.concatenate([random_qpos(self.model, random, 0.05), random.uniform(-0.05, 0.05, nv)])
             for _ in range(n)
         ]
-        return torch.from_numpy(np.array(rows).reshape(n, self.state_size)).to(dtype)
+        return np.array(rows).reshape(n, self.state_size)
 
     def draw(self, axes: Any, state: np.ndarray) -> None:
         """Draws the robot's shapes from the side, on its ground."""

@@ -8,6 +8,7 @@ so that a joint needs no product of matrices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +27,23 @@ class Placed(NamedTuple):
     shift: np.ndarray
 
 
-class _Mass(NamedTuple):
+class Solid(NamedTuple):
+    """A mass: [kg], centre [m], and inertia (3, 3) about the centre [kg m^2]."""
+
     mass: float
     centre: np.ndarray
     inertia: np.ndarray
+
+
+def together(solids: Sequence[Solid]) -> Solid:
+    """Solids welded to each other."""
+    mass = sum(solid.mass for solid in solids)
+    centre = np.sum([solid.mass * solid.centre for solid in solids], axis=0) / mass
+    inertia = np.zeros((3, 3))
+    for solid in solids:
+        d = solid.centre - centre
+        inertia += solid.inertia + solid.mass * (d @ d * np.eye(3) - np.outer(d, d))
+    return Solid(mass, centre, inertia)
 
 
 def rotation(quat: Any) -> np.ndarray:
@@ -118,31 +132,18 @@ def place_bodies(
     return links, placed
 
 
-def _masses(m: Any, placed: list[Placed], links: int) -> list[_Mass]:
+def _masses(m: Any, placed: list[Placed], links: int) -> list[Solid]:
     """Of all links: bodies fused."""
-    parts: list[list[_Mass]] = [[] for _ in range(links + 1)]
+    parts: list[list[Solid]] = [[] for _ in range(links + 1)]
     for b, (link, turn, shift) in enumerate(placed):
         mass = float(m.body_mass[b])
         if mass <= 0 and not np.any(m.body_inertia[b]):
             continue
         axes = turn @ rotation(m.body_iquat[b])
         inertia = axes @ np.diag(np.asarray(m.body_inertia[b], np.float64)) @ axes.T
-        parts[link].append(_Mass(mass, shift + turn @ np.asarray(m.body_ipos[b], np.float64), inertia))
-    found = []
-    for own in parts[1:]:
-        mass = sum(part.mass for part in own)
-        if not own:
-            found.append(_Mass(0.0, np.zeros(3), np.zeros((3, 3))))
-            continue
-        centre = own[0].centre
-        if len(own) > 1:
-            centre = np.sum([part.mass * part.centre for part in own], axis=0) / mass
-        inertia = np.zeros((3, 3))
-        for part in own:
-            d = part.centre - centre
-            inertia += part.inertia + part.mass * (d @ d * np.eye(3) - np.outer(d, d))
-        found.append(_Mass(mass, centre, inertia))
-    return found
+        parts[link].append(Solid(mass, shift + turn @ np.asarray(m.body_ipos[b], np.float64), inertia))
+    none = Solid(0.0, np.zeros(3), np.zeros((3, 3)))
+    return [together(own) if len(own) > 1 else (own or [none])[0] for own in parts[1:]]
 
 
 def _drags(m: Any, placed: list[Placed], density: float, viscosity: float) -> tuple[Drag, ...]:

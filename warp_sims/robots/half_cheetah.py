@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.systems.articulated_tables import HINGE, SLIDE
+from .build import Solid, together
 from .model import Actuator, Geom, Joint, Limit, Model, Sphere, Spring
 from .robot import check_settings
 from .runners import Runner
-from .shapes import Chain, Solid, Vector, capsule, together
+from .shapes import Chain, Vector, capsule
 
 __all__ = ["HalfCheetah"]
 

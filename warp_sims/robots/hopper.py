@@ -15,7 +15,6 @@ from torch import Tensor
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import hopper as _hopper
 from ..kernels.systems.articulated_tables import HINGE, SLIDE
-from ..systems.system import check_draw
 from .articulated import Articulated
 from .model import Actuator, Geom, Joint, Limit, Model, Sphere
 from .robot import check_settings
@@ -137,18 +136,10 @@ class Hopper(Articulated):
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return self._numbered(_hopper.make_functions(self.structure, dtype), dtype)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Returns initial states (n, 12), all components uniform in [-0.05, 0.05]."""
-        check_draw("Hopper.initial_states", n, seed, split)
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, 12), all components uniform in [-0.05, 0.05]."""
         random = np.random.RandomState((seed + (split == "test")) % 2**32)
-        return torch.from_numpy(random.uniform(-NOISE, NOISE, (n, 12))).to(dtype)
+        return random.uniform(-NOISE, NOISE, (n, 12))
 
     def observe(self, states: Tensor) -> Tensor:
         """What the papers' policies see (…, 11) of states (…, 12): all but q_x."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import linked_pendulum as _linked_pendulum
 from ..kernels.systems.articulated_tables import HINGE, SLIDE
-from ..systems.system import check_draw
+from ..systems.system import check_types, require_nonnegative, require_one, require_positive
 from .articulated import Articulated
 from .model import Actuator, Geom, Joint, Model
 from .shapes import Chain
@@ -65,26 +63,10 @@ class LinkedPendulum(Articulated):
     """Whether the damping acts on the velocity after a step."""
 
     def __post_init__(self) -> None:
-        # contact is none of this system's
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            expected = {"int": int, "float": (int, float), "bool": bool}[str(field.type)]
-            if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
-                raise TypeError(
-                    f"LinkedPendulum: {field.name} is {value!r}, expected a value of type {field.type}"
-                )
-        for name in ("links", "substeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LinkedPendulum: {name} is {getattr(self, name)}, expected at least 1")
-        for name in ("dt", "cart_mass", "link_mass", "link_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"LinkedPendulum: {name} is {getattr(self, name)}, expected a finite number above 0"
-                )
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(
-                f"LinkedPendulum: damping is {self.damping}, expected a finite number of at least 0"
-            )
+        check_types(self)
+        require_one(self, "links", "substeps")
+        require_positive(self, "dt", "cart_mass", "link_mass", "link_length")
+        require_nonnegative(self, "damping")
         super().__post_init__()
 
     @functools.cached_property
@@ -133,20 +115,12 @@ class LinkedPendulum(Articulated):
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return self._numbered(_linked_pendulum.make_functions(self.structure, dtype), dtype)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Returns initial states (n, state_size): links hanging, x, v and rates uniform in [-1, 1], the first
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size): links hanging, x, v and rates uniform in [-1, 1], the first
         angle in pi +- pi/6, the others in +- pi/6.
         """
-        check_draw("LinkedPendulum.initial_states", n, seed, split)
         random = np.random.RandomState((seed + (split == "test")) % 2**32)
         states = random.uniform(-1, 1, (n, self.state_size))
         states[:, 1 : 1 + self.links] *= np.pi / 6
         states[:, 1] += np.pi
-        return torch.from_numpy(states).to(dtype)
+        return states

@@ -8,6 +8,7 @@ import os
 from typing import Any, Literal
 
 from ..kernels.systems.articulated_tables import DOF_SIZE
+from ..systems.system import check_types, require, require_nonnegative, require_one, require_positive
 from .articulated import Articulated
 from .model import Model, as_model
 
@@ -164,32 +165,13 @@ class Robot(Articulated):
         return cls(model, **{**settings, "substeps": substeps})
 
 
-def check_settings(robot: Any) -> None:
+def check_settings(robot: Articulated) -> None:
     """Checks the fields that all articulated systems share."""
-    name = type(robot).__name__
-    for field in dataclasses.fields(robot):
-        value = getattr(robot, field.name)
-        kind = {"int": int, "float": float, "bool": bool, int: int, float: float, bool: bool}.get(field.type)  # type: ignore
-        if kind is bool and not isinstance(value, bool):
-            raise TypeError(f"{name}: {field.name} is {value!r}, expected True or False")
-        if kind in (int, float):
-            if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-                expected = "an int" if kind is int else "a number"
-                raise TypeError(f"{name}: {field.name} is {value!r}, expected {expected}")
-            if kind is float:
-                object.__setattr__(robot, field.name, float(value))
-    if robot.substeps < 1:
-        raise ValueError(f"{name}: substeps is {robot.substeps}, expected at least 1")
-    for field in ("dt", "contact_stiffness", "friction_stiffness", "slip_speed"):
-        if not 0 < getattr(robot, field) < math.inf:
-            raise ValueError(f"{name}: {field} is {getattr(robot, field)}, expected a finite number above 0")
-    for field in ("contact_damping", "limit_stiffness", "limit_damping"):
-        if not 0 <= getattr(robot, field) < math.inf:
-            raise ValueError(
-                f"{name}: {field} is {getattr(robot, field)}, expected a finite number of at least 0"
-            )
-    if robot.friction not in ("smooth", "linear"):
-        raise ValueError(f"{name}: friction is {robot.friction!r}, expected 'smooth' or 'linear'")
+    check_types(robot)
+    require_one(robot, "substeps")
+    require_positive(robot, "dt", "contact_stiffness", "friction_stiffness", "slip_speed")
+    require_nonnegative(robot, "contact_damping", "limit_stiffness", "limit_damping")
+    require(robot, "friction", robot.friction in ("smooth", "linear"), "'smooth' or 'linear'")
 
 
 def check_masses(model: Model) -> None:

@@ -7,12 +7,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import runners as _runners
-from ..systems.system import check_draw
 from .articulated import Articulated
 
 NOISE = 0.1
@@ -39,24 +37,16 @@ class Runner(Articulated):
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         return self._numbered(_runners.make_functions(self.structure, dtype, self.bonus), dtype)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Returns initial states (n, state_size): coordinates uniform within 0.1 of the start, velocities
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size): coordinates uniform within 0.1 of the start, velocities
         normal with deviation 0.1; quaternions of length 1.
         """
-        check_draw(f"{type(self).__name__}.initial_states", n, seed, split)
         random = np.random.RandomState((seed + (split == "test")) % 2**32)
         nq, nv = self.model.qpos_size, len(self.model.joints)
         q = np.array(self.model.start) + random.uniform(-NOISE, NOISE, (n, nq))
         if nq > nv:
             q[:, 3:7] /= np.linalg.norm(q[:, 3:7], axis=1, keepdims=True)
-        return torch.from_numpy(np.concatenate([q, NOISE * random.randn(n, nv)], axis=1)).to(dtype)
+        return np.concatenate([q, NOISE * random.randn(n, nv)], axis=1)
 
     def observe(self, states: Tensor) -> Tensor:
         """What a policy sees (..., observations) of states (..., state_size): everything except the position

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from ..kernels.systems.articulated_tables import BALL, HINGE, SLIDE, SLIDES
-from .build import axes_with_third, tuple_of
+from .build import Solid, axes_with_third, tuple_of
 from .model import Link
 
 Vector = tuple[float, float, float]
@@ -31,14 +29,6 @@ def capsule_mass(radius: float, half: float, density: float) -> tuple[float, flo
     return cylinder + ball, across, along
 
 
-class Solid(NamedTuple):
-    """A mass: [kg], centre [m], and inertia (3, 3) about the centre [kg m^2]."""
-
-    mass: float
-    centre: np.ndarray
-    inertia: np.ndarray
-
-
 def capsule(radius: float, half: float, along: Vector, centre: Vector, density: float) -> Solid:
     """A solid capsule; `along` is the direction of its axis, of length 1."""
     mass, across, own = capsule_mass(radius, half, density)
@@ -50,17 +40,6 @@ def ball(radius: float, centre: Vector, density: float) -> Solid:
     """A solid sphere."""
     mass = 4 / 3 * math.pi * radius**3 * density
     return Solid(mass, np.array(centre), 2 / 5 * mass * radius**2 * np.eye(3))
-
-
-def together(solids: Sequence[Solid]) -> Solid:
-    """Solids welded to each other."""
-    mass = sum(solid.mass for solid in solids)
-    centre = np.sum([solid.mass * solid.centre for solid in solids], axis=0) / mass
-    inertia = np.zeros((3, 3))
-    for solid in solids:
-        d = solid.centre - centre
-        inertia += solid.inertia + solid.mass * (d @ d * np.eye(3) - np.outer(d, d))
-    return Solid(mass, centre, inertia)
 
 
 class Chain:

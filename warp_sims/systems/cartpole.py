@@ -1,17 +1,15 @@
 """The cart-pole as users name it; the physics is in kernels/systems/cartpole.py."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import cartpole as _cartpole
-from .system import System, check_draw, check_types, require
+from .system import System, check_types, require, require_one, require_positive
 
 __all__ = ["CartPole"]
 
@@ -50,14 +48,8 @@ class CartPole(System):
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self, "poles", self.poles >= 1, "at least 1")
-        for name in ("dt", "total_mass", "pole_length"):
-            require(
-                self,
-                name,
-                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
-                "a finite number above 0",
-            )
+        require_one(self, "poles")
+        require_positive(self, "dt", "total_mass", "pole_length")
         require(
             self,
             "pole_mass",
@@ -83,20 +75,12 @@ class CartPole(System):
 
         draw_cartpole(axes, self, state)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Returns initial states (n, state_size): poles hanging, x, v and w uniform in [-1, 1], q in pi +-
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size): poles hanging, x, v and w uniform in [-1, 1], q in pi +-
         pi/6.
 
         n = 256 and seed 42 give the published training and test sets, bit for bit in float32.
         """
-        check_draw("CartPole.initial_states", n, seed, split)
         random = np.random.RandomState(seed)
         shape = (n, 1 + self.poles, 2)
         draw = random.rand(*shape).astype(np.float32)
@@ -104,4 +88,4 @@ class CartPole(System):
             draw = random.rand(*shape).astype(np.float32)
         states = 2 * draw - 1
         states[:, 1:, 0] = np.pi + states[:, 1:, 0] * np.pi / 6
-        return torch.from_numpy(states.reshape(n, self.state_size)).to(dtype)
+        return states.reshape(n, self.state_size)

@@ -10,6 +10,7 @@ import torch
 import warp as wp
 from torch import Tensor
 
+from ..arguments import check_count
 from ..bridge.passes import foreign_jax, foreign_torch
 from ..bridge.passes.foreign import Pull, Simulator
 from ..bridge.passes.foreign_tape import TapeStep
@@ -76,13 +77,8 @@ class ForeignSystem(System, Simulator):
         parameters: Mapping[str, float] | None = None,
     ) -> None:
         name = type(self).__name__
-        for field, value in (("state_size", state_size), ("control_size", control_size)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"{name}: {field} is {value!r} of type {type(value).__name__}, expected an int"
-                )
-            if value < 1:
-                raise ValueError(f"{name}: {field} is {value}, expected at least 1")
+        check_count(name, "state_size", state_size)
+        check_count(name, "control_size", control_size)
         for field, value in (("rowwise", rowwise), ("check", check)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: {field} is {value!r}, expected True or False")

@@ -1,17 +1,15 @@
 """Guidance by repulsion as users name it; the physics is in kernels/systems/guidance.py."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import guidance as _guidance
-from .system import System, check_draw, check_types, require
+from .system import System, check_types, require_one, require_positive
 
 __all__ = ["GuidanceByRepulsion"]
 
@@ -61,15 +59,8 @@ class GuidanceByRepulsion(System):
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("drivers", "evaders"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("dt", "softening"):
-            require(
-                self,
-                name,
-                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
-                "a finite number above 0",
-            )
+        require_one(self, "drivers", "evaders")
+        require_positive(self, "dt", "softening")
         super().__post_init__()
 
     @property
@@ -89,20 +80,12 @@ class GuidanceByRepulsion(System):
 
         draw_guidance(axes, self, state)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Returns initial states (n, state_size) at rest: drivers at distance 3 ... 4, a herd of unit size
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size) at rest: drivers at distance 3 ... 4, a herd of unit size
         centred at distance 1 ... 2.
 
         Training and test set are drawn at once. n = 256 and seed 42 give the published sets.
         """
-        check_draw("GuidanceByRepulsion.initial_states", n, seed, split)
         random = np.random.RandomState(seed)
         total = 2 * n
 
@@ -122,4 +105,4 @@ class GuidanceByRepulsion(System):
                 [uniform() - np.float32(0.5), uniform() - np.float32(0.5)], axis=-1
             )
         part = states[:n] if split == "train" else states[n:]
-        return torch.from_numpy(part.reshape(n, self.state_size)).to(dtype)
+        return part.reshape(n, self.state_size)

@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import quadrotor as _quadrotor
-from .system import System, check_draw, check_types, require
+from .system import System, check_types, require_positive
 
 __all__ = ["Quadrotor"]
 
@@ -65,8 +64,7 @@ class Quadrotor(System):
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("dt", "mass", "inertia", "inertia_z"):
-            require(self, name, getattr(self, name) > 0, "a finite number above 0")
+        require_positive(self, "dt", "mass", "inertia", "inertia_z")
         super().__post_init__()
 
     @property
@@ -86,18 +84,10 @@ class Quadrotor(System):
 
         draw_quadrotor(axes, self, state)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Returns initial states (n, 13): positions uniform in a cube of 4 m about the origin, velocities in
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, 13): positions uniform in a cube of 4 m about the origin, velocities in
         [-1, 1] m/s, any heading, tilted by up to 30 degrees, rates in [-0.5, 0.5] rad/s.
         """
-        check_draw("Quadrotor.initial_states", n, seed, split)
         random = np.random.RandomState(seed)
         draw = random.rand(2, n, 12)[("train", "test").index(split)]
         heading, tilt, towards = 2 * np.pi * draw[:, 6], np.pi / 6 * draw[:, 7], 2 * np.pi * draw[:, 8]
@@ -106,4 +96,4 @@ class Quadrotor(System):
         w, x, y = np.cos(tilt / 2), sin * np.cos(towards), sin * np.sin(towards)
         q = np.stack([w * c, x * c + y * s, y * c - x * s, w * s], axis=1)
         place, speed, turn = 4 * draw[:, :3] - 2, 2 * draw[:, 3:6] - 1, draw[:, 9:] - 0.5
-        return torch.from_numpy(np.concatenate([place, speed, q, turn], axis=1)).to(dtype)
+        return np.concatenate([place, speed, q, turn], axis=1)

@@ -1,18 +1,16 @@
 """Quantum control as users name it; the physics is in kernels/systems/quantum.py."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from ..kernels.system import DeviceFunctions
 from ..kernels.systems import quantum as _quantum
-from .system import System, check_draw, check_types, require
+from .system import System, check_types, require, require_positive
 
 __all__ = ["QuantumControl"]
 
@@ -62,13 +60,7 @@ class QuantumControl(System):
             1 <= self.target <= self.points,
             f"1 (the ground state) ... {self.points} (points)",
         )
-        for name in ("dt", "length"):
-            require(
-                self,
-                name,
-                getattr(self, name) > 0 and math.isfinite(getattr(self, name)),
-                "a finite number above 0",
-            )
+        require_positive(self, "dt", "length")
         super().__post_init__()
 
     @property
@@ -107,27 +99,19 @@ class QuantumControl(System):
 
         draw_quantum(axes, self, state)
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """Returns initial states (n, state_size): random superpositions of the two lowest eigenstates with
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size): random superpositions of the two lowest eigenstates with
         random phases.
 
         Training and test set are drawn at once. n = 256 and seed 42 give the published sets, bit for bit
         in float32.
         """
-        check_draw("QuantumControl.initial_states", n, seed, split)
         lowest = np.stack([self.eigenstate(1), self.eigenstate(2)]).astype(np.float32)
         if self.points == 32:
             # Drawn with another library's sine: what it gave is shipped, not recomputed.
             with np.load(Path(__file__).parents[1] / "data" / "quantum_initial_states.npz") as published:
                 if (n, seed) == (256, 42):
-                    return torch.from_numpy(published[split].reshape(n, self.state_size)).to(dtype)
+                    return published[split].reshape(n, self.state_size)
                 lowest = published["eigenstates"]
         random = np.random.RandomState(seed)
         # Rounded to float32 before anything is computed, as the published sets are.
@@ -138,4 +122,4 @@ class QuantumControl(System):
         psi = first + second
         part = psi[:n] if split == "train" else psi[n:]
         states = np.stack([part.real, part.imag], axis=-1).astype(np.float32)
-        return torch.from_numpy(states.reshape(n, self.state_size)).to(dtype)
+        return states.reshape(n, self.state_size)

@@ -29,7 +29,8 @@ class System(abc.ABC):
       `loss` and `loss_vjp`. Without `step_vjp` Warp generates the adjoints. Cache it (`functools.lru_cache`
       on a module-level factory): kernels are compiled once for each object it returns. Do not use `from
       __future__ import annotations` in that file, because Warp reads the annotations.
-    - `initial_states(n, seed, split)`, if it is to be trained from the command line.
+    - `initial_states(n, seed, split)`, if it is to be trained from the command line; or `sample_states`,
+      whose arguments are checked already and whose array becomes a tensor.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
     field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `done`, `train_defaults`
@@ -117,6 +118,11 @@ class System(abc.ABC):
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """Returns `n` initial states (n, state_size) of the training or the test set."""
+        check_draw(f"{type(self).__name__}.initial_states", n, seed, split)
+        return torch.from_numpy(self.sample_states(n, seed, split)).to(dtype)
+
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+        """Initial states (n, state_size), the same for the same seed; the arguments are checked."""
         raise NotImplementedError(
             f"{type(self).__name__} has no initial states of its own; define initial_states(self, n, "
             f"seed=42, split='train')"
@@ -148,17 +154,35 @@ def require(system: System, name: str, ok: bool, expected: str) -> None:
         raise ValueError(f"{type(system).__name__}: {name} is {getattr(system, name)!r}, expected {expected}")
 
 
+def require_positive(system: System, *names: str) -> None:
+    for name in names:
+        require(system, name, 0 < getattr(system, name) < math.inf, "a finite number above 0")
+
+
+def require_nonnegative(system: System, *names: str) -> None:
+    for name in names:
+        require(system, name, 0 <= getattr(system, name) < math.inf, "a finite number of at least 0")
+
+
+def require_one(system: System, *names: str) -> None:
+    for name in names:
+        require(system, name, getattr(system, name) >= 1, "at least 1")
+
+
 def check_types(system: System) -> None:
-    """Ints for int fields, real numbers for float fields (stored as float)."""
+    """Ints for int fields, True or False for bool ones, real numbers for float ones (stored as float)."""
+    known = {"int": (int, "an int"), "float": ((int, float), "a number"), "bool": (bool, "True or False")}
     for field in dataclasses.fields(system):
-        value = getattr(system, field.name)
-        whole = field.type in (int, "int")
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        kind = field.type if isinstance(field.type, str) else field.type.__name__
+        if kind not in known:
+            continue
+        value, (allowed, expected) = getattr(system, field.name), known[kind]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
             raise TypeError(
                 f"{type(system).__name__}: {field.name} is {value!r} of type {type(value).__name__}, "
-                f"expected {'an int' if whole else 'a number'}"
+                f"expected {expected}"
             )
-        if not whole:
+        if kind == "float":
             object.__setattr__(system, field.name, float(value))
 
 

@@ -30,6 +30,10 @@ def machine() -> dict[str, str]:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.processor() or platform.machine()
+    return {"cpu": model, "cores": str(cores()), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return {"cpu": model, "cores": str(cores), "system": f"{platform.system()} {platform.machine()}"}
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

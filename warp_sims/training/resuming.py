@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Stopped:
     best: dict[str, Any]
     rows: list[Row]
     """The log up to the last checkpoint."""
-    settings: dict[str, Any] | None
+    settings: dict[str, Any] | None = None
     """What config.json shall hold from now on; None where it is to stay."""
 
     @property
@@ -70,9 +70,28 @@ def read_stopped(path: str | os.PathLike[str], config: TrainConfig) -> Stopped |
     best, log = read_checkpoint(folder, "best"), read_log(folder)
     _check_log(folder, log, last["epoch"], config)
     _check_best(folder, log, best["epoch"], last["epoch"])
-    # The log may be ahead of the checkpoint, never behind it.
-    rows = [dict(zip(log, values)) for values in zip(*log.values()) if values[0] <= last["epoch"]]
-    return Stopped(last, best, rows, settings)
+    return Stopped(last, best, rows_until(log, last["epoch"]), settings)
+
+
+def rows_until(log: Log, last: int) -> list[Row]:
+    """The rows of a log up to a checkpoint; it may be ahead of that, never behind."""
+    return [dict(zip(log, values)) for values in zip(*log.values()) if values[0] <= last]
+
+
+def differences(asked: Any, standing: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two settings: its name, what it was, what it is now."""
+    for name in sorted(asked.keys() | standing.keys()):
+        was, now = standing.get(name), asked.get(name)
+        if was != now:
+            yield name, was, now
+
+
+def other_setting(folder: Path, part: str, name: str, was: Any, now: Any, more: str = "") -> ValueError:
+    """The error of a run that was begun with another setting."""
+    return ValueError(
+        f"run folder {folder} was begun with {part} {name}={was!r}, now {name}={now!r}; give the settings it "
+        f"was begun with, or another folder{more}"
+    )
 
 
 def go_on(config: TrainConfig, path: str | os.PathLike[str]) -> str:
@@ -140,18 +159,12 @@ def _settings(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
         for inner in ("fields", "arguments"):
             if isinstance(ours.get(inner), dict) and isinstance(theirs.get(inner), dict):
                 theirs[inner] = _completed(theirs[inner], ours[inner], defaults[inner])
-        for name in sorted(ours.keys() | theirs.keys()):
-            was, now = theirs.get(name), ours.get(name)
-            # a graph changes no number of a run
-            if was == now or name == "graph":
+        for name, was, now in differences(ours, theirs):
+            if name == "graph":  # it changes no number of a run
                 continue
-            more = part == "training" and name == "epochs" and _is_less(was, now)
-            if not more:
+            if not (part == "training" and name == "epochs" and _is_less(was, now)):
                 remedy = "; more epochs would continue it" if name == "epochs" else ""
-                raise ValueError(
-                    f"run folder {folder} was begun with {part} {name}={was!r}, now {name}={now!r}; give the "
-                    f"settings it was begun with, or another folder{remedy}"
-                )
+                raise other_setting(folder, part, name, was, now, remedy)
             changed = True
     return standing | {"training": standing["training"] | {"epochs": config.epochs}} if changed else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -183,10 +184,7 @@ def _imported(name: Any, what: str) -> Any:
     try:
         if not module or not path:
             raise ValueError("it has no name that can be imported")
-        found = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-        return found
+        return operator.attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"the run's {what} cannot be imported ({error}); give it as {what}=…") from error
 
