@@ -18,7 +18,9 @@ class Attention(nn.Module):
         super().__init__()
         self.poles, self.scale = poles, width**-0.5
         self.embed = nn.Linear(4, width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.query, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        # a bias would change no weight of the softmax: its gradient is zero, and rounding would decide its sign
+        self.key = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
