@@ -19,7 +19,7 @@ class Attention(nn.Module):
         self.poles, self.scale = poles, width**-0.5
         self.embed = nn.Linear(4, width)
         self.query, self.value = nn.Linear(width, width), nn.Linear(width, width)
-        # a bias would change no weight of the softmax: its gradient is zero, and rounding would decide its sign
+        # a bias changes no weight of the softmax: its gradient is zero, and rounding decides its sign
         self.key = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, 1)
 
