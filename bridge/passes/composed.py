@@ -1,6 +1,6 @@
 """Composed policies in torch: the meaning of their operations, and the wide products that GPUs take.
 
-`evaluate` computes a policy from its description, see kernels/policy/composed_layout.py. `linearize` and
+`evaluate` computes a policy from its description, see kernels/policy/composed_description.py. `linearize` and
 `weight_grad` compute on the stored rows of a forward sweep what kernels/policy/composed.h does. For composed
 policies they replace those of wide.py.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.policy.composed_description import ACTIVATIONS, parse
 from ...kernels.policy.composed_layout import (
     ACTIVATION,
-    ACTIVATIONS,
     ADD,
     AFFINE,
     CLEAR,
@@ -23,7 +23,6 @@ from ...kernels.policy.composed_layout import (
     LINEAR,
     NORMALIZE,
     Entry,
-    parse,
 )
 from ..runtime.arrays import constant
 from ..runtime.launches import span

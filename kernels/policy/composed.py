@@ -1,4 +1,4 @@
-"""Native texts of composed policies: any chain of the operations that composed_layout.py names.
+"""Native texts of composed policies: any chain of the operations in composed_description.py.
 
 With the operations f_1 ... f_n of a table, values a_i, and d_i the cotangent of a_i:
 

@@ -144,7 +144,7 @@ def layout(network: str, itemsize: int) -> Layout:
     Args:
         network: "mlp:10,100,100,1" is a perceptron with these sizes; "wavecnn:64,60,1" the convolutional
             controller for a state of size 64 with 60 channels and 1 output; "composed:..." any chain of the
-            operations in composed_layout.py.
+            operations in composed_description.py.
 
     The concatenated parameters are W_1, b_1, ..., W_o, b_o, each flattened: the order of the torch module's
     `parameters()`. Packed, each layer has its matrix as it is (rows padded; read by the backward pass), its

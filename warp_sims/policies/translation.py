@@ -1,7 +1,7 @@
 """A graph of torch.fx on its way to a composed policy: values, constants and parameters, node by node.
 
 What a module or function becomes is said by a grammar, see composing.py; the operations and the line they are
-written in are those of kernels/policy/composed_layout.py.
+written in are those of kernels/policy/composed_description.py.
 """
 
 import dataclasses
