@@ -1,5 +1,7 @@
 """Settings of the test process, and fixtures that several files use."""
 
+import signal
+
 import pytest
 import torch
 import warp as wp
@@ -10,6 +12,10 @@ from warp_sims.bridge.passes import fused, fused_backward, sweeps
 # The tensors here are small: threads that wait for each other cost several times the work.
 # Tests of threads set their own number.
 torch.set_num_threads(1)
+# Started in the background of a script, pytest ignores SIGINT, and so would the programs that tests start and
+# interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Warp's notes on every module that it compiles would bury the output.
 wp.config.log_level = wp.LOG_WARNING
 
