@@ -16,12 +16,11 @@ import os as _os
 import sys as _sys
 from pathlib import Path as _Path
 
-# Threads of OpenMP that spin for milliseconds while they wait keep a busy core from the thread they wait for;
-# threads that sleep at once take longer to wake than a small operation takes. So they spin for a few
-# microseconds, see benchmarks/RESULTS.md. Read once, when torch is loaded; bridge/runtime/team.py warns where
-# it came first.
-if "torch" not in _sys.modules and "OMP_WAIT_POLICY" not in _os.environ:
-    _os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# Threads of OpenMP that spin while they wait keep a busy core from the thread they wait for: up to 60 times
+# slower there, a quarter to a third quicker where nothing else runs (benchmarks/RESULTS.md). Read once, when
+# torch is loaded; bridge/runtime/team.py warns where it came first.
+if "torch" not in _sys.modules and "GOMP_SPINCOUNT" not in _os.environ:
+    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In a checkout the folders kernels/ and bridge/ stand beside this package; installed, they lie inside it.
 if not (_Path(__file__).parent / "kernels").is_dir():
