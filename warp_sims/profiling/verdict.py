@@ -103,16 +103,7 @@ class GeneratedStep(torch.autograd.Function):
         x_next = torch.empty_like(x)
         ctx.save_for_backward(x, u, x_next)
         ctx.prepared = p
-        f = p.functions
-        with stream(x.device):
-            wp.launch(
-                make_generated_kernels(f).step,
-                x.shape[0],
-                inputs=[array_of(x, f.State), array_of(u, f.Control), p.params],
-                outputs=[array_of(x_next, f.State)],
-                device=p.device,
-                record_tape=False,
-            )
+        _launch_step(p, x, u, x_next)
         return x_next
 
     @staticmethod
@@ -122,19 +113,26 @@ class GeneratedStep(torch.autograd.Function):
         adj_x, adj_u = torch.zeros_like(x), torch.zeros_like(u)
         # a copy: generated adjoints zero what they have read
         adj_x_next = cotangents[0].clone(memory_format=torch.contiguous_format)
-        with stream(x.device):
-            wp.launch(
-                make_generated_kernels(f).step,
-                x.shape[0],
-                inputs=[array_of(x, f.State), array_of(u, f.Control), p.params],
-                outputs=[array_of(x_next, f.State)],
-                adj_inputs=[array_of(adj_x, f.State), array_of(adj_u, f.Control), f.Params()],
-                adj_outputs=[array_of(adj_x_next, f.State)],
-                adjoint=True,
-                device=p.device,
-                record_tape=False,
-            )
+        given = [array_of(adj_x, f.State), array_of(adj_u, f.Control), f.Params()]
+        _launch_step(
+            p, x, u, x_next, adj_inputs=given, adj_outputs=[array_of(adj_x_next, f.State)], adjoint=True
+        )
         return adj_x, adj_u, None
+
+
+def _launch_step(p: Prepared, x: Tensor, u: Tensor, x_next: Tensor, **adjoint: Any) -> None:
+    """Launches the step, or its generated adjoint with what that takes besides."""
+    f = p.functions
+    with stream(x.device):
+        wp.launch(
+            make_generated_kernels(f).step,
+            x.shape[0],
+            inputs=[array_of(x, f.State), array_of(u, f.Control), p.params],
+            outputs=[array_of(x_next, f.State)],
+            device=p.device,
+            record_tape=False,
+            **adjoint,
+        )
 
 
 def array_of(tensor: Tensor, dtype: Any) -> wp.array:
