@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import warp as wp
 from warp_sims.kernels.agreement import make_combine
 from warp_sims.kernels.sweeps.fused_rollout import make_fused_rollout
@@ -19,21 +20,22 @@ from warp_sims.kernels.sweeps.resident import choose_plan, make_resident_rollout
 from warp_sims.kernels.sweeps.rollout import make_kernels
 
 import warp_sims as ws
+from warp_sims.policies.networks import fused_network
 from warp_sims.profiling.resources import device_resources, find_ptxas
 
 SYSTEMS = {
-    "cartpole": (ws.CartPole(poles=4), "mlp:10,100,100,1"),
-    "quadrotor": (ws.Quadrotor(), "mlp:13,100,100,4"),
-    "guidance": (ws.GuidanceByRepulsion(drivers=2, evaders=4), "mlp:24,100,100,4"),
-    "quantum": (ws.QuantumControl(points=32), "wavecnn:64,60,1"),
-    "hopper": (ws.Hopper(), "mlp:12,128,64,32,3"),
-    "links": (ws.LinkedPendulum(links=3), "mlp:8,100,100,1"),
+    "cartpole": (ws.CartPole(poles=4), ws.MLP(10)),
+    "quadrotor": (ws.Quadrotor(), ws.MLP(13, out_size=4)),
+    "guidance": (ws.GuidanceByRepulsion(drivers=2, evaders=4), ws.MLP(24, out_size=4)),
+    "quantum": (ws.QuantumControl(points=32), ws.WaveCNN()),
+    "hopper": (ws.Hopper(), ws.MLP(12, (128, 64, 32), 3)),
+    "links": (ws.LinkedPendulum(links=3), ws.MLP(8)),
 }
 BATCHES = {"a world a block": 8, "worlds share a block": 4096}
 DTYPES = {"float32": wp.float32, "float64": wp.float64}
 
 
-def kernels_of(system: ws.System, network: str, dtype: str) -> dict[str, wp.Kernel]:
+def kernels_of(system: ws.System, policy: torch.nn.Module, dtype: str) -> dict[str, wp.Kernel]:
     """The kernels that a system with this policy launches on a GPU, by what they are."""
     scalar, itemsize = DTYPES[dtype], 4 if dtype == "float32" else 8
     functions = system.device_functions(scalar)
@@ -43,11 +45,12 @@ def kernels_of(system: ws.System, network: str, dtype: str) -> dict[str, wp.Kern
         "loss": kernels.loss,
         "adjoint, one field": kernels.adjoint[0],
         "adjoint, two fields": kernels.adjoint[1],
-        "rollout, any network": make_fused_rollout(functions, scalar),
-        "rollout, composed policy": make_fused_rollout(functions, scalar, composed=True),
+        "rollout, any policy": make_fused_rollout(functions, scalar),
     }
+    network = fused_network(policy)
+    assert network is not None
     for what, nworld in BATCHES.items():
-        plan = choose_plan(network, itemsize, nworld)
+        plan = choose_plan(network.description, itemsize, nworld)
         if plan is not None:
             found[f"rollout, {what}"] = make_resident_rollout(functions, scalar, plan)
     return found

@@ -10,6 +10,7 @@ from reference import rollout as oracle
 from torch import Tensor, nn
 
 import warp_sims as ws
+from warp_sims.policies.networks import fused_network
 
 FLOWS = ("R", "M", "N", "S", "C")
 ROADS = ("fused", "torch")
@@ -43,6 +44,11 @@ def make_net(system: ws.System, hidden=(9, 7), dtype=torch.float64, seed=SEED, g
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
         net[-1].weight.mul_(gain)
     return net
+
+
+def describe(*sizes: int) -> str:
+    """The description of a perceptron with these sizes, from the states to the controls."""
+    return fused_network(ws.MLP(sizes[0], sizes[1:-1], sizes[-1])).description
 
 
 def make_states(system: ws.System, nworld: int, dtype=torch.float64, seed=SEED) -> Tensor:

@@ -14,6 +14,7 @@ from cases import (
     ROADS,
     Evaluated,
     assert_close,
+    describe,
     gradients,
     make_cotangents,
     make_net,
@@ -219,7 +220,7 @@ def test_pieces():
 
 
 def test_the_default_follows_from_the_size(monkeypatch):
-    network, x0 = "mlp:6,100,100,1", torch.zeros(64, 6)
+    network, x0 = describe(6, 100, 100, 1), torch.zeros(64, 6)
     row = layout(network, 4).row
     step = 64 * row * 4
     assert segments.fused_segment(network, x0, 100) == 0

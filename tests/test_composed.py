@@ -31,7 +31,7 @@ from own_systems import Unicycle
 from reference import rollout as oracle
 from torch import nn
 from torch.nn import functional
-from warp_sims.bridge.passes.composed import evaluate
+from warp_sims.bridge.passes.operations import evaluate
 
 import warp_sims as ws
 from warp_sims.policies.networks import recognise

@@ -51,8 +51,8 @@ def test_compiles(system, dtype, arch, tmp_path):
 @pytest.mark.parametrize("points", [17, 128])
 def test_any_number_of_points(points, dtype):
     """Loops over grid points stay loops: spills nowhere, and no compile time that grows with them."""
-    system, network = ws.QuantumControl(points=points), f"wavecnn:{2 * points},60,1"
-    for name, kernel in kernels_of(system, network, dtype).items():
+    system, policy = ws.QuantumControl(points=points), ws.WaveCNN(points)
+    for name, kernel in kernels_of(system, policy, dtype).items():
         found = device_resources(kernel, 90)
         assert found.spill_stores == 0, f"{name}: {found}"
 
@@ -65,8 +65,8 @@ def test_robots(name, dtype):
     """All kinds of joints, contact and limits: the functions in memory for large states, those by value
     else."""
     system = robot(numbers(name), "contact_smooth")
-    network = f"mlp:{system.state_size},64,{system.control_size}"
-    for what, kernel in kernels_of(system, network, dtype).items():
+    policy = ws.MLP(system.state_size, (64,), system.control_size)
+    for what, kernel in kernels_of(system, policy, dtype).items():
         found = device_resources(kernel, 90)
         assert found.spill_stores == 0, f"{what}: {found}"
 

@@ -174,9 +174,13 @@ class Own(ws.MLP):
         (
             lambda: [make_net(CART), make_net(CART, (9, 8))],
             ValueError,
-            "sizes mlp:6,9,8,1, expected mlp:6,9,7",
+            r"operations 6\|linear 0 9 p0 p1\|tanh 1\|linear 2 8",
         ),
-        (lambda: [ws.WaveCNN(8, 4), ws.WaveCNN(8, 5)], ValueError, "policy 1 has sizes wavecnn:16,5,1"),
+        (
+            lambda: [ws.WaveCNN(8, 4), ws.WaveCNN(8, 5)],
+            ValueError,
+            r"policy 1 has the operations 16\|conv 0 5",
+        ),
         (
             lambda: [make_net(CART), make_net(CART).float()],
             TypeError,

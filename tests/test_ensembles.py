@@ -9,7 +9,7 @@ import torch
 from cases import FLOWS, assert_close, make_net, make_states
 from ensemble_cases import CART, CASES, HORIZON, TOLERANCE, assert_same_bits, backward_of, make, member_of
 from warp_sims.bridge.autograd import operators
-from warp_sims.bridge.passes import composed, fused_backward, wide
+from warp_sims.bridge.passes import fused_backward, operations
 from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
 from warp_sims.bridge.passes.sweeps import adjoint
 from warp_sims.bridge.runtime.launches import Pool
@@ -183,11 +183,10 @@ def test_the_road_of_gpus(case, flow, dtype):
     expected = fused_backward.backward(p, back, network, packed, hidden, states, controls, g)
 
     lay = layout(network, p.itemsize)
-    rows = wide.Rows(lay, packed, hidden, HORIZON, x0.shape[1])
-    products = composed if lay.composed else wide
-    d, jac = products.linearize(rows, back.network_open)
+    rows = operations.Rows(lay, packed, hidden, HORIZON, x0.shape[1])
+    d, jac = operations.linearize(rows, back.network_open)
     mu, adj_x0 = adjoint(p, back, states, controls, jac, g)
-    grads = products.weight_grad(rows, d, mu, torch.from_numpy(lay.unpack))
+    grads = operations.weight_grad(rows, d, mu, torch.from_numpy(lay.unpack))
     assert_close(grads, expected[0], TOLERANCE[dtype])
     assert_close(adj_x0, expected[1], TOLERANCE[dtype])
 

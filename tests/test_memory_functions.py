@@ -56,10 +56,9 @@ def as_on_a_gpu(monkeypatch):
         lambda functions, dtype, on_cpu: make_gpu_kernels(functions, dtype),
     )
 
-    def rollout(p, composed):
-        return make_fused_rollout(p.functions, p.dtype, composed=composed)
-
-    monkeypatch.setattr(registry.Prepared, "fused_rollout", rollout)
+    monkeypatch.setattr(
+        registry.Prepared, "fused_rollout", lambda p: make_fused_rollout(p.functions, p.dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -124,7 +124,7 @@ def test_wheel_holds_the_three_rooms_and_works_without_the_checkout(tmp_path):
     ):
         for path in [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.h")]:
             assert f"{inside}/{path.relative_to(ROOT / room).as_posix()}" in names, path
-    assert {"warp_sims/py.typed", "warp_sims/kernels/policy/dense.h"} <= set(names)
+    assert {"warp_sims/py.typed", "warp_sims/kernels/policy/forward.h"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"warp_sims", f"warp_sims-{ws.__version__}.dist-info"}
     assert any(name.endswith("/entry_points.txt") for name in names)
     target = tmp_path / "site"

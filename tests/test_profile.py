@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Evaluated, make_net, make_states
+from cases import Evaluated, describe, make_net, make_states
 from own_systems import Pendulum, Planted, Unicycle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from warp_sims.bridge.passes import fused, wide
+from warp_sims.bridge.passes import fused, operations
 from warp_sims.bridge.passes.spec import LossWeights
 from warp_sims.bridge.runtime.registry import prepare
 from warp_sims.bridge.runtime.tracing import Event, trace
 from warp_sims.kernels.policy.layout import layout
+from warp_sims.kernels.policy.table import Column
 
 import warp_sims as ws
 from warp_sims.cli import main
@@ -108,7 +109,7 @@ def test_threads_share_the_wall_time():
 
 
 def test_memory(profiled):
-    lay = layout("mlp:6,9,7,1", 4)
+    lay = layout(describe(6, 9, 7, 1), 4)
     blocks = 1  # of 4 worlds
     expected = {
         "states": (HORIZON + 1) * WORLDS * 6 * 4,
@@ -158,27 +159,26 @@ def test_several_controls():
 
 def test_wide_products_of_a_gpu():
     """They are torch's there; torch's count of their operations is ours."""
-    lay = layout("mlp:6,9,7,1", 4)
+    network = describe(6, 9, 7, 1)
+    lay = layout(network, 4)
     p = prepare(CART.number, torch.float32, torch.device("cpu"))
-    packed = fused.pack("mlp:6,9,7,1", list(make_net(CART, dtype=torch.float32).parameters()))
+    packed = fused.pack(network, list(make_net(CART, dtype=torch.float32).parameters()))
     weights = LossWeights(1.0, 0.0, 0.0)
-    _, _, _, hidden = fused.rollout(
-        p, "mlp:6,9,7,1", packed, make_states(CART, 8, torch.float32), HORIZON, weights
-    )
-    rows = wide.Rows(lay, packed, hidden, HORIZON, 8)
+    _, _, _, hidden = fused.rollout(p, network, packed, make_states(CART, 8, torch.float32), HORIZON, weights)
+    rows = operations.Rows(lay, packed, hidden, HORIZON, 8)
     with (
         TorchOperations() as counter,
         trace(torch.device("cpu"), lambda: counter.total) as tracer,
     ):
         with tracer.span("linearize"):
-            d, _ = wide.linearize(rows, True)
+            d, _ = operations.linearize(rows, True)
         with tracer.span("weight_grad"):
-            wide.weight_grad(rows, d, torch.ones(2, HORIZON, 8, 1), torch.from_numpy(lay.unpack))
+            operations.weight_grad(rows, d, torch.ones(2, HORIZON, 8, 1), torch.from_numpy(lay.unpack))
     events = tracer.events()
     problem = Problem(8, HORIZON, 6, 1, 4, lay, 0)
     pulls, products = (work_of(name, problem, "M", "R") for name in ("linearize", "weight_grad"))
-    # one pull to the first hidden layer, one to the states; three layers and two fields
-    assert Counter(event.name for event in events) == {"linearize": 1, "weight_grad": 1, "product": 8}
+    # three layers to the states; three layers and two fields
+    assert Counter(event.name for event in events) == {"linearize": 1, "weight_grad": 1, "product": 9}
     assert [e.operations for e in events if e.name != "product"] == [pulls.operations, products.operations]
     assert sum(e.operations for e in events if e.name == "product") == pulls.operations + products.operations
 
@@ -205,13 +205,10 @@ def test_operations(policy, points):
     needed = needed_operations(problem, "S", "")
     assert needed[0] == forward == work_of("fused_rollout", problem, "S", "").operations
     assert forward == work_of("network_weight_grad", problem, "S", "").operations
-    last = list(policy.parameters())[-2]
-    # one control takes a row of the last matrix, several a product
-    pulled_through_last = 2 * last.numel() * points if lay.layers > 1 and lay.control_size == 1 else 0
-    assert needed[1] == backward - pulled_through_last
+    assert needed[1] == backward
     # the way to the states belongs to a flow with an open network edge
-    first = 2 * next(policy.parameters()).numel() * points if lay.layers > 1 else 0
-    positions = lay.table[0, 8]
+    first = 2 * next(policy.parameters()).numel() * points
+    positions = lay.column(lay.linear[0], Column.POSITIONS)
     to_states = needed_operations(problem, "R", "")[1] - needed[1]
     assert to_states == first * positions
     if lay.control_size == 1:
@@ -221,7 +218,7 @@ def test_operations(policy, points):
 
 
 def test_several_controls_need_no_more_cotangents_than_fields():
-    lay = layout("mlp:6,9,7,4", 4)
+    lay = layout(describe(6, 9, 7, 4), 4)
     problem = Problem(3, 5, 6, 4, 4, lay, 0)
     forward, stopped = needed_operations(problem, "S" * 5, "")
     regular = needed_operations(problem, "R" * 5, "")[1]
@@ -229,7 +226,7 @@ def test_several_controls_need_no_more_cotangents_than_fields():
     assert stopped - forward == 2 * 15 * (9 * 7 + 7 * 4) and regular - stopped == 2 * 15 * 6 * 9
     assert combined == stopped + regular
     # a linearisation does all of them, an adjoint sweep with the policy in it those that are needed
-    assert work_of("linearize", problem, "M" * 5, "R" * 5).operations == 4 * 2 * 15 * (9 * 7 + 6 * 9)
+    assert work_of("linearize", problem, "M" * 5, "R" * 5).operations == 4 * 2 * 15 * (7 * 4 + 9 * 7 + 6 * 9)
     assert work_of("fused_adjoint", problem, "M" * 5, "R" * 5).operations == combined - 2 * forward
 
 
@@ -378,7 +375,7 @@ def test_command_for_an_own_system(empty_folder, capsys):
     ]
     assert main([*arguments, "--json", "p.json", "--trace", "t.json"]) == 0
     output = capsys.readouterr().out
-    assert "damping=0.3" in output and "mlp:2,8,1" in output and "flow M" in output
+    assert "damping=0.3" in output and "MLP 2-8-1" in output and "flow M" in output
     found = json.loads(Path("p.json").read_text())
     assert (found["loss"], found["horizon"], [flow["flow"] for flow in found["flows"]]) == ("final", 4, ["M"])
     assert json.loads(Path("t.json").read_text())["traceEvents"]
@@ -390,7 +387,7 @@ def test_command_for_a_system_without_loss_and_states(empty_folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["loss"], found["policy"], found["fused"]) == (
         "mean_square",
-        "composed:3|linear 0 2 p0 p1",
+        "Linear 3-2",
         True,
     )
     assert found["notes"] == ["Unicycle has no initial states: standard normal ones"]

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from cases import Evaluated, expected_gradients, gradients, make_cotangents, make_net, make_states
+from cases import Evaluated, describe, expected_gradients, gradients, make_cotangents, make_net, make_states
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from own_systems import Pendulum, Unicycle
@@ -209,7 +209,7 @@ def operator_samples():
     """Arguments of every operator that are valid, and small."""
     cart, x0 = CART.number, make_states(CART, 3)
     parameters = [q.detach() for q in make_net(CART, (5,)).parameters()]
-    network = "mlp:4,5,1"
+    network = describe(4, 5, 1)
     controls = torch.zeros(2, 3, 1).double()
     states = operators.simulate(cart, x0, controls, True)
     spec = Spec(cart, "MM", "RR", 0.9, 1.0, 0.0, 0.1).arguments()

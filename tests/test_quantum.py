@@ -28,7 +28,7 @@ from cases import (
 from reference import quantum
 from reference import rollout as oracle
 from warp_sims.bridge.autograd import operators
-from warp_sims.bridge.passes import fused_backward, wide
+from warp_sims.bridge.passes import fused_backward, operations
 from warp_sims.bridge.passes.spec import Cotangents, LossWeights, Spec
 from warp_sims.bridge.passes.sweeps import adjoint
 from warp_sims.bridge.runtime.registry import prepare
@@ -273,10 +273,10 @@ def two_roads(system, net, nworld, flows, dtype):
     kernels = fused_backward.backward(p, back, description, packed, hidden, states, controls, g)
 
     lay = layout(description, p.itemsize)
-    rows = wide.Rows(lay, packed, hidden, horizon, nworld)
-    d, jacobians = wide.linearize(rows, back.network_open)
+    rows = operations.Rows(lay, packed, hidden, horizon, nworld)
+    d, jacobians = operations.linearize(rows, back.network_open)
     mu, adj_x0 = adjoint(p, back, states, controls, jacobians, g)
-    grads = wide.weight_grad(rows, d, mu, torch.from_numpy(lay.unpack))
+    grads = operations.weight_grad(rows, d, mu, torch.from_numpy(lay.unpack))
     return kernels, (grads, adj_x0)
 
 

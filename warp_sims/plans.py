@@ -139,13 +139,12 @@ def make_plan(
         )
     inputs = _check_inputs(call, inputs, x0, horizon, ensemble is not None)
     outside = foreign or stepwise
-    perceptron = outside and inputs is None and fused is not None and fused.description.startswith("mlp:")
+    known = fused if inputs is None else None
     if outside or inputs is not None:
         fused = None
         reason = "the simulator is not made of kernels" if foreign else "it is given inputs beside the states"
         if stepwise:
             reason = "worlds end and begin again"
-    network = None if fused is None else fused.description
     # parameters that cannot have a gradient stay with the module
     named = fused.parameters if fused else {n: q for n, q in policy.named_parameters() if _differentiable(q)}
     names, parameters = list(named), list(named.values())
@@ -170,29 +169,30 @@ def make_plan(
                     f"{call}: policy parameter {name!r} is {parameter.dtype}, expected {x0.dtype}, the dtype "
                     f"of x0; convert one with .to()"
                 )
-            if network is not None:
+            if fused is not None:
                 parameters[i] = parameter.to(x0.dtype)
     members = 0 if ensemble is None else len(ensemble)
     physical, given = None, ()
     if physics is not None:
         physical, given = check_parameters(call, system, physics, x0, members, isinstance(loss, str))
-    if network is not None:
-        constants = tuple(c.to(device, dtype) for c in fused.constants) if fused else ()
+    network = "" if known is None else known.description
+    constants = () if known is None else tuple(c.to(device, dtype) for c in known.constants)
+    if fused is not None:
         path: FusedPath | TorchPath = FusedPath(network, constants, physical)
     else:
         where = places(policy)
         half = torch.get_autocast_dtype(x0.device.type) if autocast else None
         whole = isinstance(system, Simulator) and not system.rowwise
         path = TorchPath(
-            policy, tuple(where[name] for name in names), half, whole, perceptron, inputs, physical
+            policy, tuple(where[name] for name in names), half, whole, network, constants, inputs, physical
         )
-        if not perceptron:
+        if known is None:
             probe(call, system, path, parameters, x0)  # which are the policy's alone
     if ensemble is not None and x0.ndim == 2:
         x0 = x0.expand(len(ensemble), *x0.shape)
     if segment is not None:
         segment = min(segment, horizon)
-    elif network is not None:
+    elif fused is not None:
         # tracing a compiled graph, sizes can be symbols: the operator decides
         traced = torch.compiler.is_compiling()
         by_size = BY_SIZE if keep else NONE_KEPT

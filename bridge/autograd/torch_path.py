@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import functional_call, vjp
-from torch.nn.functional import linear
 
 from ...kernels.flow import NETWORK, Flow
 from ..passes import sweeps
 from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
+from ..passes.operations import evaluate
 from ..passes.physical import Physical, with_physical
 from ..passes.spec import Cotangents, Saved, Spec, pieces
 from ..runtime.arrays import empty
@@ -73,16 +73,6 @@ def leaves(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(ordinary(p).requires_grad_() for p in parameters)
 
 
-def _perceptron(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The controls of an `MLP`, without putting its parameters into a module at every step."""
-    last = len(parameters) - 2
-    for i in range(0, last + 1, 2):
-        x = linear(x, parameters[i], parameters[i + 1])
-        if i < last:
-            x = x.tanh()
-    return x
-
-
 class _Recording(NamedTuple):
     """One evaluation of the policy, recorded by autograd."""
 
@@ -108,9 +98,10 @@ class TorchPath(NamedTuple):
     autocast: torch.dtype | None
     whole: bool = False
     """Whether the worlds of the simulator cannot go through one part after the other."""
-    perceptron: bool = False
-    """Whether the module is an unchanged `MLP`, whose parameters are weight, bias, weight, bias, ..."""
-
+    network: str = ""
+    """The module's operations, where these are known: then no parameters are put into it at every step."""
+    constants: tuple[Tensor, ...] = ()
+    """Vectors that these operations take besides."""
     inputs: Tensor | None = None
     """(horizon, nworld, k) that the policy is given beside the states."""
     physical: Physical | None = None
@@ -137,8 +128,8 @@ class TorchPath(NamedTuple):
         return u.to(x.dtype)
 
     def _evaluate(self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None, own: bool) -> Tensor:
-        if self.perceptron:
-            return _perceptron(parameters, x)
+        if self.network:
+            return evaluate(self.network, parameters, self.constants, x)
         if own:
             return self.module(x) if given is None else self.module(x, given)
         return call_with(self.module, self.substitutes(parameters), x, given)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...kernels.policy.layout import BLOCK, Column, Layout, layout
+from ...kernels.policy.layout import BLOCK, Layout, layout
+from ...kernels.policy.table import Column
 from ...kernels.sweeps.resident import choose_plan, make_resident_rollout
 from ..runtime.arrays import constant, empty, stream
 from ..runtime.launches import Launch, Pool, array
@@ -58,7 +59,7 @@ def table(key: tuple[str, int]) -> np.ndarray:
 def blocks_per_thread(lay: Layout, horizon: int) -> int:
     """World blocks below which another thread costs more than it brings."""
     columns = (Column.POSITIONS, Column.PITCH_UNITS, Column.WINDOW)
-    products = sum(math.prod(lay.column(i, c) for c in columns) for i in range(lay.layers))
+    products = sum(math.prod(lay.column(i, c) for c in columns) for i in lay.linear)
     return -(-THREAD_PRODUCTS // (horizon * BLOCK * products))
 
 
@@ -130,10 +131,10 @@ class _Rollout:
         parts, together = [range(blocks)], 1
         if p.device.is_cpu:
             parts, together = _groups(members, blocks // members, blocks_per_thread(lay, horizon))
-        values |= {"table": fixed(self.table), "layers": lay.layers, "row": lay.row}
+        values |= {"table": fixed(self.table), "operations": lay.operations, "row": lay.row}
         values |= {"section": lay.column(0, Column.SECTION), "kept": kept, "together": together}
         values |= {"lanes": lanes, "flat_controls": self.flat_controls}
-        kernel = p.fused_rollout(lay.composed)
+        kernel = p.fused_rollout()
         launches = [
             Launch(kernel, (len(part), lanes), values | {"first": part.start}, p.device, lanes)
             for part in parts

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...kernels.policy.layout import BLOCK, Column, layout
+from ...kernels.policy.layout import BLOCK, layout
 from ...kernels.policy.network import SUM_CHUNK, chunk_rows, make_network_kernels
+from ...kernels.policy.table import Column
 from ..runtime.arrays import constant, empty
 from ..runtime.launches import Launch, Pool, array, span
 from ..runtime.registry import Prepared
 from ..runtime.team import Program, Step, Task, Team, shares
-from . import composed, wide
 from .fused import activations, blocks_per_thread, fixed, table
+from .operations import Rows, bounded_steps, linearize, weight_grad
 from .spec import SEGMENT_BYTES, Cotangents, Spec, blocks_of, cpu_steps, pieces
 from .sweeps import AdjointArguments, Shape, adjoint, shape_of
 
@@ -106,20 +107,19 @@ def wide_backward(
     lay = layout(network, p.itemsize)
     horizon, nworld = controls.shape[0], controls.shape[-2]
     unpack = constant((network, p.itemsize), _unpack_index, states.device)
-    products: Any = composed if lay.composed else wide
-    kept = wide.Rows(lay, packed, hidden, horizon, nworld)
-    steps = spec.segment or wide.bounded_steps(kept, spec.network_open, SEGMENT_BYTES["cuda"])
+    kept = Rows(lay, packed, hidden, horizon, nworld)
+    steps = spec.segment or bounded_steps(kept, spec.network_open, SEGMENT_BYTES["cuda"])
     grads = adj_x0 = None
     for t0, t1 in pieces(horizon, steps):
         part = states[t0 : t1 + 1]
         rows = kept.steps(t0, t1)
         if spec.segment:
-            rows = wide.Rows(lay, packed, activations(p, network, packed, part), t1 - t0, nworld)
+            rows = Rows(lay, packed, activations(p, network, packed, part), t1 - t0, nworld)
         with span("linearize"):
-            d, jac = products.linearize(rows, spec.network_open)
+            d, jac = linearize(rows, spec.network_open)
         mu, adj_x0 = adjoint(p, spec, part, controls[t0:t1], jac, g.steps(t0, t1), t0, adj_x0)
         with span("weight_grad"):
-            own = products.weight_grad(rows, d, mu, unpack)
+            own = weight_grad(rows, d, mu, unpack)
         grads = own if grads is None else grads.add_(own)
     assert grads is not None and adj_x0 is not None
     return grads, adj_x0
@@ -157,7 +157,7 @@ class _Group:
         n, m, size, steps = p.state_size, p.control_size, p.itemsize, shape.steps
         fields, several, nworld = len(spec.schedules), m > 1, shape.nworld
         lay = layout(network, size)
-        kernels = make_network_kernels(p.dtype, lay.composed)
+        kernels = make_network_kernels(p.dtype)
         like, group, self._member_worlds = whole.mu, whole.group, nworld // shape.members
         chunk = chunk_rows(lay, size, steps)
         recomputed = whole.recomputed
@@ -179,7 +179,7 @@ class _Group:
         policy: dict[str, Any] = {
             "params": self._packed,
             "table": fixed(whole.table),
-            "layers": lay.layers,
+            "operations": lay.operations,
             "row": lay.row,
             "row_adj": lay.row_adj,
             "hidden": self._hidden,
@@ -202,7 +202,7 @@ class _Group:
             states_of_block.data = pulled.data_ptr()
             values = a.values | policy | {"flat_mu": fixed(whole.mu.view(-1))}
             values |= {"pulled": states_of_block, "flat_pulled": fixed(pulled.view(-1))}
-            self._passes.append(_Pass(p, p.fused_adjoint(fields, lay.composed), values, True))
+            self._passes.append(_Pass(p, p.fused_adjoint(fields), values, True))
         else:
             values = {"nworld": nworld, "want_jac": int(shape.jac), "d_first": 0}
             values |= policy | {"jac": fixed(whole.jac.view(-1))}
@@ -314,10 +314,7 @@ class _Backward:
         self.groups = [_Group(self, p, spec, network, shape) for _ in shares(len(waves[0]) * slots, least)]
         self.parameter = constant((network, size), _parameter_index, p.torch_device)
         self.grads = array(size, fields, shape.members, lay.unpack.size)
-        sum_partial, chunks = (
-            make_network_kernels(p.dtype, lay.composed).sum_partial,
-            -(-lay.grads // SUM_CHUNK),
-        )
+        sum_partial, chunks = make_network_kernels(p.dtype).sum_partial, -(-lay.grads // SUM_CHUNK)
         partial = array(size, *self.partial.shape)
         partial.data = self.partial.data_ptr()
         self.waves: list[tuple[Team, Team]] = []

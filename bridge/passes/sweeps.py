@@ -240,7 +240,7 @@ class AdjointArguments:
             "mu": self.mu,
             "adj_x0": self.adj_x0,
             # of a policy whose backward pass runs in the sweep, see fused_backward.py
-            **dict.fromkeys(("layers", "row", "row_adj", "hidden_first", "hidden_steps"), 0),
+            **dict.fromkeys(("operations", "row", "row_adj", "hidden_first", "hidden_steps"), 0),
             **dict.fromkeys(("params", "hidden"), array(size, 0, 0)),
             **dict.fromkeys(("flat_mu", "d", "flat_pulled"), array(size, 0)),
             "table": array(4, 0),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import warp as wp
 
-from ...kernels.policy.dense import make_network_functions
+from ...kernels.policy.functions import make_network_functions
 from ...kernels.policy.layout import BLOCK
 from ...kernels.sweeps.adjoint import make_adjoint
 from ...kernels.sweeps.forms import block_form
@@ -93,14 +93,14 @@ class Prepared:
         """Bytes of a scalar."""
         return self.torch_dtype.itemsize
 
-    def fused_rollout(self, composed: bool) -> wp.Kernel:
-        """Forward sweep with the policy fused in, of dense layers or composed."""
-        return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu, composed)
+    def fused_rollout(self) -> wp.Kernel:
+        """Forward sweep with the policy fused in."""
+        return make_fused_rollout(self.functions, self.dtype, self.device.is_cpu)
 
-    def fused_adjoint(self, fields: int, composed: bool) -> wp.Kernel:
+    def fused_adjoint(self, fields: int) -> wp.Kernel:
         """Adjoint sweep with the policy's backward pass in it, for CPUs."""
         form = self.functions.block or block_form(self.functions)
-        policy = make_network_functions(self.dtype, composed)
+        policy = make_network_functions(self.dtype)
         return make_adjoint(self.functions, self.dtype, fields, form, BLOCK, policy)
 
 

@@ -4,7 +4,7 @@
 blocks that stays in cache: those of all time steps, or of a segment of them. `sum_partial` adds up what the
 groups have found. `activate` gives the activations of a segment again, from its states, where the forward
 sweep did not keep them: the same function on the same numbers, hence the same bits. No kernel here knows a
-system. They run on CPUs; on a GPU the same products go through torch (see bridge/passes/wide.py).
+system. They run on CPUs; on a GPU the same products go through torch (see bridge/passes/operations.py).
 """
 
 import functools
@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from ..sweeps.blocks import block_worlds
-from .dense import make_network_functions
-from .layout import BLOCK, Column, Layout
+from .functions import make_network_functions
+from .layout import BLOCK, Layout
+from .table import Column
 
 CHUNK_BYTES = 1 << 15
 """Size of a weight product's chunk of one section: small enough that it stays in cache for all products
@@ -28,7 +29,7 @@ written for each, cost little beside them.
 
 def chunk_rows(lay: Layout, itemsize: int, steps: int) -> int:
     """Rows of a chunk, a multiple of BLOCK, for blocks of so many steps: as even as can be."""
-    positions = max(lay.column(i, Column.POSITIONS) for i in range(lay.layers))
+    positions = max(lay.column(i, Column.POSITIONS) for i in range(lay.operations))
     least = max(4, CHUNK_PRODUCTS // (BLOCK * positions))
     most = max(least, min(32, CHUNK_BYTES // (lay.widest * itemsize * BLOCK)))
     chunks = (steps + most - 1) // most
@@ -49,11 +50,9 @@ class NetworkKernels(NamedTuple):
 
 
 @functools.cache
-def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
-    """Returns the wide kernels for `dtype` (wp.float32 or wp.float64), of dense layers or of a composed
-    policy.
-    """
-    functions = make_network_functions(dtype, composed)
+def make_network_kernels(dtype: Any) -> NetworkKernels:
+    """Returns the wide kernels for `dtype` (wp.float32 or wp.float64)."""
+    functions = make_network_functions(dtype)
     native_forward = functions.forward
     native_linearize, native_weight_grad = functions.linearize, functions.weight_grad
 
@@ -62,7 +61,7 @@ def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
         # In:
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
         table: wp.array(dtype=wp.int32),  # the layout's, flat
-        layers: int,
+        operations: int,  # rows of the table
         row: int,
         section: int,  # elements of the x section of a row
         states: wp.array3d(dtype=dtype),  # (steps + 1, nworld, state_size)
@@ -88,7 +87,7 @@ def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
             native_forward(
                 own_params,
                 table,
-                layers,
+                operations,
                 row,
                 hidden,
                 wp.int64(first_row) * wp.int64(row),
@@ -105,7 +104,7 @@ def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
         # In:
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
         table: wp.array(dtype=wp.int32),  # the layout's, flat
-        layers: int,
+        operations: int,  # rows of the table
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),  # (blocks * hidden_steps * BLOCK, row)
@@ -133,7 +132,7 @@ def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
             native_linearize(
                 own_params,
                 table,
-                layers,
+                operations,
                 row,
                 row_adj,
                 hidden,
@@ -173,7 +172,7 @@ def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
     def network_weight_grad(
         # In:
         table: wp.array(dtype=wp.int32),
-        layers: int,
+        operations: int,  # rows of the table
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),  # (blocks * hidden_steps * BLOCK, row)
@@ -213,7 +212,7 @@ def make_network_kernels(dtype: Any, composed: bool = False) -> NetworkKernels:
                 at = wp.int64(index * components * rows + row0)
                 native_weight_grad(
                     table,
-                    layers,
+                    operations,
                     row,
                     row_adj,
                     hidden,

@@ -23,7 +23,7 @@ from typing import Any
 import warp as wp
 
 from ..flow import NETWORK, PHYSICS
-from ..policy.dense import NetworkFunctions
+from ..policy.functions import NetworkFunctions
 from ..policy.layout import BLOCK
 from ..system import BlockFunctions, DeviceFunctions
 from ..systems.elements import is_large, make_elements, rolled
@@ -148,7 +148,7 @@ def make_adjoint(
         # In, of the policy whose backward pass runs here:
         params: wp.array2d(dtype=dtype),  # (members, layout.packed)
         table: wp.array(dtype=wp.int32),  # the layout's, flat
-        layers: int,
+        operations: int,  # rows of the table
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),  # (blocks * hidden_steps * BLOCK, row)
@@ -199,7 +199,7 @@ def make_adjoint(
                     pull(
                         params[member],
                         table,
-                        layers,
+                        operations,
                         row,
                         row_adj,
                         hidden,

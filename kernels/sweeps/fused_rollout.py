@@ -1,6 +1,6 @@
 """Forward sweep with the policy fused in: u_t = N(x_t), x_{t+1} = S(x_t, u_t), one launch for all steps.
 
-N runs on blocks of worlds, see dense.py. Its activations are kept for the backward pass.
+N runs on blocks of worlds, see policy/functions.py. Its activations are kept for the backward pass.
 """
 
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 
 import warp as wp
 
-from ..policy.dense import make_load_rows, make_network_functions
+from ..policy.functions import make_load_rows, make_network_functions
 from ..policy.layout import BLOCK
 from ..system import DeviceFunctions
 from ..systems.elements import make_elements, takes_memory
@@ -18,11 +18,8 @@ from .rollout import make_world_loss
 
 
 @functools.cache
-def make_fused_rollout(
-    functions: DeviceFunctions, dtype: Any, block: bool = False, composed: bool = False
-) -> wp.Kernel:
-    """Returns the forward sweep with a policy fused in, of dense layers or composed; launch with
-    dim=(blocks, lanes).
+def make_fused_rollout(functions: DeviceFunctions, dtype: Any, block: bool = False) -> wp.Kernel:
+    """Returns the forward sweep with a policy fused in; launch with dim=(blocks, lanes).
 
     `block`: the step is the system's block form, if it has one. For CPUs only, where lanes is 1.
 
@@ -37,7 +34,7 @@ def make_fused_rollout(
     step_in_memory = functions.memory.step if functions.memory else None
     control_size = Control._length_
     begin, load_rows = make_elements(State).begin, make_load_rows(State)
-    forward = make_network_functions(dtype, composed).forward
+    forward = make_network_functions(dtype).forward
     world_loss_of = make_world_loss(functions, dtype, in_memory)
 
     @wp.func_native("#if defined(__CUDA_ARCH__)\n__syncthreads();\n#endif\n")
@@ -49,7 +46,7 @@ def make_fused_rollout(
         p: Params,
         params: wp.array2d(dtype=dtype),  # (members, layout.packed) of the policies
         table: wp.array(dtype=wp.int32),  # the layout's, flat
-        layers: int,
+        operations: int,  # rows of the table
         row: int,
         section: int,  # elements of the x section of a row
         horizon: int,
@@ -85,7 +82,7 @@ def make_fused_rollout(
             forward(
                 own_params,
                 table,
-                layers,
+                operations,
                 row,
                 hidden,
                 wp.int64(first_row) * wp.int64(row),

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from ..policy.layout import BLOCK, Column, Layout, layout
+from ..policy.description import ACTIVATIONS
+from ..policy.layout import BLOCK, Layout, layout
+from ..policy.table import ACTIVATION, CLEAR, LINEAR, Column
 from ..system import DeviceFunctions
 from ..systems.elements import REGISTER_BYTES, is_large, make_elements, takes_memory
 from .blocks import block_worlds
@@ -90,14 +92,14 @@ def choose_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
 def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
     """Returns how blocks of threads share a network in a rollout of `nworld` worlds.
 
-    Returns None for a policy without a hidden layer, and if the weights do not fit the registers of the
-    largest block or the activations its shared memory.
+    Returns None for a policy that is no chain of linear layers and convolutions with tanh between them, or if
+    the weights do not fit the registers of the largest block, or the activations its shared memory.
     """
     lay = layout(network, itemsize)
     lanes = BANK // itemsize
-    if lay.composed or lay.layers == 1 or any(lay.column(i, Column.HOP) % lanes for i in range(lay.layers)):
+    if not _is_chain(lay) or any(lay.column(i, Column.HOP) % lanes for i in lay.linear):
         return None
-    output = lay.control_size * (lay.column(lay.layers - 1, Column.PITCH_WINDOW) + 1)
+    output = lay.control_size * (lay.column(lay.linear[-1], Column.PITCH_WINDOW) + 1)
     worlds = 1 if nworld <= LATENCY_WORLDS else BLOCK
     while worlds * (lay.row + lay.control_size) + output > SHARED_BYTES // itemsize:
         if worlds == 1:
@@ -110,10 +112,18 @@ def make_plan(network: str, itemsize: int, nworld: int) -> Plan | None:
     return None
 
 
+def _is_chain(lay: Layout) -> bool:
+    """Whether a policy is a chain of linear operations with tanh between them, at least two."""
+    kinds = [lay.column(i, Column.KIND) for i in range(lay.operations)]
+    kinds = [kind for kind in kinds if kind != CLEAR]  # which is for the backward pass
+    between = ACTIVATION + list(ACTIVATIONS).index("tanh")
+    return len(kinds) > 1 and kinds == [LINEAR, between] * (len(kinds) // 2) + [LINEAR]
+
+
 def _share(lay: Layout, threads: int, lanes: int) -> tuple[list[HiddenLayer], int]:
     """Splits the hidden layers over threads; none where a layer has more units than there are threads."""
     hidden, first = [], 0
-    for i in range(lay.layers - 1):
+    for i in lay.linear[:-1]:
         window, units = lay.column(i, Column.WINDOW), lay.column(i, Column.UNITS)
         if units > threads:
             return [], 0
@@ -126,6 +136,8 @@ def _share(lay: Layout, threads: int, lanes: int) -> tuple[list[HiddenLayer], in
     return hidden, first
 
 
+LAYER_COLUMNS = "WINDOW UNITS PITCH_UNITS FORWARD BIAS INPUT POSITIONS HOP OUTPUT STEP"
+"""What the text knows of a layer, see `Column`."""
 _UNROLL = '_Pragma("unroll")'
 
 
@@ -138,7 +150,7 @@ def _sum_over_lanes(name: str, size: str, most: str) -> str:
 
 def _constants(plan: Plan) -> str:
     lay = plan.layout
-    last = lay.layers - 1
+    last = lay.linear[-1]
     values = {
         "THREADS": plan.threads,
         "WORLDS": plan.worlds,
@@ -163,9 +175,10 @@ def _constants(plan: Plan) -> str:
 
 def _layer_constants(plan: Plan, i: int) -> str:
     lay, share = plan.layout, plan.hidden[i]
+    operation = lay.linear[i]
     values = {"SPLIT": share.split, "COUNT": share.count, "FIRST": share.first}
-    for name in ("WINDOW", "UNITS", "PITCH_UNITS", "FORWARD", "BIAS", "INPUT", "POSITIONS", "HOP", "SECTION"):
-        values[name] = lay.column(i, getattr(Column, name))
+    for name in LAYER_COLUMNS.split():
+        values[name] = lay.column(operation, getattr(Column, name))
     return "enum { " + ", ".join(f"{name} = {value}" for name, value in values.items()) + " };"
 
 
@@ -230,7 +243,7 @@ def _policy_text(plan: Plan, read_state: str) -> str:
         {_UNROLL} for (int q = 1; q < LANES; ++q) share[r] += sums[r][q];
       }}
       {_sum_over_lanes("share", "WORLDS", "SPLIT")}
-      real* written = rows + INPUT + SECTION + position * PITCH_UNITS + unit;
+      real* written = rows + OUTPUT + position * STEP + unit;
       // the threads of a unit take the worlds in turn
       {_UNROLL} for (int r = 0; r < WORLDS; ++r)
         if (unit < UNITS && r % SPLIT == lane % SPLIT)

@@ -17,7 +17,7 @@ TEXTS = {
     "rows of shared memory not cleared",
     "one piece of a row too many stored",
     "padding of a row not cleared",
-    "one unit too many",
+    "padding of one row too many",
     "component of a cotangent one too high",
     "one component too many",
 }

@@ -1,7 +1,7 @@
 """Whole rollouts by the kernels of a GPU, executed: the CPU's numbers, the same bits in any order of lanes.
 
-Forward sweep, linearisation and weight products (bridge/passes/wide.py), adjoint sweep. Random cotangents on
-every output at once; memory that nothing writes is NaN.
+Forward sweep, linearisation and weight products (bridge/passes/operations.py), adjoint sweep. Random
+cotangents on every output at once; memory that nothing writes is NaN.
 """
 
 import random

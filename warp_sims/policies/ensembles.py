@@ -142,8 +142,8 @@ def _check_members(policies: Any) -> list[nn.Module]:
     for k, network in enumerate(networks):
         if network.description != first.description:
             raise ValueError(
-                f"Ensemble: policy {k} has sizes {network.description}, expected {first.description} like "
-                f"policy 0; {_REMEDY}"
+                f"Ensemble: policy {k} has the operations {network.description}, expected "
+                f"{first.description} like policy 0; {_REMEDY}"
             )
         for name, parameter in network.parameters.items():
             like = first.parameters[name]

@@ -214,7 +214,7 @@ class FusedNetwork(NamedTuple):
     parameters: dict[str, torch.Tensor]
     """By name, in the order of the module's `parameters()`."""
     constants: tuple[torch.Tensor, ...] = ()
-    """Vectors that a composed policy has besides, from buffers."""
+    """Vectors that it has besides, from buffers."""
 
 
 def fused_network(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | None:
@@ -226,7 +226,7 @@ def fused_network(policy: nn.Module, in_size: int | None = None) -> FusedNetwork
 def recognise(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | str:
     """Describes a policy that runs inside the sweeps, or says why torch must evaluate it.
 
-    `MLP` and `WaveCNN` themselves, unchanged, have sweeps of their own; any other module is looked into, see
+    `MLP` and `WaveCNN` themselves, unchanged, are known; any other module is looked into, see
     `recognition.composition_of`. Hooks, parametrizations and shared parameters take the torch path.
 
     Args:
@@ -234,7 +234,7 @@ def recognise(policy: nn.Module, in_size: int | None = None) -> FusedNetwork | s
         in_size: Size of its input, the system's `state_size`; by default what its first linear layer reads,
             or the size of the `Unflatten` before a convolution.
     """
-    found = _specialised(policy)
+    found = _known(policy)
     if found is not None:
         return found
     if torch.compiler.is_compiling():
@@ -286,8 +286,6 @@ def explain(policy: nn.Module, in_size: int | None = None) -> str:
         )
     count = sum(q.numel() for q in found.parameters.values())
     first = f"{name}: runs inside the sweep, {found.in_size} to {found.out_size}, {count} parameters"
-    if not found.description.startswith("composed:"):
-        return f"{first}, with a text of its own: {found.description}"
     lines = found.description.split("|")[1:]
     steps = [f"  {i + 1}: {line}" for i, line in enumerate(lines)]
     return "\n".join([f"{first}; value 0 is the state:", *steps])
@@ -305,8 +303,8 @@ def _flat_size(first: nn.Module) -> int | None:
     return found if found > 0 else None
 
 
-def _specialised(policy: nn.Module) -> FusedNetwork | None:
-    """A policy whose sweeps have a text of their own: an unchanged `MLP` or `WaveCNN`."""
+def _known(policy: nn.Module) -> FusedNetwork | None:
+    """An unchanged `MLP` with tanh, or `WaveCNN`."""
     # read from the module dictionaries: this runs at every call, and named_parameters() takes longer than the
     # rest of the checks
     kind = type(policy)
@@ -343,7 +341,10 @@ def _fused_mlp(policy: nn.Module, parameters: dict[str, torch.Tensor]) -> FusedN
             shapes += [(m.out_features, m.in_features), (m.out_features,)]
     if len(layers) % 2 == 0 or [q.shape for q in parameters.values()] != shapes:
         return None
-    return FusedNetwork("mlp:" + ",".join(map(str, sizes)), sizes[0], sizes[-1], parameters)
+    lines = [str(sizes[0])]
+    for i, units in enumerate(sizes[1:]):
+        lines += [f"tanh {2 * i - 1}"] * (i > 0) + [f"linear {2 * i} {units} p{2 * i} p{2 * i + 1}"]
+    return FusedNetwork("|".join(lines), sizes[0], sizes[-1], parameters)
 
 
 def _fused_wavecnn(policy: Any, parameters: dict[str, torch.Tensor]) -> FusedNetwork | None:
@@ -353,7 +354,9 @@ def _fused_wavecnn(policy: Any, parameters: dict[str, torch.Tensor]) -> FusedNet
     shapes = [(width, 1, 3, 2), (width,), (width, width, 3), (width,), (1, _positions(points) * width), (1,)]
     if [tuple(q.shape) for q in parameters.values()] != shapes:
         return None
-    return FusedNetwork(f"wavecnn:{2 * points},{width},1", 2 * points, 1, parameters)
+    # the first convolution reads three points of two numbers each
+    lines = f"conv 0 {width} 6 4 1 p0 p1|tanh 1|conv 2 {width} 3 2 {width} p2 p3|tanh 3|linear 4 1 p4 p5"
+    return FusedNetwork(f"{2 * points}|{lines}", 2 * points, 1, parameters)
 
 
 def _positions(points: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bridge.passes.composed import evaluate
+from ..bridge.passes.operations import evaluate
 from ..bridge.runtime.compat import is_changed, transforming
 from .composing import MODULES, compose
 from .translation import Composition, NotComposed

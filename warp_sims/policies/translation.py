@@ -1,7 +1,7 @@
 """A graph of torch.fx on its way to a composed policy: values, constants and parameters, node by node.
 
 What a module or function becomes is said by a grammar, see composing.py; the operations and the line they are
-written in are those of kernels/policy/composed_description.py.
+written in are those of kernels/policy/description.py.
 """
 
 import dataclasses
@@ -378,8 +378,7 @@ class Translation:
                 own = [str(numbers[v]) for v in inputs] + [written.get(word, word) for word in arguments]
                 lines.append(" ".join([kind, *own]))
         constants = tuple(self.constants[int(word[1:])] for word in kept)
-        description = "composed:" + "|".join(lines)
-        return Composition(description, self.widths[0], result.width, tuple(names), constants)
+        return Composition("|".join(lines), self.widths[0], result.width, tuple(names), constants)
 
 
 _OF_SIZES = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import warp as wp
 
 from ..bridge.runtime.launches import PREPARING
-from ..kernels.policy.layout import layout
 from ..kernels.sweeps.fused_rollout import make_fused_rollout
 from ..kernels.sweeps.resident import choose_plan, make_resident_rollout
 from ..kernels.system import DeviceFunctions
@@ -35,7 +34,7 @@ def cuda_rollout(functions: DeviceFunctions, dtype: Any, network: str, nworld: i
     plan = choose_plan(network, itemsize, nworld)
     if plan is not None:
         return make_resident_rollout(functions, dtype, plan)
-    return make_fused_rollout(functions, dtype, composed=layout(network, itemsize).composed)
+    return make_fused_rollout(functions, dtype)
 
 
 class Resources(NamedTuple):

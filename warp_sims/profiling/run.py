@@ -20,6 +20,7 @@ from ..bridge.runtime.registry import prepare
 from ..bridge.runtime.tracing import Event, trace
 from ..kernels.agreement import make_combine
 from ..kernels.flow import Flow, schedule
+from ..kernels.policy.description import PRODUCTS, parse
 from ..kernels.sweeps.rollout import make_kernels
 from ..plans import Loss
 from ..policies.networks import fused_network
@@ -365,8 +366,12 @@ def _cold_seconds(kernel: wp.Kernel) -> float:
 
 
 def _describe(policy: nn.Module) -> str:
-    fused = fused_network(policy)
-    return type(policy).__name__ if fused is None else fused.description
+    """The kind of a policy, and of a fused one the sizes between its products."""
+    fused, kind = fused_network(policy), type(policy).__name__
+    if fused is None:
+        return kind
+    first, operations = parse(fused.description)
+    return f"{kind} {'-'.join(map(str, [first, *(op.width for op in operations if op.kind in PRODUCTS)]))}"
 
 
 def _machine(device: torch.device) -> str:

@@ -3,17 +3,15 @@
 Operations are those of matrix products over the true weights and worlds; a multiplication and an addition
 count as two. Padding, biases, tanh, the physics and other elementwise work are left out, so rates are not too
 high. Per point (a world at a step), with F the products of one forward evaluation of the policy, P those that
-pull a cotangent of the hidden layers back to the first, and P0 those from there to the state:
+pull a cotangent of the controls back to the first hidden layer, and P0 those from there to the state:
 
     forward             F
     hidden cotangents   P + P0, a control component in a linearisation, a field in a fused adjoint sweep;
                         P0 only where a network edge is open
     weight gradients    F a field
 
-With one control component there is no product at the output layer, because its cotangents are scaled rows of
-a matrix. With several, P includes it. Two things are done but not needed. A linearisation pulls back a
-cotangent for each control component, where one for each field would do. And recomputation counts as done,
-never as needed.
+Two things are done but not needed. A linearisation pulls back a cotangent for each control component, where
+one for each field would do. And recomputation counts as done, never as needed.
 
 Bytes are those of the arrays that a kernel reads and writes, each counted once. On a CPU many arrays lie in
 cache, so a kernel can exceed the rate of a large copy.
@@ -26,7 +24,8 @@ import numpy as np
 
 from ..bridge.passes.fused_backward import division
 from ..kernels.flow import network_open
-from ..kernels.policy.layout import BLOCK, Column, Layout
+from ..kernels.policy.layout import BLOCK, Layout
+from ..kernels.policy.table import Column
 
 __all__ = ["Problem", "Work", "needed_operations", "work_of"]
 
@@ -62,10 +61,8 @@ class _Products(NamedTuple):
     """Operations at one point."""
 
     forward: int
-    pull_last: int
-    """Through the output layer."""
     pull_hidden: int
-    """Through the layers between hidden ones."""
+    """Through all layers but the first."""
     pull_state: int
     """Through the layer that reads the state."""
 
@@ -73,15 +70,12 @@ class _Products(NamedTuple):
 def _products(lay: Layout) -> _Products:
     """Of the true weights at all positions."""
     each = []
-    for layer in range(lay.layers):
-        units, pitch = lay.column(layer, Column.UNITS), lay.column(layer, Column.PITCH_WINDOW)
-        first = lay.column(layer, Column.BACKWARD)
+    for i in lay.linear:
+        units, pitch = lay.column(i, Column.UNITS), lay.column(i, Column.PITCH_WINDOW)
+        first = lay.column(i, Column.BACKWARD)
         weights = int(np.count_nonzero(lay.pack[first : first + units * pitch]))
-        each.append(2 * weights * lay.column(layer, Column.POSITIONS))
-    several = lay.control_size > 1
-    if lay.layers == 1:
-        return _Products(each[0], 0, 0, each[0] if several else 0)
-    return _Products(sum(each), each[-1] if several else 0, sum(each[1:-1]), each[0])
+        each.append(2 * weights * lay.column(i, Column.POSITIONS))
+    return _Products(sum(each), sum(each[1:]), each[0])
 
 
 def needed_operations(problem: Problem, base: str, check: str) -> tuple[int, int] | None:
@@ -97,7 +91,7 @@ def needed_operations(problem: Problem, base: str, check: str) -> tuple[int, int
     fields = [letters for letters in (base, check) if letters]
     pulls = min(problem.control_size, len(fields))
     to_states = min(pulls, sum(network_open(letters) for letters in fields))
-    backward = pulls * (products.pull_last + products.pull_hidden) + to_states * products.pull_state
+    backward = pulls * products.pull_hidden + to_states * products.pull_state
     backward += len(fields) * products.forward
     return problem.points * products.forward, problem.points * backward
 
@@ -125,19 +119,19 @@ def work_of(kernel: str, problem: Problem, base: str, check: str) -> Work:
     elif lay is not None:
         products = _products(lay)
         rows = math.ceil(b / BLOCK) * BLOCK * horizon
-        hidden, adjoints = rows * lay.row, rows * (lay.row_adj if lay.layers > 1 else 0)
+        hidden, adjoints = rows * lay.row, rows * lay.row_adj
         activations = hidden - rows * lay.column(0, Column.SECTION)
         if kernel in ("fused_rollout", "resident_rollout"):
             operations = products.forward
             elements = lay.packed + states + controls + hidden + b
         elif kernel in ("network_linearize", "linearize"):
-            to_state = products.pull_state if any_open and lay.layers > 1 else 0
+            to_state = products.pull_state if any_open else 0
             operations = m * (products.pull_hidden + to_state)
             # tanh' is read off the activations
             elements = lay.packed + activations + m * adjoints + jac
         elif kernel == "fused_adjoint":
             to_states = sum(network_open(letters) for letters in (base, check))
-            operations = fields * (products.pull_last + products.pull_hidden)
+            operations = fields * products.pull_hidden
             operations += to_states * products.pull_state
             elements = lay.packed + activations + states + controls
             elements += fields * (controls + b * n + adjoints)

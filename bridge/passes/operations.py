@@ -1,19 +1,24 @@
-"""Composed policies in torch: the meaning of their operations, and the wide products that GPUs take.
+"""The operations of a fused policy in torch: what they mean, and the wide products that GPUs take.
 
-`evaluate` computes a policy from its description, see kernels/policy/composed_description.py. `linearize` and
-`weight_grad` compute on the stored rows of a forward sweep what kernels/policy/composed.h does. For composed
-policies they replace those of wide.py.
+`evaluate` computes a policy from its description, see kernels/policy/description.py. `linearize` and
+`weight_grad` compute on the stored rows of a forward sweep what kernels/policy/backward.h does on CPUs; tests
+compare them. For an ensemble every tensor has the members in front, and the products are batched over these.
+
+Every tensor here is as large as the activations of a layer, and an H100 needs a quarter of the time of a
+product to read and write one. So a product or an activation passes over none twice.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...kernels.policy.composed_description import ACTIVATIONS, parse
-from ...kernels.policy.composed_layout import (
+from ...kernels.policy.description import ACTIVATIONS, parse
+from ...kernels.policy.layout import BLOCK, Layout
+from ...kernels.policy.table import (
     ACTIVATION,
     ADD,
     AFFINE,
@@ -22,11 +27,10 @@ from ...kernels.policy.composed_layout import (
     GATHER,
     LINEAR,
     NORMALIZE,
-    Entry,
+    Column,
 )
 from ..runtime.arrays import constant
 from ..runtime.launches import span
-from .wide import Rows
 
 VALUES: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
@@ -94,29 +98,61 @@ def evaluate(network: str, parameters: Sequence[Tensor], constants: Sequence[Ten
     return values[-1]
 
 
-SLOPES: dict[str, Callable[..., Tensor]] = {
-    "tanh": lambda y: 1 - y * y,
-    "relu": lambda y: (y > 0).to(y.dtype),
-    "leakyrelu": lambda y, slope: torch.where(y > 0, 1.0, slope),
-    "elu": lambda y, alpha: torch.where(y > 0, 1.0, y + alpha),
-    "sigmoid": lambda y: y * (1 - y),
-    "silu": lambda x: torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x))),
-    "gelu": lambda x: (
-        0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
-    ),
-    "gelutanh": lambda x: _gelu_tanh_slope(x),
-    "softplus": lambda x, beta, threshold: torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x)),
-    "sin": torch.cos,
-    "cos": lambda x: -torch.sin(x),
-    "clamp": lambda x, low, high: ((x >= low) & (x <= high)).to(x.dtype),
+aten: Any = torch.ops.aten
+
+PULLS: dict[str, Callable[..., Tensor]] = {
+    "tanh": aten.tanh_backward.grad_input,
+    "relu": lambda d, y, **into: aten.threshold_backward.grad_input(d, y, 0, **into),
+    "leakyrelu": lambda d, y, slope, **into: aten.leaky_relu_backward.grad_input(d, y, slope, True, **into),
+    "elu": lambda d, y, alpha, **into: aten.elu_backward.grad_input(d, alpha, 1, 1, True, y, **into),
+    "sigmoid": aten.sigmoid_backward.grad_input,
+    "silu": aten.silu_backward.grad_input,
+    "gelu": aten.gelu_backward.grad_input,
+    "gelutanh": lambda d, x, **into: aten.gelu_backward.grad_input(d, x, approximate="tanh", **into),
+    "softplus": aten.softplus_backward.grad_input,
+    "sin": lambda d, x, grad_input: torch.mul(d, torch.cos(x), out=grad_input),
+    "cos": lambda d, x, grad_input: torch.mul(d, -torch.sin(x), out=grad_input),
+    "clamp": lambda d, x, low, high, grad_input: torch.mul(d, (x >= low) & (x <= high), out=grad_input),
 }
-"""Derivatives of the activations, of the output where it gives them (`ACTIVATIONS`), else of the input."""
+"""VJPs of the activations, of the output where it gives the derivative (`ACTIVATIONS`), else of the input."""
 
 
-def _gelu_tanh_slope(x: Tensor) -> Tensor:
-    factor = (2 / torch.pi) ** 0.5
-    t = torch.tanh(factor * x * (1 + 0.044715 * x * x))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * factor * (1 + 0.134145 * x * x)
+class Rows(NamedTuple):
+    """The stored rows of a fused rollout."""
+
+    layout: Layout
+    packed: Tensor
+    hidden: Tensor
+    """(blocks * horizon * BLOCK, layout.row), of each member for an ensemble."""
+    horizon: int
+    nworld: int
+    """Worlds of a member."""
+
+    def steps(self, t0: int, t1: int) -> "Rows":
+        """The rows of the steps t0 ... t1 - 1; a copy unless these are all."""
+        if (t0, t1) == (0, self.horizon):
+            return self
+        by_step = self.hidden.unflatten(-2, (-1, self.horizon, BLOCK))[..., t0:t1, :, :]
+        return self._replace(hidden=by_step.flatten(-4, -2), horizon=t1 - t0)
+
+    def to_points(self, rows: Tensor) -> Tensor:
+        """(rows, k) to (horizon, nworld, k); for an ensemble the member axis comes after the horizon."""
+        blocks = rows.shape[-2] // (self.horizon * BLOCK)
+        points = rows.unflatten(-2, (blocks, self.horizon, BLOCK)).movedim(-3, 0)
+        return points.flatten(-3, -2)[..., : self.nworld, :]
+
+    def to_rows(self, points: Tensor) -> Tensor:
+        """(horizon, nworld, k) to (rows, k), zero in rows without a world."""
+        blocks = self.hidden.shape[-2] // (self.horizon * BLOCK)
+        padded = functional.pad(points, (0, 0, 0, blocks * BLOCK - self.nworld))
+        return padded.unflatten(-2, (blocks, BLOCK)).movedim(0, -3).flatten(-4, -2)
+
+
+def bounded_steps(rows: Rows, want_jac: bool, nbytes: int) -> int:
+    """Steps, at least one, whose linearisation and products hold about `nbytes`."""
+    lay, points = rows.layout, rows.hidden[..., 0].numel() // rows.horizon
+    point = lay.control_size * (lay.row_adj + (lay.state_size if want_jac else 0)) + lay.row_adj
+    return max(1, min(rows.horizon, nbytes // (points * point * rows.hidden.element_size())))
 
 
 def _reading(key: tuple[bytes, int]) -> np.ndarray:
@@ -139,46 +175,47 @@ class _Table:
     def value(self, i: int, column: int, width: int | None = None) -> Tensor:
         """A section of the activations."""
         first = self.of(i, column)
-        return self.rows.hidden[..., first : first + (self.of(i, Entry.UNITS) if width is None else width)]
+        return self.rows.hidden[..., first : first + (self.of(i, Column.UNITS) if width is None else width)]
 
     def vector(self, i: int, column: int) -> Tensor:
         """A scale or shift, (..., 1, units)."""
         first = self.of(i, column)
-        return self.rows.packed[..., None, first : first + self.of(i, Entry.UNITS)]
+        return self.rows.packed[..., None, first : first + self.of(i, Column.UNITS)]
 
     def matrix(self, i: int) -> Tensor:
         """(..., units, window)."""
-        units, pitch, first = (self.of(i, c) for c in (Entry.UNITS, Entry.PITCH_WINDOW, Entry.BACKWARD))
+        units, pitch, first = (self.of(i, c) for c in (Column.UNITS, Column.PITCH_WINDOW, Column.BACKWARD))
         matrix = self.rows.packed[..., first : first + units * pitch].unflatten(-1, (units, pitch))
-        return matrix[..., : self.of(i, Entry.WINDOW)]
+        return matrix[..., : self.of(i, Column.WINDOW)]
 
     def spans(self, i: int) -> list[tuple[slice, slice]]:
         """Per position of a linear operation: what it reads of its input, and what it writes."""
-        window, hop, units = (self.of(i, c) for c in (Entry.WINDOW, Entry.HOP, Entry.UNITS))
+        e = Column
+        window, hop, units, step = (self.of(i, c) for c in (e.WINDOW, e.HOP, e.UNITS, e.STEP))
         return [
-            (slice(k * hop, k * hop + window), slice(k * units, (k + 1) * units))
-            for k in range(self.of(i, Entry.POSITIONS))
+            (slice(k * hop, k * hop + window), slice(k * step, k * step + units))
+            for k in range(self.of(i, Column.POSITIONS))
         ]
 
     def gathered(self, i: int) -> list[tuple[Tensor, Tensor]]:
         """Components of the input and those of the output that come from them, one after the other: none of
         the input twice in an entry, so that sums have one order.
         """
-        first, device = self.of(i, Entry.SECOND), self.rows.hidden.device
-        places = self.lay.table.ravel()[first : first + self.of(i, Entry.UNITS)]
+        first, device = self.of(i, Column.SECOND), self.rows.hidden.device
+        places = self.lay.table.ravel()[first : first + self.of(i, Column.UNITS)]
         times, key = int(np.bincount(places[places >= 0]).max()), places.tobytes()
         both = [constant((key, k), _reading, device) for k in range(times)]
         return [(one[0], one[1]) for one in both]
 
-    def numbers(self, i: int, count: int) -> list[Tensor]:
-        """Of an operation, (..., 1, 1) each."""
-        first = self.of(i, Entry.NUMBERS)
-        return [self.rows.packed[..., None, first + k : first + k + 1] for k in range(count)]
+    def numbers(self, i: int, count: int) -> list[float]:
+        """Of an operation."""
+        first = self.of(i, Column.NUMBERS)
+        return self.lay.numbers[self.lay.pack[first : first + count]].tolist()
 
 
 def _pull(t: _Table, i: int, d: Tensor, want_jac: bool) -> None:
     """Takes the cotangents (rows, row_adj) through one operation, in place."""
-    e = Entry
+    e = Column
     kind, units = t.of(i, e.KIND), t.of(i, e.UNITS)
     if not want_jac and not t.of(i, e.INNER):
         return
@@ -191,36 +228,38 @@ def _pull(t: _Table, i: int, d: Tensor, want_jac: bool) -> None:
         for source, target in t.gathered(i):
             d.index_add_(-1, first + source, out.index_select(-1, target))
         return
-    if kind == LINEAR and t.of(i, e.POSITIONS) > 1:
+    if kind == LINEAR and t.of(i, e.ADDS):
         with span("product"):
             for read, written in t.spans(i):
                 found = d[..., last + written.start : last + written.stop] @ t.matrix(i)
                 d[..., first + read.start : first + read.stop].add_(found)
         return
+    target = d[..., first : first + (t.of(i, e.WINDOW) if kind == LINEAR else units)]
+    into = torch.empty_like(target) if t.of(i, e.ADDS) & 1 else target
     if kind == LINEAR:
-        units = t.of(i, e.WINDOW)
         with span("product"):
-            found = out @ t.matrix(i)
+            torch.matmul(out, t.matrix(i), out=into)
     elif kind == NORMALIZE:
         y, factor = t.value(i, e.OUTPUT), t.value(i, e.SECOND, 1)
         found = out - y * (out * y).mean(-1, keepdim=True)
         if t.of(i, e.CENTERED):
-            found = found - out.mean(-1, keepdim=True)
-        found = found * factor
+            found -= out.mean(-1, keepdim=True)
+        torch.mul(found, factor, out=into)
     elif kind == AFFINE:
-        found = out * t.vector(i, e.BACKWARD)
+        torch.mul(out, t.vector(i, e.BACKWARD), out=into)
     elif kind in (ADD, COPY):
-        found = out.clone()
+        into = out
     else:
         name, known = list(ACTIVATIONS.items())[kind - ACTIVATION]
         read = t.value(i, e.OUTPUT if known.by_output else e.INPUT)
-        found = out * SLOPES[name](read, *t.numbers(i, known.numbers))
-    target = d[..., first : first + units]
-    if kind != ADD or t.of(i, e.ADJ_INPUT) != t.of(i, e.ADJ_OUTPUT):
-        target.copy_(target + found if t.of(i, e.ADDS) & 1 else found)
+        PULLS[name](out, read, *t.numbers(i, known.numbers), grad_input=into)
+    if t.of(i, e.ADDS) & 1:
+        target.add_(into)
+    elif into is out and first != last:
+        target.copy_(out)
     if kind == ADD:
         second = d[..., t.of(i, e.ADJ_SECOND) : t.of(i, e.ADJ_SECOND) + units]
-        second.copy_(second + found if t.of(i, e.ADDS) & 2 else found)
+        second.copy_(second + out if t.of(i, e.ADDS) & 2 else out)
 
 
 def linearize(rows: Rows, want_jac: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -231,11 +270,12 @@ def linearize(rows: Rows, want_jac: bool) -> tuple[list[Tensor], Tensor | None]:
     """
     t, lay = _Table(rows), rows.layout
     cotangents, jacobian = [], []
-    result, state = t.of(0, Entry.ADJ_RESULT), t.of(0, Entry.ADJ_STATE)
+    result, state = t.of(0, Column.ADJ_RESULT), t.of(0, Column.ADJ_STATE)
     for c in range(lay.control_size):
-        d = rows.hidden.new_zeros((*rows.hidden.shape[:-1], lay.row_adj))
+        d = rows.hidden.new_empty((*rows.hidden.shape[:-1], lay.row_adj))
+        d[..., result : result + lay.control_size] = 0.0
         d[..., result + c] = 1.0
-        for i in reversed(range(lay.layers)):
+        for i in reversed(range(lay.operations)):
             _pull(t, i, d, want_jac)
         cotangents.append(d)
         if want_jac:
@@ -243,34 +283,41 @@ def linearize(rows: Rows, want_jac: bool) -> tuple[list[Tensor], Tensor | None]:
     return cotangents, torch.stack(jacobian, dim=-2).contiguous() if want_jac else None
 
 
+def _scaled(m: Tensor, d: list[Tensor], columns: slice) -> Tensor:
+    """Some cotangents for the control cotangents m (rows, control_size)."""
+    total = m[..., :1] * d[0][..., columns]
+    for c in range(1, m.shape[-1]):
+        total.addcmul_(m[..., c : c + 1], d[c][..., columns])
+    return total
+
+
 def weight_grad(rows: Rows, d: list[Tensor], mu: Tensor, unpack: Tensor) -> Tensor:
     """Gradients (fields, parameters) from the control cotangents mu (fields, horizon, nworld,
     control_size); (fields, members, parameters) of an ensemble.
     """
-    e, t, lay = Entry, _Table(rows), rows.layout
+    e, t, lay = Column, _Table(rows), rows.layout
     packed = mu.new_zeros((mu.shape[0], *rows.packed.shape[:-1], lay.grads))
     for f, field in enumerate(mu):
         m = rows.to_rows(field)
-        for i in range(lay.layers):
-            kind, units = t.of(i, e.KIND), t.of(i, e.UNITS)
-            trained = 3 if kind == LINEAR else t.of(i, e.TRAINED)
-            if not trained:
+        for i in range(lay.operations):
+            linear, units = t.of(i, e.KIND) == LINEAR, t.of(i, e.UNITS)
+            if not linear and not t.of(i, e.TRAINED):
                 continue
-            first, last = t.of(i, e.ADJ_OUTPUT), t.of(i, e.ADJ_OUTPUT) + units * t.of(i, e.POSITIONS)
-            cotangent = torch.stack([m[..., c : c + 1] * d[c][..., first:last] for c in range(len(d))])
-            cotangent = cotangent.sum(0)
-            matrix, bias = t.of(i, e.BACKWARD), t.of(i, e.BIAS)
-            if kind == LINEAR:
+            matrix, bias, first = t.of(i, e.BACKWARD), t.of(i, e.BIAS), t.of(i, e.ADJ_OUTPUT)
+            last = first + units + t.of(i, e.STEP) * (t.of(i, e.POSITIONS) - 1)
+            cotangent = _scaled(m, d, slice(first, last))
+            if linear:
                 window, pitch = t.of(i, e.WINDOW), t.of(i, e.PITCH_WINDOW)
                 grad = packed[f, ..., matrix : matrix + units * pitch].unflatten(-1, (units, pitch))
                 column = t.of(i, e.INPUT)
                 with span("product"):
                     for read, written in t.spans(i):
                         inputs = rows.hidden[..., column + read.start : column + read.stop]
-                        grad[..., :window] += cotangent[..., written].mT @ inputs
-                        packed[f, ..., bias : bias + units] += cotangent[..., written].sum(-2)
-            elif trained & 1:
-                packed[f, ..., matrix : matrix + units] += (cotangent * t.value(i, e.INPUT)).sum(-2)
-            if kind != LINEAR and trained & 2:
-                packed[f, ..., bias : bias + units] += cotangent.sum(-2)
+                        grad[..., :window].add_(cotangent[..., written].mT @ inputs)
+                        packed[f, ..., bias : bias + units].add_(cotangent[..., written].sum(-2))
+                continue
+            if t.of(i, e.TRAINED) & 1:
+                packed[f, ..., matrix : matrix + units].add_((cotangent * t.value(i, e.INPUT)).sum(-2))
+            if t.of(i, e.TRAINED) & 2:
+                packed[f, ..., bias : bias + units].add_(cotangent.sum(-2))
     return packed.index_select(-1, unpack)

@@ -1,3 +1,5 @@
+// Vectors and register tiles: what all device functions of a fused policy share.
+
 //: prelude
 typedef REAL real;
 #if defined(__CUDA_ARCH__)
@@ -72,19 +74,3 @@ typedef REAL real;
     #define WS_WIDEST(LAYER)
   #endif
 #endif
-//: tanh
-  auto vtanh = [](vec x) -> vec {
-    x = x > (vec)(real(LIMIT)) ? (vec)(real(LIMIT)) : x;
-    x = x < (vec)(real(-LIMIT)) ? (vec)(real(-LIMIT)) : x;
-    vec n = __builtin_elementwise_roundeven(x * real(2.8853900817779268147));
-    vec r = WS_FMA(n, (vec)(real(-(LN2_HI))), x + x);
-    r = WS_FMA(n, (vec)(real(-(LN2_LO))), r);
-    vec q = (vec)(real(SERIES_LAST));
-    SERIES
-    vec p = WS_FMA(q * r, r, r);
-    typedef INT whole; typedef whole ivec __attribute__((ext_vector_type(VL)));
-    ivec e = (__builtin_convertvector(n, ivec) + whole(EXPONENT_BIAS)) << whole(MANTISSA);
-    vec two_n; __builtin_memcpy(&two_n, &e, sizeof(vec));
-    vec t = WS_FMA(two_n, p, two_n - real(1));
-    return t / (t + real(2));
-  };

@@ -1,34 +1,33 @@
-"""Policies as stacks of dense layers, on blocks of worlds, in native snippets: forward, input Jacobian,
+"""Device functions of a fused policy on blocks of worlds, in native snippets: forward pass, input Jacobian,
 weight products.
 
-One block is BLOCK worlds at one time step. Three device functions, generic in the layers (read at run time
-from the layout's table), one source for float32 and float64:
+One block is BLOCK worlds at one time step. A policy is a table of operations f_1 ... f_n (table.py), with
+values a_i, and d_i the cotangent of a_i:
 
-    forward      a_0 = x;  a_l = tanh(W_l a_{l-1} + b_l);  u = W_o a_L + b_o
-    linearize    d_L = W_o[c] * (1 - a_L^2);  d_{l-1} = (W_l^T d_l) * (1 - a_{l-1}^2);  J[c] = W_1^T d_1
-    pull         the same for d_L = sum_c mu_c W_o[c] (1 - a_L^2): once, however many controls there are
-    weight_grad  adj_W_l += sum_rows (sum_c mu_c d_l^c) a_{l-1}^T  and likewise for b_l, W_o, b_o
+    forward      a_0 = x;  a_i = f_i(a_j, ...);  u = a_n
+    linearize    d_n = e_c;  d_j += (df_i / da_j)^T d_i, from the last operation to the first;  J[c] = d_0
+    pull         the same for d_n = mu: once, however many controls there are
+    weight_grad  adj_p += sum_rows (df_i / dp)^T (sum_c mu_c d_i^c) for weights, biases, scales and shifts p
 
 `linearize` is the backward pass of the policy for a unit cotangent of control c. It does not depend on the
 cotangents of the rollout, so it is taken out of the adjoint sweep; `weight_grad` scales its rows by them.
 
-What they do, and how, is in dense.h. Layers may be convolutions, see layout.py, which also says where
-everything lies. The functions of composed policies, whose table is that of composed_layout.py, have the same
-arguments and the text of composed.py.
+The functions read the operations at run time: one kernel serves all policies, one source float32 and float64.
+What they do, and how, is in forward.h and backward.h.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import warp as wp
 
-from ..native_text import sections
+from ..native_text import fill, sections
 from ..systems.elements import is_large
-from .composed import Texts, composed_texts
+from ..systems.lanes import sincos
 from .layout import BLOCK
-from .native_tiles import PRELUDE, TANH, fill
 
-_TEXT = sections(__file__)
+_TEXT = sections(__file__, "tiles", "activations", "forward", "backward")
 
 
 @functools.cache
@@ -71,30 +70,48 @@ class NetworkFunctions(NamedTuple):
     weight_grad: Any
 
 
-def _texts(dtype: Any) -> Texts:
-    """The texts of the device functions of dense layers."""
-    layer, linearize = PRELUDE + _TEXT["layer"], _TEXT["linearize"]
-    before = PRELUDE + "#if !defined(__CUDA_ARCH__)\n" + TANH + "#endif\n" + _TEXT["layer"]
-    return Texts(
-        fill(before + _TEXT["forward"], dtype),
-        fill(layer + _TEXT["unit_seed"] + linearize, dtype),
-        fill(layer + _TEXT["pull_seed"] + linearize, dtype),
-        fill(layer + _TEXT["weight_grad"], dtype),
-    )
+def _constants(single: bool) -> dict[str, str]:
+    """Words of the native texts and their values."""
+    # sum_{k >= 2} r^(k-2) / k!, highest power first, cut where the remainder is below half a unit in the last
+    # place
+    last = 7 if single else 14
+    terms = [f"q = WS_FMA(q, r, (vec)(real({1.0 / math.factorial(k)!r})));" for k in range(last - 1, 1, -1)]
+    return {
+        "SERIES_LAST": repr(1.0 / math.factorial(last)),
+        "SERIES": "\n    ".join(terms),
+        "LIMIT": "9.1" if single else "20.0",
+        "LN2_HI": "0.693359375" if single else "0.693147180369123816490",
+        "LN2_LO": "-2.12194440054690581e-4" if single else "1.90821492927058770002e-10",
+        "INT": "int" if single else "long long",
+        "EXPONENT_BIAS": "127" if single else "1023",
+        "MANTISSA": "23" if single else "52",
+        "HIGHEST": "88.0" if single else "709.0",  # 2^n is a number
+        "LOWEST": "-87.3" if single else "-708.0",
+        "LOG_TERMS": "8" if single else "17",
+        "BLOCK": str(BLOCK),
+    }
+
+
+def _text(dtype: Any, *names: str) -> str:
+    """Native text for `dtype`, of these sections."""
+    cpu = "#if !defined(__CUDA_ARCH__)\n  enum { L = VL };\n" + sincos(dtype) + "#endif\n"
+    before = _TEXT["prelude"] + _TEXT["table"]
+    if names != ("weight_grad",):
+        before += cpu + _TEXT["vectors"]
+    text = before + "".join(_TEXT[name] for name in names)
+    text = text.replace("WS_VALUES", _TEXT["values"]).replace("WS_SLOPES", _TEXT["slopes"])
+    return fill(text, _constants(dtype == wp.float32), dtype)
 
 
 @functools.cache
-def make_network_functions(dtype: Any, composed: bool = False) -> NetworkFunctions:
-    """Returns the device functions for `dtype` (wp.float32 or wp.float64), of dense layers or of a composed
-    policy.
-    """
-    texts = composed_texts(dtype) if composed else _texts(dtype)
+def make_network_functions(dtype: Any) -> NetworkFunctions:
+    """Returns the device functions for `dtype` (wp.float32 or wp.float64)."""
 
-    @wp.func_native(texts.forward)
+    @wp.func_native(_text(dtype, "forward"))
     def network_forward(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
-        layers: int,
+        operations: int,
         row: int,
         hidden: wp.array2d(dtype=dtype),
         row0: wp.int64,  # first element of the block's rows; their x sections are filled
@@ -106,11 +123,11 @@ def make_network_functions(dtype: Any, composed: bool = False) -> NetworkFunctio
         lanes: int,
     ): ...
 
-    @wp.func_native(texts.linearize)
+    @wp.func_native(_text(dtype, "unit_seed", "linearize"))
     def network_linearize(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
-        layers: int,
+        operations: int,
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),
@@ -128,11 +145,11 @@ def make_network_functions(dtype: Any, composed: bool = False) -> NetworkFunctio
         jr: int,  # the same for two worlds
     ): ...
 
-    @wp.func_native(texts.pull)
+    @wp.func_native(_text(dtype, "pull_seed", "linearize"))
     def network_pull(
         params: wp.array(dtype=dtype),
         table: wp.array(dtype=wp.int32),
-        layers: int,
+        operations: int,
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),
@@ -149,10 +166,10 @@ def make_network_functions(dtype: Any, composed: bool = False) -> NetworkFunctio
         jr: int,
     ): ...
 
-    @wp.func_native(texts.weight_grad)
+    @wp.func_native(_text(dtype, "weight_grad"))
     def network_weight_grad(
         table: wp.array(dtype=wp.int32),
-        layers: int,
+        operations: int,
         row: int,
         row_adj: int,
         hidden: wp.array2d(dtype=dtype),

@@ -1,14 +1,14 @@
-"""How a composed policy is written down: one line, its operations in order of evaluation, separated by `|`.
+"""How a fused policy is written down: one line, its operations in order of evaluation, separated by `|`.
 
 Value 0 is the state, and every operation makes the next value. With v, w numbers of values:
 
-    composed:10|linear 0 100 p0 p1|normalize 1 layer 1e-05|affine 2 p2 p3|elu 3 1.0|linear 4 1 p4 p5
+    10|linear 0 100 p0 p1|normalize 1 layer 1e-05|affine 2 p2 p3|elu 3 1.0|linear 4 1 p4 p5
 
     linear v units W b          W v + b; b may be `-`
     conv v units kernel stride channels W b
                                 the same at every position of a value with its channels last: W, torch's
                                 (units, channels, kernel), times `kernel` positions, then `stride` further
-    spread v ..., turn v rows   components in another order and zeros, see composed_places.py
+    spread v ..., turn v rows   components in another order and zeros, see places.py
     normalize v layer eps       (v - mean) / sqrt(var + eps) over the width; `rms`: v / sqrt(mean(v^2) + eps)
     affine v S o                S v + o, component by component; each may be `-`
     add v w                     v + w
@@ -23,11 +23,11 @@ separated by commas where there is one a component.
 import functools
 from typing import NamedTuple
 
-from .composed_places import gathered
+from .places import gathered
 
 
 class Activation(NamedTuple):
-    """What is known of an activation besides its text in composed.h."""
+    """What is known of an activation besides its text in activations.h."""
 
     numbers: int
     """Numbers that it takes."""
@@ -52,6 +52,8 @@ ACTIVATIONS = {
     "clamp": Activation(2, False),  # lowest, highest
 }
 """Activations by name; their order is that of the text."""
+PRODUCTS = ("linear", "conv")
+"""Operations that multiply by a matrix."""
 
 
 class Operation(NamedTuple):
@@ -68,9 +70,7 @@ class Operation(NamedTuple):
 @functools.cache
 def parse(network: str) -> tuple[int, list[Operation]]:
     """State size and operations of a description."""
-    kind, _, text = network.partition(":")
-    assert kind == "composed", network
-    first, *lines = text.split("|")
+    first, *lines = network.split("|")
     widths = [int(first)]
     operations = []
     for line in lines:
