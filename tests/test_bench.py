@@ -256,9 +256,13 @@ def test_needed_operations_of_a_small_network_by_hand():
     first, second, last = 2 * 30, 2 * 6, 2 * 2
     forward = weights = first + second + last
     expected = {
-        "M": forward + weights + second,
-        "R": forward + weights + second + first,
-        "C": forward + 2 * weights + second + first,  # one control: both fields are multiples of one pull
+        "M": forward + weights + last + second,
+        "R": forward + weights + last + second + first,
+        "C": forward
+        + 2 * weights
+        + last
+        + second
+        + first,  # one control: both fields are multiples of one pull
     }
     for flow, operations in expected.items():
         case = Case("cartpole", flow, 5, widths=(3, 2), horizon=7)
@@ -270,7 +274,7 @@ def test_needed_operations_of_convolutions_by_hand():
     # 32 points: 15 positions of 6 inputs, 7 of 3 x 4, 7 x 4 into one control
     first, second, last = 2 * 6 * 4 * 15, 2 * 12 * 4 * 7, 2 * 28
     case = Case("quantum", "R", 2, widths=(4, 4), horizon=3)
-    assert needed_operations(case) == 6 * (2 * (first + second + last) + second + first)
+    assert needed_operations(case) == 6 * 3 * (first + second + last)
     assert needed_bytes(case) == 2 * 4 * 6 * (64 + 1 + 4 * 15 + 4 * 7)
 
 

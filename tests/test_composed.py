@@ -32,6 +32,8 @@ from reference import rollout as oracle
 from torch import nn
 from torch.nn import functional
 from warp_sims.bridge.passes.operations import evaluate
+from warp_sims.kernels.policy.layout import layout
+from warp_sims.kernels.policy.table import Column
 
 import warp_sims as ws
 from warp_sims.policies.networks import recognise
@@ -245,6 +247,30 @@ def test_convolutions_of_convolutions():
         check(system, policy, 6, 5, "R", checkpoint_every=2)
     wide = nn.Conv1d(2, 100, 2, padding=1), nn.Tanh(), nn.Conv1d(100, 70, 2), nn.Tanh(), Turned()
     check(CART, filled(nn.Sequential(Table(2), *wide, nn.Linear(140, 1)), 3), 9, 3, "C")
+
+
+class Cosine(nn.Module):
+    def forward(self, x):
+        return torch.cos(x)
+
+
+def test_positions_with_gaps_behind_them():
+    """Of 14 and 15 channels, a whole vector apart: read by convolutions, by a layer, and by what reorders
+    them, for zeros around them and for channels first; cosine makes gaps that are not zero.
+    """
+    first = Table(2), nn.Conv1d(2, 14, 1), Cosine()
+    middle = nn.Conv1d(14, 15, 2, padding=1), nn.SiLU()
+    ends = {
+        "reordered": (nn.Flatten(), nn.Linear(45, 1)),
+        "by position": (nn.Conv1d(15, 14, 1), nn.Tanh(), Turned(), nn.Linear(42, 1)),
+    }
+    for end in ends.values():
+        policy = filled(nn.Sequential(*first, *middle, *end), 3)
+        found = layout(ws.policies.networks.fused_network(policy, 4).description, 8)
+        steps = [found.column(i, Column.STEP) for i in found.linear if found.column(i, Column.POSITIONS) > 1]
+        assert set(steps) == {16}
+        for flow in "RC":
+            check(CART, policy, 9, 4, flow)
 
 
 @pytest.mark.parametrize("make", [convolved, everything])

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from warp_sims.bridge.runtime import team
+from warp_sims.bridge.runtime import team, waiting
 
 PROLOGUE = """
 import copy, os, threading, warnings
@@ -108,18 +108,47 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(("order", "policy"), [("warp_sims, torch", "PASSIVE"), ("torch, warp_sims", None)])
-def test_threads_that_wait_step_aside(order, policy):
+def test_threads_that_wait_step_aside_on_busy_cores(order, policy):
     """As far as it can be chosen: the runtime reads it once, when torch is loaded."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     code = f"import {order}, os; print(os.environ.get('OMP_WAIT_POLICY'))"
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(waiting.cores())]
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
     assert found.stdout.strip() == str(policy)
+
+
+def test_how_threads_wait_is_chosen(monkeypatch):
+    """Asleep where other programs fill the cores; the environment is asked first."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(waiting, "cores", lambda: 2)
+    for threads, policy in ((2, None), (3, "PASSIVE")):
+        monkeypatch.setattr(waiting, "running", lambda threads=threads: threads)
+        waiting.choose()
+        assert os.environ.get("OMP_WAIT_POLICY") == policy
+    for given in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        waiting.choose()
+        assert os.environ == given
+
+
+def test_the_threads_that_run_are_the_fewest_seen(monkeypatch):
+    seen = iter(["1 1 1 5/90 1", "1 1 1 2/90 1", "1 1 1 4/90 1", "1 1 1 3/90 1", "1 1 1 9/90 1"])
+    monkeypatch.setattr(waiting.Path, "read_text", lambda _: next(seen))
+    monkeypatch.setattr(waiting, "cores", lambda: 1)
+    assert waiting.running() == 2
+    monkeypatch.setattr(waiting.Path, "read_text", lambda _: "something else")
+    assert waiting.running() == 0
 
 
 def test_busy_cores_are_named_once(monkeypatch):
@@ -127,11 +156,11 @@ def test_busy_cores_are_named_once(monkeypatch):
     watch.warned = False
     monkeypatch.setattr(team, "_watch", watch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0, 0))
+    monkeypatch.setattr(waiting, "running", lambda: 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         team.settle()
-    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0, 0))
+    monkeypatch.setattr(waiting, "running", lambda: 1000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3 * team._ASKED_EVERY):

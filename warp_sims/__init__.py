@@ -12,19 +12,17 @@ See `rollout` for gradients through a simulator, `gradient_pair` for micro-batch
 `System` and `TorchSystem` for systems of your own, `train` for the whole loop, and the command `warp-sims`.
 """
 
-import os as _os
 import sys as _sys
 from pathlib import Path as _Path
-
-# Threads of OpenMP that spin while they wait keep a busy core from the thread they wait for: up to 60 times
-# slower there, a quarter to a third quicker where nothing else runs (benchmarks/RESULTS.md). Read once, when
-# torch is loaded; bridge/runtime/team.py warns where it came first.
-if "torch" not in _sys.modules and "GOMP_SPINCOUNT" not in _os.environ:
-    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In a checkout the folders kernels/ and bridge/ stand beside this package; installed, they lie inside it.
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
+
+if "torch" not in _sys.modules:  # which is told once how its threads wait
+    from .bridge.runtime.waiting import choose as _choose
+
+    _choose()
 
 from . import systems
 from .actor_critic.config import ActorCriticConfig

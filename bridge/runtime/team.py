@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...kernels import programs as native
-from . import launches
+from . import launches, waiting
 from .compat import DirectCall, address, openmp
 from .launches import Launch
 
@@ -252,7 +252,7 @@ class _Watch:
     def __init__(self) -> None:
         self.settled = _HOME
         self.calls = 0
-        self.warned = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
+        self.warned = waiting.chosen()
 
 
 _watch = _Watch()
@@ -287,20 +287,14 @@ def _settle_fork() -> None:
         )
 
 
-def others_fill(load: float, cores: int, threads: int) -> bool:
-    """Whether other programs keep every core busy; this one may have `threads` running."""
-    return threads > 1 and load - threads > cores
-
-
 def _look_at_load() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if others_fill(load, cores, torch.get_num_threads()):
+    threads, cores = torch.get_num_threads(), waiting.cores()
+    if threads > 1 and waiting.running() - threads >= cores:  # of this process so many may run, too
         _watch.warned = True
         warnings.warn(
-            f"warp_sims: the {cores} cores are busy (load {load:.1f}), and torch's threads wait for each "
-            "other by spinning, which can make a small rollout tens of times slower; import warp_sims before "
-            "torch, or start with OMP_WAIT_POLICY=PASSIVE in the environment",
+            f"warp_sims: other programs keep all {cores} cores busy, and torch's threads wait for each other "
+            "by spinning, which can make a small rollout tens of times slower; start with "
+            "OMP_WAIT_POLICY=PASSIVE in the environment",
             RuntimeWarning,
             stacklevel=5,
         )
