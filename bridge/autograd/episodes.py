@@ -86,7 +86,7 @@ class EpisodePath(NamedTuple):
                 kept.append(value)
         next_states, all_controls = torch.stack(led), torch.stack(controls)
         whole = torch.cat((x0.unsqueeze(0), next_states))
-        loss = operators.loss(*spec.arguments(), whole, all_controls)
+        loss = operators.loss(spec, whole, all_controls)
         return Trajectory(
             torch.stack(states), next_states, all_controls, loss, torch.stack(ends), torch.stack(cuts), age
         )
@@ -133,7 +133,7 @@ class EpisodePath(NamedTuple):
                 direct = _direct(states, g.states, direct_next, first, end)
                 direct_u = None if g.controls is None else g.controls[first:end]
                 found = operators.adjoint(
-                    *spec.arguments(),
+                    spec,
                     part,
                     own,
                     None,
@@ -220,7 +220,7 @@ def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None
         points, still = torch.stack((rows, rows)), y.new_zeros((1, rows.shape[0], m))
         nothing = rows.new_zeros((1, *rows.shape))
         sweep = points, still, None, 0.0, None, rows.new_ones(()), None, None, 1, nothing, rows.shape[0]
-        cost = operators.adjoint(*alone.arguments(), *sweep)[1][0]
+        cost = operators.adjoint(alone, *sweep)[1][0]
     own = g.loss * weights * cost.view(horizon, nworld, n)
     own = torch.where(weights == 0.0, 0.0, own)
     return own if direct is None else direct + own

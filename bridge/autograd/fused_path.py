@@ -31,7 +31,7 @@ class FusedPath(NamedTuple):
         """
         policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
         inputs = [*policy, *self.constants]
-        out = operators.fused_rollout(*spec.arguments(), self.network, inputs, x0, values)
+        out = operators.fused_rollout(spec, self.network, inputs, x0, values)
         states, controls, loss, hidden, packed = out
         return Saved(states, controls, (hidden, packed)), loss
 
@@ -44,8 +44,8 @@ class FusedPath(NamedTuple):
         hidden, packed = saved.kept
         given = self.network, packed, hidden, saved.states, saved.controls
         if self.physical is None:
-            return operators.fused_backward(*spec.arguments(), *given, *g)[:2]
+            return operators.fused_backward(spec, *given, *g)[:2]
         _, values = self.physical.split(parameters)
         wanted = self.physical.wanted
-        grads, adj_x0, adj = operators.fused_backward(*spec.arguments(), *given, *g, values, wanted)
+        grads, adj_x0, adj = operators.fused_backward(spec, *given, *g, values, wanted)
         return with_physical(self.physical, grads, adj, parameters), adj_x0

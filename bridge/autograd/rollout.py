@@ -192,7 +192,7 @@ class SimulateBackward(BackwardPass):
         values = None if physical is None else physical.table(given)
         wanted = physical is not None and physical.wanted
         sweep = states, controls, None, 0.0, None, None, adj_states, None, 0, None, 0, values, wanted
-        mu, adj_x0, adj = operators.adjoint(*spec.arguments(), *sweep)
+        mu, adj_x0, adj = operators.adjoint(spec, *sweep)
         flat = adj if physical is None or not wanted else physical.gradients(adj, given)[0]
         return mu[0], adj_x0[0], flat
 

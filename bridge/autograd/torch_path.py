@@ -182,7 +182,7 @@ class TorchPath(NamedTuple):
             controls.append(u)
             states.append(x)
         saved = Saved(torch.stack(states), torch.stack(controls))
-        return saved, operators.loss(*spec.arguments(), *saved[:2])
+        return saved, operators.loss(spec, *saved[:2])
 
     def _forward_in_place(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """The same, with what torch's operators cost at every step spared: the trajectory is written where it
@@ -208,7 +208,7 @@ class TorchPath(NamedTuple):
                         kept.append(step)
                         u.copy_(step.controls.detach())
                 advance(t)
-        return saved, operators.loss(*spec.arguments(), *saved[:2])
+        return saved, operators.loss(spec, *saved[:2])
 
     def control(self, parameters: Sequence[Tensor], x: Tensor, t: int, own: bool = False) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
@@ -274,7 +274,7 @@ class TorchPath(NamedTuple):
         physics = spec._replace(base=spec.base.translate(CLOSED), check=spec.check.translate(CLOSED))
         horizon, nworld, _ = saved.controls.shape
         recorded = self.recorded if self.recorded and len(self.recorded) == horizon else [None] * horizon
-        q, physics_edges = leaves(parameters), physics.arguments()
+        q = leaves(parameters)
         tolerance = self.tolerance or operators.CONTROL_TOLERANCE[saved.states.dtype]
         grads: list[list[Tensor]] = [[] for _ in spec.schedules]
         adj_x0 = None
@@ -288,7 +288,7 @@ class TorchPath(NamedTuple):
                     again = own.controls.detach().unsqueeze(0)
             recorded[t] = None
             mu, adj_x0, _ = operators.adjoint(
-                *physics_edges,
+                physics,
                 states,
                 controls,
                 again,
@@ -369,7 +369,7 @@ class TorchPath(NamedTuple):
         tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
         sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
         wanted = self.physical is not None and self.physical.wanted
-        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
+        mu, adj_x0, adj_values = operators.adjoint(spec, *sweep, values, wanted)
         return weight_gradients(pull, mu), adj_x0, adj_values
 
     def linearised(
