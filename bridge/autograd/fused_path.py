@@ -25,6 +25,8 @@ class FusedPath(NamedTuple):
     physical: Physical | None = None
     """Physical parameters, which come after the policy's parameters."""
 
+    kept_outputs = 0
+
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """Returns what the backward pass needs, and the loss. x0 is (nworld, state_size), for an ensemble
         (members, nworld, state_size).

@@ -113,6 +113,8 @@ class TorchPath(NamedTuple):
     the steps are that a backward pass has used.
     """
 
+    kept_outputs = 0
+
     def policy(
         self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None, own: bool = False
     ) -> Tensor:
