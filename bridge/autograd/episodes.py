@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..passes.foreign import foreign
 from ..passes.physical import with_physical
 from ..passes.spec import Cotangents, Saved, Spec, pieces
 from . import operators
@@ -209,17 +208,7 @@ def _reached(
     final, running, _ = spec.weights.per_world(nworld, horizon, m)
     weights = y.new_full((horizon, 1, 1), running)
     weights[-1] += final
-    simulator = foreign(spec.system)
-    if simulator is not None:
-        cost = simulator.cost_gradient(y.flatten(0, 1))
-    else:
-        # with closed edges only the running cost of a state has a cotangent of it
-        rows = y.flatten(0, 1)
-        alone = Spec(spec.system, "SS", running=float(rows.shape[0]))
-        points, still = torch.stack((rows, rows)), y.new_zeros((1, rows.shape[0], m))
-        nothing = rows.new_zeros((1, *rows.shape))
-        sweep = points, still, None, 0.0, None, rows.new_ones(()), None, None, 1, nothing, rows.shape[0]
-        cost = operators.adjoint(alone, *sweep)[1][0]
+    cost = operators.cost_gradients(spec.system, y.flatten(0, 1))
     own = adj_loss * weights * cost.view(horizon, nworld, n)
     own = torch.where(weights == 0.0, 0.0, own)
     return own if direct is None else direct + own

@@ -166,6 +166,14 @@ def costs(system: int, x: Tensor) -> Tensor:
         return sweeps.costs(prepare(system, x.dtype, x.device), _dense(x))
 
 
+def cost_gradients(system: int, x: Tensor) -> Tensor:
+    """Gradient of the system's own cost of each of the states (nworld, state_size) by that state."""
+    simulator = foreign.foreign(system)
+    if simulator is not None:
+        return simulator.cost_gradient(x)
+    return sweeps.cost_gradients(prepare(system, x.dtype, x.device), system, x)
+
+
 @_operator("fused_rollout")
 def fused_rollout(
     spec: Spec, network: str, parameters: list[Tensor], x0: Tensor, values: Tensor | None = None

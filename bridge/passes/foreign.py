@@ -215,7 +215,7 @@ def simulate(simulator: Simulator, x0: Tensor, controls: Tensor) -> Tensor:
 
 def loss(simulator: Simulator, spec: Spec, states: Tensor, controls: Tensor) -> Tensor:
     """The simulator's own loss, a scalar; 0 without worlds."""
-    check_has_loss(simulator, spec)
+    spec.weights.check(simulator.has_loss)
     (horizon, nworld, m), value = controls.shape, states.new_zeros(())
     if nworld == 0:
         return value
@@ -228,13 +228,6 @@ def loss(simulator: Simulator, spec: Spec, states: Tensor, controls: Tensor) -> 
         if control:
             value = value + control * controls.square().sum()
     return value
-
-
-def check_has_loss(simulator: Simulator, spec: Spec) -> None:
-    if (spec.final or spec.running) and not simulator.has_loss:
-        raise ValueError(
-            "loss: this system has no loss of its own; pass a callable of (states, controls) or None"
-        )
 
 
 def adjoint(
@@ -371,7 +364,7 @@ def _direct(
     there.
     """
     direct_x, direct_u = g.states, g.controls
-    check_has_loss(simulator, spec)
+    spec.weights.check(simulator.has_loss)
     if g.loss is None or not any(spec.weights):
         return direct_x, direct_u
     steps, nworld, m = controls.shape
