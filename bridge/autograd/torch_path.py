@@ -237,7 +237,7 @@ class TorchPath(NamedTuple):
             return self._steps_back(spec, saved, parameters, g)
         if self.physical is None:
             return self._pull(spec, saved, parameters, None, g)[:2]
-        policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
+        policy, values = self.physical.split(parameters)
         grads, adj_x0, adj = self._pull(spec, saved, policy, values, g)
         return with_physical(self.physical, grads, adj, parameters), adj_x0
 
@@ -256,14 +256,14 @@ class TorchPath(NamedTuple):
         per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
         block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
         if block >= nworld or self.whole:
-            return self._block(spec, saved.states, saved.controls, parameters, values, g, nworld)
+            return self._some_worlds(spec, saved, parameters, values, g, nworld)
         found = []
         for first in range(0, nworld, block):
             part = slice(first, min(first + block, nworld))
-            states, controls = saved.states[:, part], saved.controls[:, part]
+            some = Saved(saved.states[:, part], saved.controls[:, part])
             path = self if self.inputs is None else self._replace(inputs=self.inputs[:, part])
             row = values if values is None or values.shape[0] == 1 else values[part]
-            found.append(path._block(spec, states, controls, parameters, row, g.worlds(part), nworld))
+            found.append(path._some_worlds(spec, some, parameters, row, g.worlds(part), nworld))
         grads, adj_x0, adj_values = zip(*found)
         return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1), torch.cat(adj_values, dim=1)
 
@@ -289,18 +289,8 @@ class TorchPath(NamedTuple):
                     own = self._record(q, saved.states[t], given)
                     again = own.controls.detach().unsqueeze(0)
             recorded[t] = None
-            mu, adj_x0, _ = operators.adjoint(
-                physics,
-                states,
-                controls,
-                again,
-                tolerance,
-                None,
-                *g.steps(t, t + 1),
-                t,
-                adj_x0,
-                nworld,
-            )
+            sweep = states, controls, again, tolerance, None, *g.steps(t, t + 1), t, adj_x0, nworld
+            mu, adj_x0, _ = operators.adjoint(physics, *sweep)
             for f, schedule in enumerate(spec.schedules):
                 is_open = Flow(schedule[t]).edges & NETWORK
                 with span("policy_weight_grad"):
@@ -319,11 +309,10 @@ class TorchPath(NamedTuple):
         empty_one = saved.states.new_zeros(0)
         return torch.stack([torch.cat(field) if field else empty_one for field in flat]), adj_x0
 
-    def _block(
+    def _some_worlds(
         self,
         spec: Spec,
-        states: Tensor,
-        controls: Tensor,
+        saved: Saved,
         parameters: Sequence[Tensor],
         values: Tensor | None,
         g: Cotangents,
@@ -332,47 +321,23 @@ class TorchPath(NamedTuple):
         """Those of some of the `loss_worlds` worlds over which the loss is a mean, over one segment of steps
         after the other.
         """
-        grads = adj_x0 = adj_values = None
-        for t0, t1 in pieces(spec.horizon, spec.segment or spec.horizon):
-            own, adj_x0, adj = self._segment(
-                spec,
-                states[t0 : t1 + 1],
-                controls[t0:t1],
-                parameters,
-                values,
-                g.steps(t0, t1),
-                t0,
-                adj_x0,
-                loss_worlds,
-            )
-            grads = own if grads is None else grads + own
-            adj_values = adj if adj_values is None else adj_values + adj
-        assert grads is not None and adj_x0 is not None and adj_values is not None
-        return grads, adj_x0, adj_values
-
-    def _segment(
-        self,
-        spec: Spec,
-        states: Tensor,
-        controls: Tensor,
-        parameters: Sequence[Tensor],
-        values: Tensor | None,
-        g: Cotangents,
-        t0: int,
-        carried: Tensor | None,
-        loss_worlds: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state t0
-        and of the numbers of the physics.
-        """
-        steps, nworld, m = controls.shape
-        points = states[:-1].reshape(steps * nworld, states.shape[2])
-        recomputed, pull, jac = self.linearised(spec, parameters, points, steps, t0)
-        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
-        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[saved.states.dtype]
         wanted = self.physical is not None and self.physical.wanted
-        mu, adj_x0, adj_values = operators.adjoint(spec, *sweep, values, wanted)
-        return weight_gradients(pull, mu), adj_x0, adj_values
+
+        # a function, so that nothing of a segment is left when the next one is linearised
+        def segment(t0: int, t1: int, carried: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            states, controls = saved.states[t0 : t1 + 1], saved.controls[t0:t1]
+            recomputed, pull, jac = self.linearised(spec, parameters, states[:-1].flatten(0, 1), t1 - t0, t0)
+            sweep = states, controls, recomputed, tolerance, jac, *g.steps(t0, t1), t0, carried, loss_worlds
+            mu, adj_x0, adj = operators.adjoint(spec, *sweep, values, wanted)
+            return weight_gradients(pull, mu), adj_x0, adj
+
+        (t0, t1), *earlier = pieces(spec.horizon, spec.segment or spec.horizon)
+        grads, adj_x0, adj_values = segment(t0, t1, None)
+        for t0, t1 in earlier:
+            own, adj_x0, adj = segment(t0, t1, adj_x0)
+            grads, adj_values = grads + own, adj_values + adj
+        return grads, adj_x0, adj_values
 
     def linearised(
         self, spec: Spec, parameters: Sequence[Tensor], points: Tensor, steps: int, t0: int
