@@ -18,13 +18,12 @@ from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
 from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
-from ..passes import physical_check as physical_check  # likewise
 from ..passes.fused_backward import backward
+from ..passes.physical_check import checked_with
 from ..passes.spec import Cotangents, Spec, described, with_segment
 from ..runtime.arrays import capturing
 from ..runtime.compat import batching, dispatch_mode, transforming
 from ..runtime.launches import span
-from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -133,7 +132,7 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Ten
         return foreign.simulate(simulator, x0, controls)
     if values is None or not x0.shape[0]:
         return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
-    with prepared_with(system, values, x0.shape[0], False) as own:
+    with checked_with(system, values, x0.shape[0], False) as own:
         return sweeps.simulate(own.prepared, _dense(x0), _dense(controls))
 
 
@@ -191,7 +190,7 @@ def fused_rollout(
     shape = own.horizon, own.weights, own.segment
     if values is None or not x0.numel():
         return *fused.rollout(p, network, packed, _dense(x0), *shape), packed
-    with prepared_with(own.system, values, x0.shape[:-1].numel(), False) as w:
+    with checked_with(own.system, values, x0.shape[:-1].numel(), False) as w:
         return *fused.rollout(w.prepared, network, packed, _dense(x0), *shape), packed
 
 
@@ -255,7 +254,7 @@ def _with_values(
     if values is None or not states.numel():
         p = prepare(spec.system, states.dtype, states.device)
         return *run(p, spec, *given), _no_adjoint(spec, states, values, wanted)
-    with prepared_with(spec.system, values, states.shape[1:-1].numel(), wanted) as w:
+    with checked_with(spec.system, values, states.shape[1:-1].numel(), wanted) as w:
         return *run(w.prepared, spec, *given), w.adjoint(len(spec.schedules))
 
 

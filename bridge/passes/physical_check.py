@@ -6,6 +6,7 @@ An adjoint that is right for states and controls can still be wrong for the fiel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -15,12 +16,8 @@ import warp as wp
 from torch import Tensor
 
 from ...kernels.sweeps.physical import has_generated_vjp
-from ..runtime.physical import (
-    VERIFIERS,
-    parameter_names,
-    parameter_values,
-    prepared_with,
-)
+from ..runtime.arrays import warp_device
+from ..runtime.physical import WithValues, parameter_names, parameter_values, prepared_with
 from ..runtime.registry import find, prepare
 from . import sweeps
 from .foreign_check import TOLERANCES, Source, compare, differences
@@ -30,8 +27,21 @@ SPREAD = 0.05
 """Of the numbers that are tried, relative to those of the system."""
 
 
+def checked_with(
+    number: int, values: Tensor, nworld: int, wanted: bool
+) -> contextlib.AbstractContextManager[WithValues]:
+    """`prepared_with`, behind `verify`."""
+    verify(number, values.device)
+    return prepared_with(number, values, nworld, wanted)
+
+
 def verify(number: int, device: torch.device) -> None:
     """Raises ValueError if a generated cotangent of a parameter disagrees with finite differences."""
+    _verify(number, device, id(warp_device(device)))
+
+
+@functools.cache
+def _verify(number: int, device: torch.device, _served: int) -> None:
     system: Any = find(number)
     p = prepare(number, torch.float64, device)
     if not has_generated_vjp(p.functions):
@@ -108,6 +118,3 @@ def names_in_loss(number: int, device: torch.device) -> frozenset[str]:
         before = cost(numbers)
         moved = {name: cost(numbers | {name: 1.1 * value + 0.1}) for name, value in numbers.items()}
         return frozenset(name for name, after in moved.items() if not torch.equal(after, before))
-
-
-VERIFIERS.append(verify)
