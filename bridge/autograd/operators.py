@@ -20,6 +20,7 @@ from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
 from ..passes.fused_backward import backward
 from ..passes.physical_check import checked_with
+from ..passes.simulator import simulator_of, with_values
 from ..passes.spec import Cotangents, Spec, described, with_segment
 from ..runtime.arrays import capturing
 from ..runtime.compat import batching, dispatch_mode, transforming
@@ -124,9 +125,9 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Ten
     """
     if check:
         check_finite(x0)
-    simulator = foreign.foreign(system)
+    simulator = simulator_of(system)
     if simulator is not None:
-        controls = foreign.with_values(simulator, controls, values)
+        controls = with_values(simulator, controls, values)
         if check:
             foreign_check.verify(simulator, x0, controls[0])
         return foreign.simulate(simulator, x0, controls)
@@ -144,7 +145,7 @@ def _(x0: Tensor, controls: Tensor, **_: Any) -> Tensor:
 @_operator("loss")
 def loss(spec: Spec, states: Tensor, controls: Tensor) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
-    simulator = foreign.foreign(spec.system)
+    simulator = simulator_of(spec.system)
     if simulator is not None:
         return foreign.loss(simulator, spec, states, controls)
     p = prepare(spec.system, states.dtype, states.device)
@@ -158,7 +159,7 @@ def _(states: Tensor, **_: Any) -> Tensor:
 
 def costs(system: int, x: Tensor) -> Tensor:
     """The system's own cost of states (nworld, state_size), one a world; nothing is differentiated."""
-    simulator = foreign.foreign(system)
+    simulator = simulator_of(system)
     with torch.no_grad():
         if simulator is not None:
             return simulator.cost(x)
@@ -167,7 +168,7 @@ def costs(system: int, x: Tensor) -> Tensor:
 
 def cost_gradients(system: int, x: Tensor) -> Tensor:
     """Gradient of the system's own cost of each of the states (nworld, state_size) by that state."""
-    simulator = foreign.foreign(system)
+    simulator = simulator_of(system)
     if simulator is not None:
         return simulator.cost_gradient(x)
     return sweeps.cost_gradients(prepare(system, x.dtype, x.device), system, x)
@@ -228,7 +229,7 @@ def fused_backward(
     if spec.segment < 0:
         spec = with_segment(spec, network, states[0])
     g = Cotangents(adj_loss, adj_states, adj_controls)
-    return _with_values(backward, spec, states, values, wanted, network, packed, hidden, states, controls, g)
+    return _backwards(backward, spec, states, values, wanted, network, packed, hidden, states, controls, g)
 
 
 @fused_backward.register_fake
@@ -242,7 +243,7 @@ def _(
     return grads, adj_x0, _no_adjoint(spec, states, values, wanted)
 
 
-def _with_values(
+def _backwards(
     run: Callable[..., tuple[Tensor, Tensor]],
     spec: Spec,
     states: Tensor,
@@ -293,16 +294,16 @@ def adjoint(
     if recomputed is not None:
         check_recomputed(recomputed, controls, tolerance, t0)
     g = Cotangents(adj_loss, adj_states, adj_controls)
-    simulator = foreign.foreign(spec.system)
+    simulator = simulator_of(spec.system)
     if simulator is not None:
-        m, more = controls.shape[-1], foreign.with_values(simulator, controls, values)
+        m, more = controls.shape[-1], with_values(simulator, controls, values)
         mu, adj_x0 = foreign.adjoint(simulator, spec, states, more, jac, g, t0, carried, loss_worlds)
         if values is None or not wanted:
             return mu[..., :m], adj_x0, _no_adjoint(spec, states, values, wanted)
         return mu[..., :m].contiguous(), adj_x0, mu[..., m:].sum(1)
     jac = None if jac is None else jac.contiguous()
     sweep = _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds
-    return _with_values(sweeps.adjoint, spec, states, values, wanted, *sweep)
+    return _backwards(sweeps.adjoint, spec, states, values, wanted, *sweep)
 
 
 @adjoint.register_fake

@@ -16,10 +16,10 @@ from torch.func import functional_call, vjp
 
 from ...kernels.flow import NETWORK, Flow
 from ..passes import sweeps
-from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
 from ..passes.operations import evaluate
 from ..passes.physical import Physical, with_physical
+from ..passes.simulator import simulator_of, stepped, with_values
 from ..passes.spec import Cotangents, Saved, Spec, pieces
 from ..runtime.arrays import empty
 from ..runtime.launches import span
@@ -167,12 +167,12 @@ class TorchPath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; the policy is evaluated step by step."""
-        plain = foreign(spec.system) is None and self.physical is None
+        plain = simulator_of(spec.system) is None and self.physical is None
         if plain and not operators.watched(x0, list(parameters)):
             return self._forward_in_place(spec, x0, parameters)
         x, states, controls = x0, [x0], []
         parameters, values = self.physical.split(parameters) if self.physical else (parameters, None)
-        simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
+        simulator = None if operators.watched(x0, list(parameters)) else simulator_of(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
                 u = self.control(parameters, x0.clone() if t == 0 else x, t)
