@@ -300,10 +300,10 @@ def test_the_road_of_gpus(system, every, monkeypatch):
     p = prepare(system.number, torch.float64, torch.device("cpu"))
     spec = Spec(system.number, "M" * HORIZON, "R" * HORIZON, 0.9, *weights)
     args = (network, list(ensemble.parameters()), x0)
-    states, controls, loss, hidden, packed = operators.fused_rollout(*spec.arguments(), *args)
+    states, controls, loss, hidden, packed = operators.fused_rollout(spec, *args)
     with monkeypatch.context() as patch:
         patch.setattr(fused, "_cut", lambda p, t, k: (segments.pieces(t, k)[::-1], k))
-        again = operators.fused_rollout(*spec._replace(segment=every).arguments(), *args)
+        again = operators.fused_rollout(spec._replace(segment=every), *args)
     for one, other in zip(again[:3], (states, controls, loss)):
         assert torch.equal(one, other)
     assert again[3].shape == (2, 0, hidden.shape[-1])

@@ -177,7 +177,7 @@ def test_the_road_of_gpus(case, flow, dtype):
     p = prepare(system.number, dtype, torch.device("cpu"))
     base, check = ("M", "R") if flow == "C" else (flow, "")
     back = Spec(system.number, base * HORIZON, check * HORIZON, 0.9, *weights)
-    states, controls, loss, hidden, packed = operators.fused_rollout(*back.arguments(), network, stacked, x0)
+    states, controls, loss, hidden, packed = operators.fused_rollout(back, network, stacked, x0)
     draw = torch.Generator().manual_seed(0)
     g = Cotangents(*(torch.randn(y.shape, generator=draw, dtype=dtype) for y in (loss, states, controls)))
     expected = fused_backward.backward(p, back, network, packed, hidden, states, controls, g)

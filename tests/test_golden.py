@@ -218,8 +218,8 @@ def test_gradients_of_the_controls(name, variant, label):
     for flow, letter in problem.flows(label).items():
         if flow == "C":
             continue
-        spec = Spec(system.number, flow * horizon, "", 1.0, *weights).arguments()
-        mu, adj_x0, _ = operators.adjoint(*spec, states, controls, None, 0.0, jacobians, adj_loss, None, None)
+        spec = Spec(system.number, flow * horizon, "", 1.0, *weights)
+        mu, adj_x0, _ = operators.adjoint(spec, states, controls, None, 0.0, jacobians, adj_loss, None, None)
         assert problem.is_close(mu[0], time_first(problem[f"{label}_grad_{letter}_controls"])), flow
         assert problem.is_close(adj_x0[0], problem[f"{label}_grad_{letter}_x0"].reshape(4, -1)), flow
 

@@ -212,16 +212,16 @@ def operator_samples():
     network = describe(4, 5, 1)
     controls = torch.zeros(2, 3, 1).double()
     states = operators.simulate(cart, x0, controls, True)
-    spec = Spec(cart, "MM", "RR", 0.9, 1.0, 0.0, 0.1).arguments()
-    states, controls, _, hidden, packed = operators.fused_rollout(*spec, network, parameters, x0)
+    spec = Spec(cart, "MM", "RR", 0.9, 1.0, 0.0, 0.1)
+    states, controls, _, hidden, packed = operators.fused_rollout(spec, network, parameters, x0)
     one, jac = torch.ones((), dtype=torch.float64), torch.zeros(2, 3, 1, 4).double()
     arrived = (one, torch.ones_like(states), None)
     return {
         "simulate": (cart, x0, controls, True),
-        "loss": (*spec, states, controls),
-        "fused_rollout": (*spec, network, parameters, x0),
-        "fused_backward": (*spec, network, packed, hidden, states, controls, *arrived),
-        "adjoint": (*spec, states, controls, controls, 1e-9, jac, *arrived, 0, None, 0),
+        "loss": (*spec.arguments(), states, controls),
+        "fused_rollout": (*spec.arguments(), network, parameters, x0),
+        "fused_backward": (*spec.arguments(), network, packed, hidden, states, controls, *arrived),
+        "adjoint": (*spec.arguments(), states, controls, controls, 1e-9, jac, *arrived, 0, None, 0),
         "combine": (torch.randn(7).double(), torch.randn(7).double(), False),
     }
 

@@ -266,9 +266,7 @@ def two_roads(system, net, nworld, flows, dtype):
     x0, c = make_states(system, nworld, dtype), make_cotangents(system, horizon, nworld, dtype)
     weights = LossWeights(0.0, 0.0, 0.4)
     back = Spec(system.number, base, check, 1.0, *weights)
-    states, controls, _, hidden, packed = operators.fused_rollout(
-        *back.arguments(), description, parameters, x0
-    )
+    states, controls, _, hidden, packed = operators.fused_rollout(back, description, parameters, x0)
     g = Cotangents(c.loss, c.states, c.controls)
     kernels = fused_backward.backward(p, back, description, packed, hidden, states, controls, g)
 

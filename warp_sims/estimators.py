@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bridge.passes import foreign
+from .bridge.passes import simulator
 from .bridge.runtime.contract import has_generated_adjoint
 from .bridge.runtime.estimators import with_clip
 from .kernels.flow import check_decay
@@ -59,8 +59,8 @@ def clipped_number(call: str, system: System, limit: Any, parameters: Any) -> in
         raise TypeError(f"{call}: clip_cotangent is {limit!r}, expected a number above 0 or None")
     if not 0.0 < limit < math.inf:
         raise ValueError(f"{call}: clip_cotangent is {limit!r}, expected a finite number above 0 or None")
-    if isinstance(system, foreign.Simulator):
-        return foreign.with_clip(system.number, float(limit))
+    if isinstance(system, simulator.Simulator):
+        return simulator.with_clip(system.number, float(limit))
     if parameters:
         raise ValueError(
             f"{call}: clip_cotangent with parameters, expected one of them: the cotangents of numbers of the "

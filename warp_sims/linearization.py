@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .bridge.autograd import rollout as _bridge
-from .bridge.passes.foreign import Simulator
+from .bridge.passes.simulator import Simulator
 from .plans import check_like, check_states, check_system
 from .systems import System
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .bridge.autograd.fused_path import FusedPath
 from .bridge.autograd.torch_path import TorchPath, places
-from .bridge.passes.foreign import Simulator
+from .bridge.passes.simulator import Simulator
 from .bridge.passes.spec import (
     BY_SIZE,
     CACHED_ROWS,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge.autograd import rollout as _bridge
-from .bridge.autograd.episodes import EpisodePath, Trajectory, episodes
+from .bridge.autograd.episodes import EpisodePath, Trajectory
 from .bridge.autograd.episodes import Resets as EpisodeResets
 from .bridge.autograd.torch_path import TorchPath
 from .bridge.runtime import arrays
@@ -180,7 +180,7 @@ def rollout(
 def _with_episodes(plan: Plan, system: System, resets: EpisodeResets) -> Rollout:
     assert isinstance(plan.path, TorchPath)
     path = EpisodePath(plan.path, resets)
-    found = Trajectory(*episodes(plan.x0, plan.spec, path, *plan.parameters))
+    found = Trajectory(*_bridge.rollout(plan.x0, plan.spec, path, *plan.parameters))
     value: Tensor | None = found.loss
     if plan.custom_loss is not None:
         whole = torch.cat((found.states[:1], found.next_states))

@@ -21,12 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..passes.foreign import foreign
 from ..passes.physical import with_physical
-from ..passes.spec import Spec, pieces
+from ..passes.spec import Cotangents, Saved, Spec, pieces
 from . import operators
-from .mapping import one_by_one
-from .rollout import BackwardPass, combined, differentiable, split, x0_is_wanted
 from .torch_path import TorchPath, weight_gradients
 
 
@@ -44,14 +41,14 @@ class Resets(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """What a rollout with episodes gives."""
+    """What a rollout with episodes gives: states, controls and loss, and what its path keeps."""
 
     states: Tensor
     """(horizon + 1, nworld, state_size), what the policy sees."""
-    next_states: Tensor
-    """(horizon, nworld, state_size), where the steps lead."""
     controls: Tensor
     loss: Tensor
+    next_states: Tensor
+    """(horizon, nworld, state_size), where the steps lead."""
     done: Tensor
     """(horizon, nworld) bool, worlds that ended with the step, or were not finite after it."""
     truncated: Tensor
@@ -66,8 +63,10 @@ class EpisodePath(NamedTuple):
     path: TorchPath
     resets: Resets
 
-    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> Trajectory:
-        """The trajectory, step by step."""
+    kept_outputs = 1  # the next states
+
+    def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
+        """The trajectory, step by step, and the loss."""
         policy, values = self.path.physical.split(parameters) if self.path.physical else (parameters, None)
         resets, x, age = self.resets, x0, self.resets.ages
         states, led, controls, ends, cuts = [x0], [], [], [], []
@@ -86,23 +85,28 @@ class EpisodePath(NamedTuple):
                 kept.append(value)
         next_states, all_controls = torch.stack(led), torch.stack(controls)
         whole = torch.cat((x0.unsqueeze(0), next_states))
-        loss = operators.loss(*spec.arguments(), whole, all_controls)
-        return Trajectory(
-            torch.stack(states), next_states, all_controls, loss, torch.stack(ends), torch.stack(cuts), age
-        )
+        loss = operators.loss(spec, whole, all_controls)
+        kept = next_states, torch.stack(ends), torch.stack(cuts), age
+        return Saved(torch.stack(states), all_controls, kept), loss
 
     def backward(
-        self, spec: Spec, trajectory: Trajectory, parameters: Sequence[Tensor], g: "Cotangents"
+        self,
+        spec: Spec,
+        saved: Saved,
+        parameters: Sequence[Tensor],
+        g: Cotangents,
+        adj_next: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients (fields, parameters) and cotangents of x0 (fields, nworld, state_size), fields not yet
-        compared.
+        compared. `adj_next` are the cotangents of the next states.
         """
         policy, values = self.path.physical.split(parameters) if self.path.physical else (parameters, None)
-        states, controls = trajectory.states, trajectory.controls
-        direct_next = _reached(spec, trajectory, g)
+        states, controls, (next_states, done, truncated, _) = saved
+        physical = self.path.physical
+        direct_next = _reached(spec, next_states, controls, g.loss, adj_next)
         spec = spec._replace(final=0.0, running=0.0)
-        bad = ~(torch.isfinite(trajectory.next_states).all(2) & torch.isfinite(controls).all(2))
-        over = trajectory.done | trajectory.truncated
+        bad = ~(torch.isfinite(next_states).all(2) & torch.isfinite(controls).all(2))
+        over = done | truncated
         ends = {t + 1 for t, ended in enumerate((over | bad).any(1).tolist()) if ended}
         # a step that is not finite is left out: another point takes its place
         ends |= {t for t, lost in enumerate(bad.any(1).tolist()) if lost}
@@ -125,7 +129,7 @@ class EpisodePath(NamedTuple):
                 # a cotangent that arrives after a step that is not finite cannot be pulled back
                 lost = bad[end - 1] & (ups != 0.0).any(2)
                 ups = torch.where(lost.unsqueeze(2), torch.nan, ups)
-                part = torch.cat((x[first - t0 : end - t0], trajectory.next_states[end - 1 : end]))
+                part = torch.cat((x[first - t0 : end - t0], next_states[end - 1 : end]))
                 own = u[first - t0 : end - t0]
                 if bool(bad[end - 1].any()):
                     last = operators.simulate(spec.system, part[-2], own[-1:], False, values)[1]
@@ -133,7 +137,7 @@ class EpisodePath(NamedTuple):
                 direct = _direct(states, g.states, direct_next, first, end)
                 direct_u = None if g.controls is None else g.controls[first:end]
                 found = operators.adjoint(
-                    *spec.arguments(),
+                    spec,
                     part,
                     own,
                     None,
@@ -146,28 +150,19 @@ class EpisodePath(NamedTuple):
                     ups,
                     0,
                     values,
-                    self.path.physical is not None and self.path.physical.wanted,
+                    physical is not None and physical.wanted,
                 )
                 mu[:, first - t0 : end - t0], lam = found[:2]
                 adj_values = adj_values + found[2]
             grads = grads + weight_gradients(pull, mu)
-        if self.path.physical is not None:
-            grads = with_physical(self.path.physical, grads, adj_values, parameters)
+        if physical is not None:
+            grads = with_physical(physical, grads, adj_values, parameters)
         return grads, lam
 
     def _check(self, recomputed: Tensor, controls: Tensor, bad: Tensor, t0: int) -> None:
         tolerance = self.path.tolerance or operators.CONTROL_TOLERANCE[controls.dtype]
         seen = torch.where(bad.unsqueeze(2), controls, recomputed)
         operators.check_recomputed(seen, controls, tolerance, t0)
-
-
-class Cotangents(NamedTuple):
-    """Cotangents of the outputs; None where nothing arrived."""
-
-    states: Tensor | None
-    next_states: Tensor | None
-    controls: Tensor | None
-    loss: Tensor | None
 
 
 def _stretches(t0: int, t1: int, ends: set[int]) -> list[tuple[int, int]]:
@@ -201,76 +196,19 @@ def _direct(
     return direct
 
 
-def _reached(spec: Spec, trajectory: Trajectory, g: Cotangents) -> Tensor | None:
-    """Direct cotangents of the states that steps lead to: those given, and those of the system's own loss."""
-    direct, y = g.next_states, trajectory.next_states
-    if g.loss is None or not (spec.final or spec.running) or not y.shape[1]:
+def _reached(
+    spec: Spec, y: Tensor, controls: Tensor, adj_loss: Tensor | None, direct: Tensor | None
+) -> Tensor | None:
+    """Direct cotangents of the states y that steps lead to: those given, and those of the system's own
+    loss.
+    """
+    if adj_loss is None or not (spec.final or spec.running) or not y.shape[1]:
         return direct
-    (horizon, nworld, n), m = y.shape, trajectory.controls.shape[2]
+    (horizon, nworld, n), m = y.shape, controls.shape[2]
     final, running, _ = spec.weights.per_world(nworld, horizon, m)
     weights = y.new_full((horizon, 1, 1), running)
     weights[-1] += final
-    simulator = foreign(spec.system)
-    if simulator is not None:
-        cost = simulator.cost_gradient(y.flatten(0, 1))
-    else:
-        # with closed edges only the running cost of a state has a cotangent of it
-        rows = y.flatten(0, 1)
-        alone = Spec(spec.system, "SS", running=float(rows.shape[0]))
-        points, still = torch.stack((rows, rows)), y.new_zeros((1, rows.shape[0], m))
-        nothing = rows.new_zeros((1, *rows.shape))
-        sweep = points, still, None, 0.0, None, rows.new_ones(()), None, None, 1, nothing, rows.shape[0]
-        cost = operators.adjoint(*alone.arguments(), *sweep)[1][0]
-    own = g.loss * weights * cost.view(horizon, nworld, n)
+    cost = operators.cost_gradients(spec.system, y.flatten(0, 1))
+    own = adj_loss * weights * cost.view(horizon, nworld, n)
     own = torch.where(weights == 0.0, 0.0, own)
     return own if direct is None else direct + own
-
-
-class EpisodesBackward(BackwardPass):
-    """Backward pass of `Episodes`: the (combined) flat gradient and the cotangent of x0."""
-
-    @staticmethod
-    def forward(spec: Spec, path: EpisodePath, wants_x0: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
-        trajectory = Trajectory(*tensors[:7])
-        g = Cotangents(*tensors[7:11])
-        grads, adj_x0 = path.backward(spec, trajectory, tensors[11:], g)
-        two = spec.check != ""
-        return combined(grads, two), combined(adj_x0, two, wants_x0)
-
-
-_episodes_backward = differentiable(EpisodesBackward, backward_pass=True, mapping=one_by_one)
-
-
-class Episodes(torch.autograd.Function):
-    """(x0, spec, path, *parameters) -> what `Trajectory` names."""
-
-    @staticmethod
-    def forward(x0: Tensor, spec: Spec, path: EpisodePath, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return tuple(path.forward(spec, x0, parameters))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.spec, ctx.path, *parameters = inputs
-        ctx.save_for_backward(*output, *parameters)
-        ctx.mark_non_differentiable(*output[4:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, adj_states: Any, adj_next: Any, adj_controls: Any, adj_loss: Any, *_: Any) -> Any:
-        tensors = ctx.saved_tensors
-        flat, adj_x0 = _episodes_backward(
-            ctx.spec,
-            ctx.path,
-            x0_is_wanted(ctx),
-            *tensors[:7],
-            adj_states,
-            adj_next,
-            adj_controls,
-            adj_loss,
-            *tensors[7:],
-        )
-        return adj_x0, None, None, *split(flat, tensors[7:])
-
-
-episodes = differentiable(Episodes)
-"""(x0, spec, path, *parameters) -> the tensors of a `Trajectory`."""

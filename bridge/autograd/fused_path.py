@@ -25,13 +25,15 @@ class FusedPath(NamedTuple):
     physical: Physical | None = None
     """Physical parameters, which come after the policy's parameters."""
 
+    kept_outputs = 0
+
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """Returns what the backward pass needs, and the loss. x0 is (nworld, state_size), for an ensemble
         (members, nworld, state_size).
         """
         policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
         inputs = [*policy, *self.constants]
-        out = operators.fused_rollout(*spec.arguments(), self.network, inputs, x0, values)
+        out = operators.fused_rollout(spec, self.network, inputs, x0, values)
         states, controls, loss, hidden, packed = out
         return Saved(states, controls, (hidden, packed)), loss
 
@@ -44,8 +46,8 @@ class FusedPath(NamedTuple):
         hidden, packed = saved.kept
         given = self.network, packed, hidden, saved.states, saved.controls
         if self.physical is None:
-            return operators.fused_backward(*spec.arguments(), *given, *g)[:2]
+            return operators.fused_backward(spec, *given, *g)[:2]
         _, values = self.physical.split(parameters)
         wanted = self.physical.wanted
-        grads, adj_x0, adj = operators.fused_backward(*spec.arguments(), *given, *g, values, wanted)
+        grads, adj_x0, adj = operators.fused_backward(spec, *given, *g, values, wanted)
         return with_physical(self.physical, grads, adj, parameters), adj_x0

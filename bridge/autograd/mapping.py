@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..passes import foreign
 from ..passes.physical import Physical
+from ..passes.simulator import simulator_of
 
 _NO_MAP = (
     "torch.func.vmap over a rollout is not implemented: its worlds are the batch; put the mapped axis into "
@@ -100,7 +100,7 @@ def pulled_back(call: Callable[..., Any]) -> Rule:
 
 def _foldable(system: int) -> bool:
     """Whether a system takes any number of worlds, and its worlds do not act on each other."""
-    simulator = foreign.foreign(system)
+    simulator = simulator_of(system)
     return simulator is None or simulator.rowwise
 
 

@@ -5,6 +5,7 @@ None has an autograd formula: rollout.py puts them into autograd Functions (a fo
 make forward-mode derivatives silently zero).
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +18,13 @@ from ...kernels.agreement import NSTATS
 from ...kernels.policy.layout import layout
 from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
-from ..passes import physical_check as physical_check  # likewise
 from ..passes.fused_backward import backward
+from ..passes.physical_check import checked_with
+from ..passes.simulator import simulator_of, with_values
 from ..passes.spec import Cotangents, Spec, described, with_segment
 from ..runtime.arrays import capturing
 from ..runtime.compat import batching, dispatch_mode, transforming
 from ..runtime.launches import span
-from ..runtime.physical import prepared_with
 from ..runtime.registry import prepare
 
 CONTROL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -32,10 +33,7 @@ cause: batches of different sizes are summed in different orders, and a policy a
 """
 
 
-_SPEC = 7
-"""Arguments that describe the rollout, in front of all others: `Spec.arguments`."""
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, list, tuple, int, float, str, bool, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, Spec, list, tuple, int, float, str, bool, type(None)})
 """Types of arguments that do not need the dispatcher. Subclasses of Tensor may have no memory of their own.
 """
 
@@ -54,16 +52,41 @@ def watched(*args: Any) -> bool:
 
 class _Operator:
     """A torch operator that is called without the dispatcher if nothing needs it, because the dispatcher
-    takes longer than a launch.
+    takes longer than a launch. Where its body takes a `Spec`, the dispatcher is given `Spec.arguments`.
     """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
-        self._body = body
-        self._operator = custom_op(name, body, mutates_args=())
-        self.register_fake = self._operator.register_fake
+        self._body, self._signature = body, inspect.signature(body)
+        self._operator = custom_op(name, _flat(body, self._signature), mutates_args=())
 
-    def __call__(self, *args: Any) -> Any:
-        return self._operator(*args) if watched(*args) else self._body(*args)
+    def register_fake(self, fake: Callable[..., Any]) -> None:
+        """Registers what gives the shapes of the outputs; it takes the body's arguments by name."""
+
+        def named(*args: Any) -> Any:
+            bound = self._signature.bind(*args)
+            bound.apply_defaults()
+            return fake(**bound.arguments)
+
+        self._operator.register_fake(_flat(named, self._signature))
+
+    def __call__(self, first: Any, *args: Any) -> Any:
+        if not watched(first, *args):
+            return self._body(first, *args)
+        return self._operator(*(first.arguments() if isinstance(first, Spec) else (first,)), *args)
+
+
+def _flat(body: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    """The same function with the arguments of a torch operator: `Spec.arguments` in place of a `Spec`."""
+    first, *others = signature.parameters.values()
+    if first.annotation is not Spec:
+        return body
+    own = inspect.signature(described).parameters.values()
+
+    def flat(*args: Any) -> Any:
+        return body(described(*args[: len(own)]), *args[len(own) :])
+
+    vars(flat)["__signature__"] = signature.replace(parameters=[*own, *others])
+    return flat
 
 
 def _operator(name: str) -> Callable[[Callable[..., Any]], _Operator]:
@@ -102,72 +125,58 @@ def simulate(system: int, x0: Tensor, controls: Tensor, check: bool, values: Ten
     """
     if check:
         check_finite(x0)
-    simulator = foreign.foreign(system)
+    simulator = simulator_of(system)
     if simulator is not None:
-        controls = foreign.with_values(simulator, controls, values)
+        controls = with_values(simulator, controls, values)
         if check:
             foreign_check.verify(simulator, x0, controls[0])
         return foreign.simulate(simulator, x0, controls)
     if values is None or not x0.shape[0]:
         return sweeps.simulate(prepare(system, x0.dtype, x0.device), _dense(x0), _dense(controls))
-    with prepared_with(system, values, x0.shape[0], False) as own:
+    with checked_with(system, values, x0.shape[0], False) as own:
         return sweeps.simulate(own.prepared, _dense(x0), _dense(controls))
 
 
 @simulate.register_fake
-def _(system: int, x0: Tensor, controls: Tensor, check: bool, values: Tensor | None = None) -> Tensor:
+def _(x0: Tensor, controls: Tensor, **_: Any) -> Tensor:
     return x0.new_empty((controls.shape[0] + 1, *x0.shape))
 
 
 @_operator("loss")
-def loss(
-    system: int,
-    flows: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
-    segment: int,
-    states: Tensor,
-    controls: Tensor,
-) -> Tensor:
+def loss(spec: Spec, states: Tensor, controls: Tensor) -> Tensor:
     """Built-in loss of a trajectory, a scalar."""
-    own = described(system, flows, decay, final, running, control, segment)
-    simulator = foreign.foreign(own.system)
+    simulator = simulator_of(spec.system)
     if simulator is not None:
-        return foreign.loss(simulator, own, states, controls)
-    p = prepare(own.system, states.dtype, states.device)
-    return sweeps.loss(p, _dense(states), _dense(controls), own.weights)
+        return foreign.loss(simulator, spec, states, controls)
+    p = prepare(spec.system, states.dtype, states.device)
+    return sweeps.loss(p, _dense(states), _dense(controls), spec.weights)
 
 
 @loss.register_fake
-def _(*arguments: Any) -> Tensor:
-    states, _ = arguments[_SPEC:]
+def _(states: Tensor, **_: Any) -> Tensor:
     return states.new_empty(())
 
 
 def costs(system: int, x: Tensor) -> Tensor:
     """The system's own cost of states (nworld, state_size), one a world; nothing is differentiated."""
-    simulator = foreign.foreign(system)
+    simulator = simulator_of(system)
     with torch.no_grad():
         if simulator is not None:
             return simulator.cost(x)
         return sweeps.costs(prepare(system, x.dtype, x.device), _dense(x))
 
 
+def cost_gradients(system: int, x: Tensor) -> Tensor:
+    """Gradient of the system's own cost of each of the states (nworld, state_size) by that state."""
+    simulator = simulator_of(system)
+    if simulator is not None:
+        return simulator.cost_gradient(x)
+    return sweeps.cost_gradients(prepare(system, x.dtype, x.device), system, x)
+
+
 @_operator("fused_rollout")
 def fused_rollout(
-    system: int,
-    flows: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
-    segment: int,
-    network: str,
-    parameters: list[Tensor],
-    x0: Tensor,
-    values: Tensor | None = None,
+    spec: Spec, network: str, parameters: list[Tensor], x0: Tensor, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fused forward sweep: states, controls, loss, hidden activations, packed parameters.
 
@@ -175,21 +184,20 @@ def fused_rollout(
     description has a segment, the activations are not kept: they have no rows.
     """
     check_finite(x0)
-    own = with_segment(described(system, flows, decay, final, running, control, segment), network, x0)
+    own = with_segment(spec, network, x0)
     p = prepare(own.system, x0.dtype, x0.device)
     with span("pack_parameters"):
         packed = fused.pack(network, parameters, x0.shape[:-2])
     shape = own.horizon, own.weights, own.segment
     if values is None or not x0.numel():
         return *fused.rollout(p, network, packed, _dense(x0), *shape), packed
-    with prepared_with(own.system, values, x0.shape[:-1].numel(), False) as w:
+    with checked_with(own.system, values, x0.shape[:-1].numel(), False) as w:
         return *fused.rollout(w.prepared, network, packed, _dense(x0), *shape), packed
 
 
 @fused_rollout.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    network, _, x0 = arguments[_SPEC : _SPEC + 3]
-    own = with_segment(described(*arguments[:_SPEC]), network, x0)
+def _(spec: Spec, network: str, x0: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own = with_segment(spec, network, x0)
     lay = layout(network, x0.element_size())
     return (
         x0.new_empty((own.horizon + 1, *x0.shape)),
@@ -202,13 +210,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @_operator("fused_backward")
 def fused_backward(
-    system: int,
-    flows: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
-    segment: int,
+    spec: Spec,
     network: str,
     packed: Tensor,
     hidden: Tensor,
@@ -224,33 +226,37 @@ def fused_backward(
     state_size) and, if `wanted`, of the physical parameters (fields, nworld, count). For an ensemble the
     first two have a member axis after the fields.
     """
-    own = described(system, flows, decay, final, running, control, segment)
-    if segment < 0:
-        own = with_segment(own, network, states[0])
+    if spec.segment < 0:
+        spec = with_segment(spec, network, states[0])
     g = Cotangents(adj_loss, adj_states, adj_controls)
-    given = network, packed, hidden, states, controls, g
-    if values is None or not states.numel():
-        p = prepare(own.system, states.dtype, states.device)
-        return *backward(p, own, *given), _no_adjoint(own, states, values, wanted)
-    with prepared_with(own.system, values, states.shape[1:-1].numel(), wanted) as w:
-        return *backward(w.prepared, own, *given), w.adjoint(len(own.schedules))
+    return _backwards(backward, spec, states, values, wanted, network, packed, hidden, states, controls, g)
 
 
 @fused_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    network, _, _, states = arguments[_SPEC : _SPEC + 4]
-    values, wanted = _given(arguments[_SPEC + 8 :])
-    own = described(*arguments[:_SPEC])
-    fields = len(own.schedules)
+def _(
+    spec: Spec, network: str, states: Tensor, values: Tensor | None, wanted: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    fields = len(spec.schedules)
     parameters = layout(network, states.element_size()).unpack.size
     grads = states.new_empty((fields, *states.shape[1:-2], parameters))
-    adj_values = _no_adjoint(own, states, values, wanted)
-    return grads, states.new_empty((fields, *states.shape[1:])), adj_values
+    adj_x0 = states.new_empty((fields, *states.shape[1:]))
+    return grads, adj_x0, _no_adjoint(spec, states, values, wanted)
 
 
-def _given(last: tuple[Any, ...]) -> tuple[Tensor | None, bool]:
-    """The last arguments of an operator, which can be left out."""
-    return (last[0], last[1] if len(last) > 1 else False) if last else (None, False)
+def _backwards(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    spec: Spec,
+    states: Tensor,
+    values: Tensor | None,
+    wanted: bool,
+    *given: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward pass or sweep gives under physical parameters, and their cotangents."""
+    if values is None or not states.numel():
+        p = prepare(spec.system, states.dtype, states.device)
+        return *run(p, spec, *given), _no_adjoint(spec, states, values, wanted)
+    with checked_with(spec.system, values, states.shape[1:-1].numel(), wanted) as w:
+        return *run(w.prepared, spec, *given), w.adjoint(len(spec.schedules))
 
 
 def _no_adjoint(spec: Spec, states: Tensor, values: Tensor | None, wanted: bool) -> Tensor:
@@ -262,13 +268,7 @@ def _no_adjoint(spec: Spec, states: Tensor, values: Tensor | None, wanted: bool)
 
 @_operator("adjoint")
 def adjoint(
-    system: int,
-    flows: str,
-    decay: float,
-    final: float,
-    running: float,
-    control: float,
-    segment: int,
+    spec: Spec,
     states: Tensor,
     controls: Tensor,
     recomputed: Tensor | None,
@@ -293,33 +293,26 @@ def adjoint(
     """
     if recomputed is not None:
         check_recomputed(recomputed, controls, tolerance, t0)
-    own = described(system, flows, decay, final, running, control, segment)
     g = Cotangents(adj_loss, adj_states, adj_controls)
-    simulator = foreign.foreign(own.system)
+    simulator = simulator_of(spec.system)
     if simulator is not None:
-        m, more = controls.shape[-1], foreign.with_values(simulator, controls, values)
-        sweep = own, states, more, jac, g, t0, carried, loss_worlds
-        mu, adj_x0 = foreign.adjoint(simulator, *sweep)
+        m, more = controls.shape[-1], with_values(simulator, controls, values)
+        mu, adj_x0 = foreign.adjoint(simulator, spec, states, more, jac, g, t0, carried, loss_worlds)
         if values is None or not wanted:
-            return mu[..., :m], adj_x0, _no_adjoint(own, states, values, wanted)
+            return mu[..., :m], adj_x0, _no_adjoint(spec, states, values, wanted)
         return mu[..., :m].contiguous(), adj_x0, mu[..., m:].sum(1)
     jac = None if jac is None else jac.contiguous()
-    sweep = own, _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds
-    if values is None or not states.numel():
-        p = prepare(own.system, states.dtype, states.device)
-        return *sweeps.adjoint(p, *sweep), _no_adjoint(own, states, values, wanted)
-    with prepared_with(own.system, values, states.shape[1:-1].numel(), wanted) as w:
-        return *sweeps.adjoint(w.prepared, *sweep), w.adjoint(len(own.schedules))
+    sweep = _dense(states), _dense(controls), jac, g, t0, carried, loss_worlds
+    return _backwards(sweeps.adjoint, spec, states, values, wanted, *sweep)
 
 
 @adjoint.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    states, controls = arguments[_SPEC : _SPEC + 2]
-    values, wanted = _given(arguments[_SPEC + 11 :])
-    own = described(*arguments[:_SPEC])
-    adj_x0 = states.new_empty((len(own.schedules), *states.shape[1:]))
-    mu = states.new_empty((len(own.schedules), *controls.shape))
-    return mu, adj_x0, _no_adjoint(own, states, values, wanted)
+def _(
+    spec: Spec, states: Tensor, controls: Tensor, values: Tensor | None, wanted: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    adj_x0 = states.new_empty((len(spec.schedules), *states.shape[1:]))
+    mu = states.new_empty((len(spec.schedules), *controls.shape))
+    return mu, adj_x0, _no_adjoint(spec, states, values, wanted)
 
 
 def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0: int) -> None:
@@ -360,5 +353,5 @@ def combine(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tens
 
 
 @combine.register_fake
-def _(base: Tensor, check: Tensor, keep_check: bool) -> tuple[Tensor, Tensor]:
+def _(base: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(base), base.new_empty((*base.shape[:-1], NSTATS), dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 It returns (states, controls, loss) and differentiates all three. The cotangents that arrive in one backward
 pass go into one adjoint sweep; for a combined gradient they are summed before anything is compared. A path
-says what the passes compute: fused_path.py or torch_path.py.
+says what the passes compute: fused_path.py, torch_path.py or episodes.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,10 +34,17 @@ _NO_FORWARD = (
 class Path(Protocol):
     """How a rollout is computed: its two passes."""
 
+    kept_outputs: int
+    """How many of the kept tensors, the first ones, are outputs too; `backward` takes their cotangents last.
+    """
+
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]: ...
-    def backward(
-        self, spec: Spec, saved: Saved, parameters: Sequence[Tensor], g: Cotangents
-    ) -> tuple[Tensor, Tensor]: ...
+    @property
+    def backward(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """(spec, saved, parameters, cotangents, *those of kept outputs) -> gradients (fields, parameters),
+        cotangents of x0 (fields, nworld, state_size).
+        """
+        ...
 
 
 class BackwardPass(torch.autograd.Function):
@@ -129,10 +136,11 @@ class RolloutBackward(BackwardPass):
         adj_loss: Tensor | None,
         adj_states: Tensor | None,
         adj_controls: Tensor | None,
-        *tensors: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         saved, g = Saved(states, controls, tensors[:kept]), Cotangents(adj_loss, adj_states, adj_controls)
-        grads, adj_x0 = path.backward(spec, saved, tensors[kept:], g)
+        first = kept + path.kept_outputs
+        grads, adj_x0 = path.backward(spec, saved, tensors[first:], g, *tensors[kept:first])
         two = spec.check != ""
         return combined(grads, two), combined(adj_x0, two, wants_x0)
 
@@ -155,12 +163,13 @@ class Rollout(torch.autograd.Function):
         ctx.kept = len(kept)
         # not every path reads the parameters again, but torch must notice a change between the passes
         ctx.save_for_backward(states, controls, *kept, *parameters)
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(*kept[ctx.path.kept_outputs :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any, *_: Any) -> Any:
+    def backward(ctx: Any, adj_states: Any, adj_controls: Any, adj_loss: Any, *adj_kept: Any) -> Any:
         states, controls, *tensors = ctx.saved_tensors
+        kept, parameters = tensors[: ctx.kept], tensors[ctx.kept :]
         flat, adj_x0 = _rollout_backward(
             ctx.spec,
             ctx.path,
@@ -171,9 +180,11 @@ class Rollout(torch.autograd.Function):
             adj_loss,
             adj_states,
             adj_controls,
-            *tensors,
+            *kept,
+            *adj_kept[: ctx.path.kept_outputs],
+            *parameters,
         )
-        return adj_x0, None, None, *split(flat, tensors[ctx.kept :])
+        return adj_x0, None, None, *split(flat, parameters)
 
 
 class SimulateBackward(BackwardPass):
@@ -192,7 +203,7 @@ class SimulateBackward(BackwardPass):
         values = None if physical is None else physical.table(given)
         wanted = physical is not None and physical.wanted
         sweep = states, controls, None, 0.0, None, None, adj_states, None, 0, None, 0, values, wanted
-        mu, adj_x0, adj = operators.adjoint(*spec.arguments(), *sweep)
+        mu, adj_x0, adj = operators.adjoint(spec, *sweep)
         flat = adj if physical is None or not wanted else physical.gradients(adj, given)[0]
         return mu[0], adj_x0[0], flat
 
@@ -232,6 +243,6 @@ class Simulate(torch.autograd.Function):
 
 
 rollout = differentiable(Rollout)
-"""(x0, spec, path, *parameters) -> states, controls, loss, and tensors that only the backward pass reads."""
+"""(x0, spec, path, *parameters) -> states, controls, loss, and what the path keeps."""
 simulate = differentiable(Simulate, mapping=simulated)
 """(x0, controls, number of the system, physical, *numbers) -> states; the last two can be left out."""

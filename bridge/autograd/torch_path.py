@@ -16,10 +16,10 @@ from torch.func import functional_call, vjp
 
 from ...kernels.flow import NETWORK, Flow
 from ..passes import sweeps
-from ..passes.foreign import foreign, stepped, with_values
 from ..passes.foreign_torch import ordinary, recording
 from ..passes.operations import evaluate
 from ..passes.physical import Physical, with_physical
+from ..passes.simulator import simulator_of, stepped, with_values
 from ..passes.spec import Cotangents, Saved, Spec, pieces
 from ..runtime.arrays import empty
 from ..runtime.launches import span
@@ -113,6 +113,8 @@ class TorchPath(NamedTuple):
     the steps are that a backward pass has used.
     """
 
+    kept_outputs = 0
+
     def policy(
         self, parameters: Sequence[Tensor], x: Tensor, given: Tensor | None = None, own: bool = False
     ) -> Tensor:
@@ -165,12 +167,12 @@ class TorchPath(NamedTuple):
 
     def forward(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """What the backward pass needs, and the loss; the policy is evaluated step by step."""
-        plain = foreign(spec.system) is None and self.physical is None
+        plain = simulator_of(spec.system) is None and self.physical is None
         if plain and not operators.watched(x0, list(parameters)):
             return self._forward_in_place(spec, x0, parameters)
         x, states, controls = x0, [x0], []
         parameters, values = self.physical.split(parameters) if self.physical else (parameters, None)
-        simulator = None if operators.watched(x0, list(parameters)) else foreign(spec.system)
+        simulator = None if operators.watched(x0, list(parameters)) else simulator_of(spec.system)
         for t in range(spec.horizon):
             with span("policy"):
                 u = self.control(parameters, x0.clone() if t == 0 else x, t)
@@ -182,7 +184,7 @@ class TorchPath(NamedTuple):
             controls.append(u)
             states.append(x)
         saved = Saved(torch.stack(states), torch.stack(controls))
-        return saved, operators.loss(*spec.arguments(), *saved[:2])
+        return saved, operators.loss(spec, *saved[:2])
 
     def _forward_in_place(self, spec: Spec, x0: Tensor, parameters: Sequence[Tensor]) -> tuple[Saved, Tensor]:
         """The same, with what torch's operators cost at every step spared: the trajectory is written where it
@@ -208,7 +210,7 @@ class TorchPath(NamedTuple):
                         kept.append(step)
                         u.copy_(step.controls.detach())
                 advance(t)
-        return saved, operators.loss(*spec.arguments(), *saved[:2])
+        return saved, operators.loss(spec, *saved[:2])
 
     def control(self, parameters: Sequence[Tensor], x: Tensor, t: int, own: bool = False) -> Tensor:
         """What the policy answers to the states of step t, which it must leave as they are."""
@@ -235,7 +237,7 @@ class TorchPath(NamedTuple):
             return self._steps_back(spec, saved, parameters, g)
         if self.physical is None:
             return self._pull(spec, saved, parameters, None, g)[:2]
-        policy, values = self.physical.split(parameters) if self.physical else (parameters, None)
+        policy, values = self.physical.split(parameters)
         grads, adj_x0, adj = self._pull(spec, saved, policy, values, g)
         return with_physical(self.physical, grads, adj, parameters), adj_x0
 
@@ -254,14 +256,14 @@ class TorchPath(NamedTuple):
         per_world = max(1, (spec.segment or horizon) * m * saved.states.shape[2])
         block = max(1, JACOBIAN_ELEMENTS // per_world) if spec.network_open else max(nworld, 1)
         if block >= nworld or self.whole:
-            return self._block(spec, saved.states, saved.controls, parameters, values, g, nworld)
+            return self._some_worlds(spec, saved, parameters, values, g, nworld)
         found = []
         for first in range(0, nworld, block):
             part = slice(first, min(first + block, nworld))
-            states, controls = saved.states[:, part], saved.controls[:, part]
+            some = Saved(saved.states[:, part], saved.controls[:, part])
             path = self if self.inputs is None else self._replace(inputs=self.inputs[:, part])
             row = values if values is None or values.shape[0] == 1 else values[part]
-            found.append(path._block(spec, states, controls, parameters, row, g.worlds(part), nworld))
+            found.append(path._some_worlds(spec, some, parameters, row, g.worlds(part), nworld))
         grads, adj_x0, adj_values = zip(*found)
         return torch.stack(grads).sum(0), torch.cat(adj_x0, dim=1), torch.cat(adj_values, dim=1)
 
@@ -274,7 +276,7 @@ class TorchPath(NamedTuple):
         physics = spec._replace(base=spec.base.translate(CLOSED), check=spec.check.translate(CLOSED))
         horizon, nworld, _ = saved.controls.shape
         recorded = self.recorded if self.recorded and len(self.recorded) == horizon else [None] * horizon
-        q, physics_edges = leaves(parameters), physics.arguments()
+        q = leaves(parameters)
         tolerance = self.tolerance or operators.CONTROL_TOLERANCE[saved.states.dtype]
         grads: list[list[Tensor]] = [[] for _ in spec.schedules]
         adj_x0 = None
@@ -287,18 +289,8 @@ class TorchPath(NamedTuple):
                     own = self._record(q, saved.states[t], given)
                     again = own.controls.detach().unsqueeze(0)
             recorded[t] = None
-            mu, adj_x0, _ = operators.adjoint(
-                *physics_edges,
-                states,
-                controls,
-                again,
-                tolerance,
-                None,
-                *g.steps(t, t + 1),
-                t,
-                adj_x0,
-                nworld,
-            )
+            sweep = states, controls, again, tolerance, None, *g.steps(t, t + 1), t, adj_x0, nworld
+            mu, adj_x0, _ = operators.adjoint(physics, *sweep)
             for f, schedule in enumerate(spec.schedules):
                 is_open = Flow(schedule[t]).edges & NETWORK
                 with span("policy_weight_grad"):
@@ -317,11 +309,10 @@ class TorchPath(NamedTuple):
         empty_one = saved.states.new_zeros(0)
         return torch.stack([torch.cat(field) if field else empty_one for field in flat]), adj_x0
 
-    def _block(
+    def _some_worlds(
         self,
         spec: Spec,
-        states: Tensor,
-        controls: Tensor,
+        saved: Saved,
         parameters: Sequence[Tensor],
         values: Tensor | None,
         g: Cotangents,
@@ -330,47 +321,23 @@ class TorchPath(NamedTuple):
         """Those of some of the `loss_worlds` worlds over which the loss is a mean, over one segment of steps
         after the other.
         """
-        grads = adj_x0 = adj_values = None
-        for t0, t1 in pieces(spec.horizon, spec.segment or spec.horizon):
-            own, adj_x0, adj = self._segment(
-                spec,
-                states[t0 : t1 + 1],
-                controls[t0:t1],
-                parameters,
-                values,
-                g.steps(t0, t1),
-                t0,
-                adj_x0,
-                loss_worlds,
-            )
-            grads = own if grads is None else grads + own
-            adj_values = adj if adj_values is None else adj_values + adj
-        assert grads is not None and adj_x0 is not None and adj_values is not None
-        return grads, adj_x0, adj_values
-
-    def _segment(
-        self,
-        spec: Spec,
-        states: Tensor,
-        controls: Tensor,
-        parameters: Sequence[Tensor],
-        values: Tensor | None,
-        g: Cotangents,
-        t0: int,
-        carried: Tensor | None,
-        loss_worlds: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the steps from `t0` on, as many as there are controls, and the cotangents of state t0
-        and of the numbers of the physics.
-        """
-        steps, nworld, m = controls.shape
-        points = states[:-1].reshape(steps * nworld, states.shape[2])
-        recomputed, pull, jac = self.linearised(spec, parameters, points, steps, t0)
-        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[states.dtype]
-        sweep = states, controls, recomputed, tolerance, jac, *g, t0, carried, loss_worlds
+        tolerance = self.tolerance or operators.CONTROL_TOLERANCE[saved.states.dtype]
         wanted = self.physical is not None and self.physical.wanted
-        mu, adj_x0, adj_values = operators.adjoint(*spec.arguments(), *sweep, values, wanted)
-        return weight_gradients(pull, mu), adj_x0, adj_values
+
+        # a function, so that nothing of a segment is left when the next one is linearised
+        def segment(t0: int, t1: int, carried: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            states, controls = saved.states[t0 : t1 + 1], saved.controls[t0:t1]
+            recomputed, pull, jac = self.linearised(spec, parameters, states[:-1].flatten(0, 1), t1 - t0, t0)
+            sweep = states, controls, recomputed, tolerance, jac, *g.steps(t0, t1), t0, carried, loss_worlds
+            mu, adj_x0, adj = operators.adjoint(spec, *sweep, values, wanted)
+            return weight_gradients(pull, mu), adj_x0, adj
+
+        (t0, t1), *earlier = pieces(spec.horizon, spec.segment or spec.horizon)
+        grads, adj_x0, adj_values = segment(t0, t1, None)
+        for t0, t1 in earlier:
+            own, adj_x0, adj = segment(t0, t1, adj_x0)
+            grads, adj_values = grads + own, adj_values + adj
+        return grads, adj_x0, adj_values
 
     def linearised(
         self, spec: Spec, parameters: Sequence[Tensor], points: Tensor, steps: int, t0: int

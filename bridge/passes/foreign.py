@@ -7,16 +7,11 @@ points instead, and the adjoint sweep is one small product a step:
     [dS/dx dS/du]_t              at all points at once
     lam_{t+1} [dS/dx dS/du]_t    in the sweep, kernels/sweeps/linear_sweep.py
 
-Shapes and arguments are those of sweeps.py, which does the same for systems with kernels.
+Shapes and arguments are those of sweeps.py, which does the same for systems with kernels. What is asked of a
+simulator is in simulator.py.
 """
 
 from __future__ import annotations
-
-import abc
-import copy
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import warp as wp
@@ -26,12 +21,9 @@ from ...kernels.flow import NETWORK, PHYSICS, Flow
 from ...kernels.sweeps.linear_sweep import make_linear_sweep
 from ..runtime.arrays import WARP_DTYPE, capturing, constant, stream, warp_device
 from ..runtime.launches import span
-from ..runtime.registry import find, register
+from .simulator import Simulator, name_of, stepped
 from .spec import Cotangents, Spec, pieces
 from .sweeps import edge_masks
-
-Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes the cotangent of the next states (nworld, state_size) to those of states and controls."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest difference of recomputed and stored next states, relative to the largest state, that rounding may
@@ -45,100 +37,6 @@ then small beside its work, of which Jacobians take state_size times as much.
 """
 
 
-class Simulator(abc.ABC):
-    """What the bridge needs of a foreign simulator; `warp_sims.ForeignSystem` is one."""
-
-    verified: set[Any]
-    """Kinds of states whose gradients have been checked."""
-    checks_gradient: bool
-    """Whether its gradients are checked before the first use."""
-    clip: float | None = None
-    """Largest norm of the cotangent that a step pulls back, in every world; see kernels/sweeps/clipped.py."""
-
-    @property
-    @abc.abstractmethod
-    def state_size(self) -> int: ...
-
-    @property
-    @abc.abstractmethod
-    def control_size(self) -> int: ...
-
-    @property
-    @abc.abstractmethod
-    def rowwise(self) -> bool:
-        """Whether it takes any number of rows at once, and no row changes with another."""
-
-    @property
-    def worlds_apart(self) -> bool:
-        """Whether no world changes with another, even if the number of worlds is fixed."""
-        return self.rowwise
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the physical parameters that a rollout may be given. They come as further columns of the
-        controls, after control_size.
-        """
-        return ()
-
-    @property
-    def parameter_values(self) -> tuple[float, ...]:
-        """Their values if none are given; the controls then have no further columns."""
-        return ()
-
-    @property
-    @abc.abstractmethod
-    def has_loss(self) -> bool: ...
-
-    @abc.abstractmethod
-    def advance(self, x: Tensor, u: Tensor) -> Tensor:
-        """Next states (n, state_size) of states and controls (n, control_size)."""
-
-    @abc.abstractmethod
-    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
-        """The next states and the pullback, which may be called several times before the next call of
-        `linearize`.
-        """
-
-    @abc.abstractmethod
-    def cost(self, x: Tensor) -> Tensor:
-        """Cost of states (n, state_size), one a row (n,)."""
-
-    @abc.abstractmethod
-    def cost_gradient(self, x: Tensor) -> Tensor:
-        """Gradient of each row's cost by that row, (n, state_size)."""
-
-    def first_use(self, x: Tensor, u: Tensor) -> None:  # noqa: B027
-        """Raises TypeError or ValueError for mistakes that only this kind of simulator can make; called
-        before its first use.
-        """
-
-    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size); only for simulators
-        whose rows do not mix.
-        """
-        x_next, pull = self.linearize(x, u)
-        rows = []
-        for i in range(self.state_size):
-            unit = torch.zeros_like(x)
-            unit[:, i] = 1.0
-            rows.append(torch.cat(pull(unit), dim=1))
-        return x_next, torch.stack(rows, dim=1)
-
-
-def foreign(number: int) -> Simulator | None:
-    """The foreign simulator that has this number; None where it is a system with kernels."""
-    system = find(number)
-    return system if isinstance(system, Simulator) else None
-
-
-@functools.lru_cache(maxsize=256)
-def with_clip(number: int, limit: float) -> int:
-    """Returns the number of the same simulator with a `clip`; the same for the same limit."""
-    simulator = copy.copy(find(number))
-    object.__setattr__(simulator, "clip", limit)
-    return register(simulator)
-
-
 def clipped(adj: Tensor, limit: float | None) -> Tensor:
     """Cotangents (nworld, state_size), the norm of each at most the limit; a copy. What is not finite stays
     so.
@@ -147,58 +45,6 @@ def clipped(adj: Tensor, limit: float | None) -> Tensor:
         return adj.clone()
     norm = torch.linalg.vector_norm(adj, dim=1, keepdim=True)
     return torch.where((norm > limit) & (norm < torch.inf), adj * (limit / norm), adj)
-
-
-def with_values(simulator: Simulator, controls: Tensor, values: Tensor | None) -> Tensor:
-    """Appends physical parameters (1 or nworld, count) to controls (steps, nworld, control_size), as further
-    columns.
-    """
-    if values is None:
-        return controls
-    steps, nworld, _ = controls.shape
-    return torch.cat((controls, values.expand(steps, nworld, -1)), dim=2)
-
-
-def name_of(simulator: Any) -> str:
-    """What errors call a simulator."""
-    return type(simulator).__name__
-
-
-def stepped(simulator: Simulator, x: Tensor, u: Tensor) -> Tensor:
-    """One step forwards, its output and its inputs checked."""
-    before = None if x.is_inference() or u.is_inference() else (x._version, u._version)
-    x_next = simulator.advance(x, u)
-    check_output(simulator, x_next, x)
-    if before is not None and (x._version, u._version) != before:
-        raise ValueError(
-            f"{name_of(simulator)}: step changed its inputs in place, expected states and controls as they "
-            "are: they are read again in the backward pass; work on x.clone()"
-        )
-    return x_next
-
-
-def check_output(simulator: Any, x_next: Any, x: Tensor) -> None:
-    """Raises TypeError or ValueError unless next states are like the states."""
-    name = name_of(simulator)
-    if not isinstance(x_next, Tensor):
-        raise TypeError(
-            f"{name}: step returned {type(x_next).__name__}, expected a tensor of shape {tuple(x.shape)}"
-        )
-    if x_next.shape != x.shape:
-        raise ValueError(
-            f"{name}: step returned shape {tuple(x_next.shape)} for states of shape {tuple(x.shape)}, "
-            f"expected the same: (nworld, state_size)"
-        )
-    if x_next.dtype != x.dtype:
-        raise TypeError(
-            f"{name}: step returned {x_next.dtype} for states of {x.dtype}, expected the same; make its "
-            "constants with dtype=x.dtype"
-        )
-    if x_next.device != x.device:
-        raise ValueError(
-            f"{name}: step returned states on {x_next.device}, expected {x.device}, where it was given them; "
-            "make its constants with device=x.device"
-        )
 
 
 def simulate(simulator: Simulator, x0: Tensor, controls: Tensor) -> Tensor:
@@ -215,7 +61,7 @@ def simulate(simulator: Simulator, x0: Tensor, controls: Tensor) -> Tensor:
 
 def loss(simulator: Simulator, spec: Spec, states: Tensor, controls: Tensor) -> Tensor:
     """The simulator's own loss, a scalar; 0 without worlds."""
-    check_has_loss(simulator, spec)
+    spec.weights.check(simulator.has_loss)
     (horizon, nworld, m), value = controls.shape, states.new_zeros(())
     if nworld == 0:
         return value
@@ -228,13 +74,6 @@ def loss(simulator: Simulator, spec: Spec, states: Tensor, controls: Tensor) -> 
         if control:
             value = value + control * controls.square().sum()
     return value
-
-
-def check_has_loss(simulator: Simulator, spec: Spec) -> None:
-    if (spec.final or spec.running) and not simulator.has_loss:
-        raise ValueError(
-            "loss: this system has no loss of its own; pass a callable of (states, controls) or None"
-        )
 
 
 def adjoint(
@@ -371,7 +210,7 @@ def _direct(
     there.
     """
     direct_x, direct_u = g.states, g.controls
-    check_has_loss(simulator, spec)
+    spec.weights.check(simulator.has_loss)
     if g.loss is None or not any(spec.weights):
         return direct_x, direct_u
     steps, nworld, m = controls.shape
@@ -386,18 +225,15 @@ def _direct(
     if control:
         own = weighted(2.0 * control, controls)
         direct_u = own if direct_u is None else direct_u + own
-    if running:
+    if running or (final and last):
+        direct_x = states.new_zeros(states.shape) if direct_x is None else direct_x.clone()
         first, end = int(t0 == 0), steps + int(last)
-        own = states.new_zeros(states.shape) if direct_x is None else direct_x.clone()
-        if first < end:
+        if running and first < end:
             part = states[first:end]
             gradient = simulator.cost_gradient(part.flatten(0, 1)).view(part.shape)
-            own[first:end] += weighted(running, gradient)
-        direct_x = own
-    if final and last:
-        own = states.new_zeros(states.shape) if direct_x is None else direct_x.clone()
-        own[-1] += weighted(final, simulator.cost_gradient(states[-1]))
-        direct_x = own
+            direct_x[first:end] += weighted(running, gradient)
+        if final and last:
+            direct_x[-1] += weighted(final, simulator.cost_gradient(states[-1]))
     return direct_x, direct_u
 
 

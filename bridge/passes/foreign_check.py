@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .foreign import Simulator, name_of, stepped
+from .simulator import Simulator, name_of, stepped
 
 ROWS = 4
 """Number of states at which gradients are checked if rows do not mix. If they may, the first world is

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .foreign import Pull, check_output
 from .foreign_torch import ordinary
+from .simulator import Pull, check_output
 
 KEPT = 64
 """Steps whose compiled functions are kept."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..runtime.arrays import grad_of, stream, tensor_of
 from ..runtime.compat import off_tape
-from .foreign import Pull
+from .simulator import Pull
 
 
 class TapeStep:

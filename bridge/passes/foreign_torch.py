@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from .foreign import Pull, check_output
+from .simulator import Pull, check_output
 
 REPLICATED_ROWS = 1 << 14
 """Up to so many rows, Jacobians come from one pull over copies of the rows, one copy for each component of

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.registry import VERIFIERS, Prepared
 from . import sweeps
 from .foreign_check import TOLERANCES, Source, compare, differences
-from .spec import Cotangents, LossWeights, Spec
+from .spec import Cotangents, Spec
 
 POINTS = 8
 """Initial states, and as many random ones."""
@@ -36,12 +36,8 @@ def verify(system: Any, number: int, p: Prepared) -> None:
         def step(q: Tensor) -> Tensor:
             return sweeps.simulate(p, q[:, :n].contiguous(), q[:, n:].unsqueeze(0).contiguous())[1]
 
-        def cost(q: Tensor) -> Tensor:
-            each = [
-                sweeps.loss(p, row.expand(2, 1, n).contiguous(), row.new_zeros(1, 1, p.control_size), _FINAL)
-                for row in q
-            ]
-            return torch.stack(each).unsqueeze(1)
+        def cost(x: Tensor) -> Tensor:
+            return sweeps.costs(p, x.contiguous()).unsqueeze(1)
 
         source = Source(
             f"{name}: its device functions have no step_vjp, and the one that Warp generates is wrong",
@@ -50,16 +46,13 @@ def verify(system: Any, number: int, p: Prepared) -> None:
             "components written twice, longer loops that carry values, or break; rewrite the step, or write "
             "step_vjp by hand (warp_sims.check compares it)",
         )
-        compare(source, _jacobians(number, p, q), differences(step, q, tolerance), tolerance, n)
+        compare(source, jacobians(number, p, q), differences(step, q, tolerance), tolerance, n)
         if p.functions.loss is not None:
             source = source._replace(
                 head=f"{name}: the adjoint of its loss that Warp generates is wrong", output="the cost"
             )
-            given = _cost_gradients(number, p, q[:, :n])
+            given = sweeps.cost_gradients(p, number, q[:, :n]).unsqueeze(1)
             compare(source, given, differences(cost, q[:, :n], tolerance), tolerance, n)
-
-
-_FINAL = LossWeights(1.0, 0.0, 0.0)
 
 
 def drawn_points(system: Any, p: Prepared) -> Tensor:
@@ -76,29 +69,17 @@ def drawn_points(system: Any, p: Prepared) -> Tensor:
     return q.to(p.torch_device)
 
 
-def _jacobians(number: int, p: Prepared, q: Tensor) -> Tensor:
-    """[dS/dx dS/du] (points, state_size, state_size + control_size) by the adjoint sweep."""
+def jacobians(number: int, p: Prepared, q: Tensor) -> Tensor:
+    """[dS/dx dS/du] (points, state_size, state_size + control_size) by the adjoint sweep: one step in
+    state_size * points worlds, with the unit cotangent of one component after the other.
+    """
     n, count = p.state_size, q.shape[0]
-    states, controls = q[:, :n].repeat(n, 1), q[:, n:].repeat(n, 1).unsqueeze(0)
-    adj = q.new_zeros(2, n * count, n)
+    controls = q[:, n:].repeat(n, 1).unsqueeze(0)
+    states = sweeps.simulate(p, q[:, :n].repeat(n, 1), controls)
+    adj = torch.zeros_like(states)
     adj[1] = torch.eye(n, dtype=q.dtype, device=q.device).repeat_interleave(count, dim=0)
-    both = torch.stack((states, states)).contiguous()
-    mu, adj_x = sweeps.adjoint(
-        p, Spec(number, "M"), both, controls.contiguous(), None, Cotangents(None, adj, None)
-    )
+    mu, adj_x = sweeps.adjoint(p, Spec(number, "M"), states, controls, None, Cotangents(None, adj, None))
     return torch.cat((adj_x[0], mu[0, 0]), dim=1).view(n, count, -1).transpose(0, 1)
-
-
-def _cost_gradients(number: int, p: Prepared, x: Tensor) -> Tensor:
-    """Gradients of the cost at the points, (points, 1, state_size), by the adjoint sweep."""
-    count, n = x.shape
-    states = x.expand(2, count, n).contiguous()
-    controls = x.new_zeros(1, count, p.control_size)
-    # with closed edges only its running cost gives a segment's first state a cotangent
-    spec, g = Spec(number, "SS", running=float(count)), Cotangents(x.new_ones(()), None, None)
-    carried = x.new_zeros(1, count, n)
-    _, adj = sweeps.adjoint(p, spec, states, controls, None, g, 1, carried, count)
-    return adj[0].unsqueeze(1)
 
 
 VERIFIERS.append(verify)

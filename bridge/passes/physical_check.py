@@ -6,6 +6,7 @@ An adjoint that is right for states and controls can still be wrong for the fiel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -15,24 +16,32 @@ import warp as wp
 from torch import Tensor
 
 from ...kernels.sweeps.physical import has_generated_vjp
-from ..runtime.physical import (
-    VERIFIERS,
-    parameter_names,
-    parameter_values,
-    prepared_with,
-)
+from ..runtime.arrays import warp_device
+from ..runtime.physical import WithValues, parameter_names, parameter_values, prepared_with
 from ..runtime.registry import find, prepare
 from . import sweeps
 from .foreign_check import TOLERANCES, Source, compare, differences
-from .generated_check import drawn_points
-from .spec import Cotangents, LossWeights, Spec
+from .generated_check import drawn_points, jacobians
 
 SPREAD = 0.05
 """Of the numbers that are tried, relative to those of the system."""
 
 
+def checked_with(
+    number: int, values: Tensor, nworld: int, wanted: bool
+) -> contextlib.AbstractContextManager[WithValues]:
+    """`prepared_with`, behind `verify`."""
+    verify(number, values.device)
+    return prepared_with(number, values, nworld, wanted)
+
+
 def verify(number: int, device: torch.device) -> None:
     """Raises ValueError if a generated cotangent of a parameter disagrees with finite differences."""
+    _verify(number, device, id(warp_device(device)))
+
+
+@functools.cache
+def _verify(number: int, device: torch.device, _served: int) -> None:
     system: Any = find(number)
     p = prepare(number, torch.float64, device)
     if not has_generated_vjp(p.functions):
@@ -71,15 +80,9 @@ def stepped(number: int, q: Tensor, values: Tensor) -> Tensor:
 
 def pulled_back(number: int, q: Tensor, values: Tensor) -> Tensor:
     """Derivatives of the next state by the numbers (points, state_size, count), by the adjoint sweep."""
-    (points, _), n = q.shape, find(number).state_size
-    states, controls = q[:, :n].repeat(n, 1), q[:, n:].repeat(n, 1).unsqueeze(0)
-    both = torch.stack((states, states)).contiguous()
-    both[1] = stepped(number, q, values).repeat(n, 1)
-    adj = torch.zeros_like(both)
-    adj[1] = torch.eye(n, dtype=q.dtype, device=q.device).repeat_interleave(points, dim=0)
+    points, n = q.shape[0], find(number).state_size
     with prepared_with(number, values.repeat(n, 1), n * points, True) as own:
-        sweep = Spec(number, "M"), both, controls.contiguous(), None, Cotangents(None, adj, None)
-        sweeps.adjoint(own.prepared, *sweep)
+        jacobians(number, own.prepared, q)  # which leaves these there
         return own.adjoint(1)[0].view(n, points, -1).transpose(0, 1)
 
 
@@ -95,8 +98,6 @@ def names_in_loss(number: int, device: torch.device) -> frozenset[str]:
     numbers = dict(zip(parameter_names(number), parameter_values(number)))
     with torch.inference_mode(False), torch.no_grad():
         x = drawn_points(find(number), p)[:, : p.state_size].contiguous()
-        states = torch.stack((x, x))
-        controls = x.new_zeros(1, x.shape[0], p.control_size)
 
         def cost(changed: dict[str, float]) -> Tensor:
             params = p.functions.Params()
@@ -112,12 +113,8 @@ def names_in_loss(number: int, device: torch.device) -> frozenset[str]:
                 fields = own.fields(changed)
             for name, value in fields.items():
                 setattr(params, name, value)
-            other = dataclasses.replace(p, params=params)
-            return sweeps.loss(other, states, controls, LossWeights(1.0, 0.0, 0.0))
+            return sweeps.costs(dataclasses.replace(p, params=params), x)
 
         before = cost(numbers)
         moved = {name: cost(numbers | {name: 1.1 * value + 0.1}) for name, value in numbers.items()}
         return frozenset(name for name, after in moved.items() if not torch.equal(after, before))
-
-
-VERIFIERS.append(verify)

@@ -36,6 +36,13 @@ class LossWeights(NamedTuple):
     control: float
     """Of the mean squared control."""
 
+    def check(self, has_loss: bool) -> None:
+        """Raises ValueError if a system without a loss of its own is asked for it."""
+        if not has_loss and (self.final or self.running):
+            raise ValueError(
+                "loss: this system has no loss of its own; pass a callable of (states, controls) or None"
+            )
+
     def per_world(self, nworld: int, horizon: int, control_size: int) -> tuple[float, float, float]:
         """Factors on the per-world sums that the kernels take."""
         return self.final / nworld, self.running / nworld, self.control / (nworld * horizon * control_size)

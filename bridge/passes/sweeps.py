@@ -39,10 +39,7 @@ def edge_masks(key: tuple[tuple[str, ...], bool]) -> np.ndarray:
 
 
 def check_has_loss(p: Prepared, weights: LossWeights) -> None:
-    if p.functions.loss is None and (weights.final or weights.running):
-        raise ValueError(
-            "loss: this system has no loss of its own; pass a callable of (states, controls) or None"
-        )
+    weights.check(p.functions.loss is not None)
 
 
 def _launches(
@@ -341,6 +338,15 @@ def adjoint(
             a.mu.data, a.adj_x0.data = mu.data_ptr(), adj_x0.data_ptr()
             sweep.run()
     return mu, adj_x0
+
+
+def cost_gradients(p: Prepared, system: int, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of the cost of each of the states (nworld, state_size) by that state."""
+    states, still = torch.stack((x, x)), x.new_zeros((1, x.shape[0], p.control_size))
+    # with closed edges only the running cost of a later segment's first state gives it a cotangent
+    spec = Spec(system, "SS", running=float(x.shape[0]))
+    g, carried = Cotangents(x.new_ones(()), None, None), x.new_zeros((1, *x.shape))
+    return adjoint(p, spec, states, still, None, g, 1, carried, x.shape[0])[1][0]
 
 
 class _Combine:

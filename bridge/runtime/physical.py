@@ -7,7 +7,7 @@ and nested calls never share one.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -135,27 +135,6 @@ class WithValues:
 
 _with_values = Pool(WithValues)
 
-VERIFIERS: list[Callable[[int, torch.device], None]] = []
-"""Functions that compare the cotangents of physical parameters with finite differences, see
-passes/physical_check.py.
-"""
-
-_verified: set[tuple[int, int]] = set()
-
-
-def _verify(number: int, device: torch.device) -> None:
-    """Raises ValueError unless the cotangents that Warp generated for the parameters are right."""
-    key = (number, id(warp_device(device)))
-    if key in _verified:
-        return
-    _verified.add(key)  # the check itself comes here
-    try:
-        for verify in VERIFIERS:
-            verify(number, device)
-    except BaseException:
-        _verified.discard(key)
-        raise
-
 
 @contextlib.contextmanager
 def prepared_with(number: int, values: Tensor, nworld: int, wanted: bool) -> Iterator[WithValues]:
@@ -163,7 +142,6 @@ def prepared_with(number: int, values: Tensor, nworld: int, wanted: bool) -> Ite
     cotangents set to zero.
     """
     device = values.device
-    _verify(number, device)
     queue = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (number, values.dtype, device, id(warp_device(device)), queue, values.shape[0], nworld, wanted)
     with _with_values.borrow(*key) as item, stream(device):

@@ -128,22 +128,19 @@ def with_values(functions: DeviceFunctions, dtype: Any) -> DeviceFunctions:
                 u = controls[t, world]
                 for f in range(adj.shape[0]):
                     lam = adj[f, world]
-                    if wp.static(generated):
-                        through_x, through_u, adj_p, adj_lam = wp.grad(contraction)(x, u, q, lam)
-                        if wanted:
+                    if wp.static(generated or generated_values):
+                        if wanted or wp.static(generated):
+                            through_x, through_u, adj_p, adj_lam = wp.grad(contraction)(x, u, q, lam)
+                            if wp.static(generated):
+                                adj[f, world] = through_x
+                                adj_u[f, t, world] = through_u
                             if wp.static(generated_values):
-                                add_fields(p.adj, f, world, adj_p)
-                            else:
-                                add_values(p.adj, f, world, values_vjp(x, u, q, lam))
-                        adj[f, world] = through_x
-                        adj_u[f, t, world] = through_u
-                    else:
+                                if wanted:
+                                    add_fields(p.adj, f, world, adj_p)
+                    if wp.static(not generated_values):
                         if wanted:
-                            if wp.static(generated_values):
-                                _x, _u, adj_q, _lam = wp.grad(contraction)(x, u, q, lam)
-                                add_fields(p.adj, f, world, adj_q)
-                            else:
-                                add_values(p.adj, f, world, values_vjp(x, u, q, lam))
+                            add_values(p.adj, f, world, values_vjp(x, u, q, lam))
+                    if wp.static(not generated):
                         if not together:
                             own_x, own_u = step_vjp(x, u, q, lam)
                             adj[f, world] = own_x
@@ -182,26 +179,22 @@ def with_values(functions: DeviceFunctions, dtype: Any) -> DeviceFunctions:
             u = controls[t, world]
             for f in range(adj.shape[0]):
                 lam = adj[f]
-                if wp.static(generated):
-                    through_x, through_u, adj_p, adj_lam = wp.grad(contraction)(x, u, q, lam)
-                    if wanted:
+                if wp.static(generated or generated_values):
+                    if wanted or wp.static(generated):
+                        through_x, through_u, adj_p, adj_lam = wp.grad(contraction)(x, u, q, lam)
+                        if wp.static(generated):
+                            adj[f] = through_x
+                            adj_u[f] = through_u
                         if wp.static(generated_values):
-                            add_fields(p.adj, f, world, adj_p)
-                        else:
-                            add_values(p.adj, f, world, values_vjp(x, u, q, lam))
-                    adj[f] = through_x
-                    adj_u[f] = through_u
-                else:
+                            if wanted:
+                                add_fields(p.adj, f, world, adj_p)
+                if wp.static(not generated_values):
                     if wanted:
-                        if wp.static(generated_values):
-                            _x, _u, adj_q, _lam = wp.grad(contraction)(x, u, q, lam)
-                            add_fields(p.adj, f, world, adj_q)
-                        else:
-                            add_values(p.adj, f, world, values_vjp(x, u, q, lam))
-                    if wp.static(by_value):
-                        own_x, own_u = step_vjp(x, u, q, lam)
-                        adj[f] = own_x
-                        adj_u[f] = own_u
+                        add_values(p.adj, f, world, values_vjp(x, u, q, lam))
+                if wp.static(by_value and not generated):
+                    own_x, own_u = step_vjp(x, u, q, lam)
+                    adj[f] = own_x
+                    adj_u[f] = own_u
         if wp.static(in_memory):
             memory_step_vjp(states, controls, q, t, world, adj, adj_u)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..bridge.autograd import operators
-from ..bridge.autograd.episodes import Cotangents, EpisodePath, Resets, Trajectory
+from ..bridge.autograd.episodes import EpisodePath, Resets, Trajectory
 from ..bridge.autograd.rollout import split
 from ..bridge.autograd.torch_path import TorchPath, places
-from ..bridge.passes.spec import Spec
+from ..bridge.passes.spec import Cotangents, Spec
 from ..bridge.runtime.launches import span
 from ..estimators import clipped_number
 from ..kernels.agreement import SUMS
@@ -84,7 +84,8 @@ class Updates:
         resets = Resets(fresh, self.task.fallen, self.task.episode_steps, worlds.ages)
         path = EpisodePath(self._path._replace(inputs=worlds.noise(self.update)), resets)
         with span("forward"), torch.no_grad():
-            run = path.forward(self._spec, worlds.states, parameters)
+            saved, own_loss = path.forward(self._spec, worlds.states, parameters)
+            run = Trajectory(saved.states, saved.controls, own_loss, *saved.kept)
         ends = Ends(run.done, run.done | run.truncated)
         with span("targets"), torch.no_grad():
             rewards = self.task.reward(run.states[:-1], run.controls)
@@ -93,7 +94,7 @@ class Updates:
             )
         loss, direct = self._actor_loss(run, ends)
         with torch.no_grad():
-            fields, _ = path.backward(self._spec, run, parameters, direct)
+            fields, _ = path.backward(self._spec, saved, parameters, *direct)
         record = self._step_actor(fields) | {"actor_loss": loss}
         with torch.no_grad():
             observed = self.task.observe(run.states[:-1]).flatten(0, 1)
@@ -114,8 +115,8 @@ class Updates:
         led = torch.where(ends.failed.unsqueeze(-1), torch.zeros_like(led), led)
         return self.target(self.actor.normaliser(self.task.observe(led)))
 
-    def _actor_loss(self, run: Trajectory, ends: Ends) -> tuple[Tensor, Cotangents]:
-        """The actor's loss, and its direct cotangents."""
+    def _actor_loss(self, run: Trajectory, ends: Ends) -> tuple[Tensor, tuple[Cotangents, Tensor]]:
+        """The actor's loss, and its direct cotangents, those of the next states apart."""
         factor = discounts(ends, self.config.gamma, run.states.dtype)
         valued = ends.ended & ~ends.failed
         with torch.enable_grad():
@@ -125,8 +126,8 @@ class Updates:
             ahead = self.target(self.actor.normaliser(self.task.observe(led[valued])))
             earned = earned + self.config.gamma * (factor[valued] * ahead).sum()
             loss = -earned / ends.failed.numel()
-            direct = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        return loss.detach(), Cotangents(*direct, loss=None)
+            adj, adj_next, adj_u = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), (Cotangents(None, adj, adj_u), adj_next)
 
     def _step_actor(self, fields: Tensor) -> dict[str, Any]:
         """Combines the gradient's fields, and takes a step with them; skips one that is not finite."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..bridge.passes.physical_check import drawn_values, pulled_back, stepped
+from ..bridge.passes.physical_check import drawn_values, pulled_back, stepped, verify
 from ..bridge.runtime.physical import parameter_names
 from ..systems import System
 from .compare import Tolerance, compare, names, settled
@@ -29,6 +29,7 @@ def check_parameters(
     number, own = system.number, parameter_names(system.number)
     if not own:
         return
+    verify(number, device)
     q = both[:: -(-both.shape[0] // MOST)].to(device)
     values = drawn_values(number, q)
     inputs = q.shape[1]

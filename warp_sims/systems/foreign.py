@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..arguments import check_count
 from ..bridge.passes import foreign_jax, foreign_torch
-from ..bridge.passes.foreign import Pull, Simulator
 from ..bridge.passes.foreign_tape import TapeStep
+from ..bridge.passes.simulator import Pull, Simulator
 from ..kernels.system import DeviceFunctions
 from .foreign_steps import check_numbers, check_step, with_columns
 from .system import System, check_draw
@@ -61,9 +61,7 @@ class ForeignSystem(System, Simulator):
 
     _sizes: tuple[int, int] = dataclasses.field(init=False)
     _loss: Callable[[Any], Any] | None = dataclasses.field(init=False)
-    _rowwise: bool = dataclasses.field(init=False)
     _draw: Draw | None = dataclasses.field(init=False)
-    _parameters: dict[str, float] = dataclasses.field(init=False)
 
     def __init__(
         self,
@@ -85,12 +83,14 @@ class ForeignSystem(System, Simulator):
         for field, value in (("loss", loss), ("initial_states", initial_states)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name}: {field} is {value!r}, expected a function or None")
+        numbers = check_numbers(name, parameters)
         self._set(
             _sizes=(state_size, control_size),
             _loss=loss,
-            _rowwise=rowwise,
+            rowwise=rowwise,
             _draw=initial_states,
-            _parameters=check_numbers(name, parameters),
+            parameter_names=tuple(numbers),
+            parameter_values=tuple(numbers.values()),
             checks_gradient=check,
             verified=set(),
         )
@@ -118,20 +118,8 @@ class ForeignSystem(System, Simulator):
         return self._sizes[1]
 
     @property
-    def rowwise(self) -> bool:
-        return self._rowwise
-
-    @property
     def has_loss(self) -> bool:
         return self._loss is not None
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        return tuple(self._parameters)
-
-    @property
-    def parameter_values(self) -> tuple[float, ...]:
-        return tuple(self._parameters.values())
 
     def cost(self, x: Tensor) -> Tensor:
         """Cost of states (n, state_size), one a row (n,)."""

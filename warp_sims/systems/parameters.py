@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bridge.passes.foreign import Simulator
 from ..bridge.passes.physical import Physical
 from ..bridge.passes.physical_check import names_in_loss
+from ..bridge.passes.simulator import Simulator
 from ..bridge.runtime.arrays import capturing
 from ..bridge.runtime.compat import transforming
 from ..bridge.runtime.physical import parameter_names, parameter_values

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bridge.passes.foreign import Pull, Simulator
+from ..bridge.passes.simulator import Pull, Simulator
 from ..bridge.runtime.contract import functions_of
 from ..kernels.flow import as_int
 from ..kernels.system import DeviceFunctions
