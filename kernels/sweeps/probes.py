@@ -1,8 +1,9 @@
 """Runs a system's functions alone: one step and its adjoint at many points, for `warp_sims.checking`.
 
-There is one kernel for each form of the step in `system.py`. Its worlds are independent points. For each it
-writes the next state, the cost, and the cotangents pulled back from given ones. No rollout runs these
-kernels. They contain nothing of a sweep, so a disagreement is an error in the system's own functions.
+The worlds of a kernel are independent points. For each it writes the next state, the cost, and the cotangents
+pulled back from given ones. The form by value runs as a form in memory that forms.py makes of it. No rollout
+runs these kernels. They contain nothing of a sweep, so a disagreement is an error in the system's own
+functions.
 """
 
 import functools
@@ -11,41 +12,8 @@ from typing import Any
 import warp as wp
 
 from ..policy.layout import BLOCK
-from ..system import DeviceFunctions
+from ..system import DeviceFunctions, MemoryFunctions
 from .forms import sweep_kernel
-
-
-@functools.cache
-def make_value_probe(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
-    """Returns the kernel of the form by value, a world a thread."""
-    Params, State, Control = functions.Params, functions.State, functions.Control
-    step, step_vjp, loss, loss_vjp = functions.step, functions.step_vjp, functions.loss, functions.loss_vjp
-    has_loss = loss is not None
-
-    def value_probe(
-        # In:
-        x: wp.array(dtype=State),  # (nworld,)
-        u: wp.array(dtype=Control),  # (nworld,)
-        p: Params,
-        adj_x_next: wp.array(dtype=State),  # (nworld,)
-        adj_cost: wp.array(dtype=dtype),  # (nworld,)
-        # Out:
-        x_next: wp.array(dtype=State),  # (nworld,)
-        cost: wp.array(dtype=dtype),  # (nworld,); untouched without a loss, as is
-        adj_x: wp.array(dtype=State),  # (nworld,)
-        adj_u: wp.array(dtype=Control),  # (nworld,)
-        adj_x_cost: wp.array(dtype=State),  # (nworld,)
-    ):
-        world = wp.tid()
-        x_next[world] = step(x[world], u[world], p)
-        through_x, through_u = step_vjp(x[world], u[world], p, adj_x_next[world])
-        adj_x[world] = through_x
-        adj_u[world] = through_u
-        if wp.static(has_loss):
-            cost[world] = loss(x[world], p)
-            adj_x_cost[world] = loss_vjp(x[world], p, adj_cost[world])
-
-    return sweep_kernel(value_probe)
 
 
 @functools.cache
@@ -76,11 +44,10 @@ def make_lanes_probe(functions: DeviceFunctions) -> wp.Kernel:
 
 
 @functools.cache
-def make_memory_probe(functions: DeviceFunctions, dtype: Any) -> wp.Kernel:
-    """Returns the kernel of the form in memory, a world a thread."""
-    assert functions.memory is not None
+def make_memory_probe(functions: DeviceFunctions, form: MemoryFunctions, dtype: Any) -> wp.Kernel:
+    """Returns the kernel of a form in memory, a world a thread."""
     Params, State, Control = functions.Params, functions.State, functions.Control
-    step, step_vjp, loss, loss_vjp = functions.memory
+    step, step_vjp, loss, loss_vjp = form
     has_loss, has_loss_vjp = loss is not None, loss_vjp is not None
 
     def memory_probe(

@@ -9,8 +9,9 @@ from torch import Tensor
 from ..bridge.runtime.arrays import WARP_DTYPE, stream, warp_device
 from ..bridge.runtime.launches import PREPARING
 from ..kernels.policy.layout import BLOCK
-from ..kernels.sweeps.probes import make_lanes_probe, make_memory_probe, make_value_probe
-from ..systems import DeviceFunctions, System
+from ..kernels.sweeps.forms import world_form
+from ..kernels.sweeps.probes import make_lanes_probe, make_memory_probe
+from ..systems import DeviceFunctions, MemoryFunctions, System
 
 __all__ = ["BY_VALUE", "IN_LANES", "IN_MEMORY", "Form", "Outputs", "forms_of"]
 
@@ -81,24 +82,10 @@ class Form(NamedTuple):
             return [wp.from_torch(t, dtype=dtype, requires_grad=False) for t in tensors]
 
     def _by_value(self, x: Tensor, u: Tensor, adj: Tensor, adj_cost: Tensor) -> Outputs:
-        functions = self.functions
-        kernel = make_value_probe(functions, WARP_DTYPE[self.dtype])
-        x_next, adj_x_cost = (torch.full_like(x, torch.nan) for _ in range(2))
-        cost = torch.full_like(adj_cost, torch.nan)
-        adj_x = torch.full_like(adj, torch.nan)
-        adj_u = u.new_full((adj.shape[0], *u.shape), torch.nan)
-        for f in range(adj.shape[0]):
-            states = self._arrays("x", x, adj[f], x_next, adj_x[f], adj_x_cost)
-            controls = self._arrays("u", u, adj_u[f])
-            costs = self._arrays("1", adj_cost, cost)
-            self._launch(
-                kernel, x.shape[0],
-                states[0], controls[0], self.params, states[1], costs[0],
-                states[2], costs[1], states[3], controls[1], states[4],
-            )  # fmt: skip
-        if functions.loss is None:
-            return Outputs(x_next, adj_x, adj_u, None, None, ())
-        return Outputs(x_next, adj_x, adj_u, cost, adj_x_cost.expand_as(adj_x), ())
+        form = world_form(self.functions._replace(memory=None), 1)
+        parts = [self._through(form, x, u, one, adj_cost) for one in adj.split(1)]
+        names = ("adj_x", "adj_u") + (("adj_x_cost",) if form.loss_vjp else ())
+        return parts[0]._replace(**{name: torch.cat([getattr(q, name) for q in parts]) for name in names})
 
     def _trajectory(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         states = x.new_full((_STEPS + 1, *x.shape), torch.nan)
@@ -119,8 +106,12 @@ class Form(NamedTuple):
         return Outputs(states[_T + 1], adj_x, adj_u[:, _T], None, None, tuple(astray))
 
     def _in_memory(self, x: Tensor, u: Tensor, adj: Tensor, adj_cost: Tensor) -> Outputs:
-        memory = self.functions.memory
-        assert memory is not None
+        assert self.functions.memory is not None
+        return self._through(self.functions.memory, x, u, adj, adj_cost)
+
+    def _through(
+        self, memory: MemoryFunctions, x: Tensor, u: Tensor, adj: Tensor, adj_cost: Tensor
+    ) -> Outputs:
         states, controls = self._trajectory(x, u)
         adj_x = adj.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         adj_u = u.new_full((x.shape[0], adj.shape[0], u.shape[1]), torch.nan)
@@ -130,7 +121,7 @@ class Form(NamedTuple):
         xs, us = self._arrays("x", states, adj_x, adj_x_cost), self._arrays("u", controls, adj_u)
         costs = self._arrays("1", adj_cost, cost)
         self._launch(
-            make_memory_probe(self.functions, WARP_DTYPE[self.dtype]), x.shape[0],
+            make_memory_probe(self.functions, memory, WARP_DTYPE[self.dtype]), x.shape[0],
             us[0], self.params, _T, costs[0], xs[0], xs[1], xs[2], costs[1], us[1],
         )  # fmt: skip
         return Outputs(
