@@ -48,6 +48,10 @@ class Form(NamedTuple):
     device: torch.device
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Length of a state and of a control."""
         return self.functions.State._length_, self.functions.Control._length_

@@ -195,54 +195,49 @@ class _Checker:
         ):
             yield from self._single(form, double, usable, gradient)
 
+    def _compare(
+        self,
+        form: Form,
+        what: str,
+        against: str,
+        found: Tensor,
+        expected: Tensor,
+        tolerance: Tolerance,
+        outputs: list[str] | None = None,
+        **options: Tensor,
+    ) -> Comparison:
+        """Compares derivatives (points, outputs, inputs) of the next state, or of other `outputs`, by state
+        and control, of a loss by the state.
+        """
+        inputs, outputs = self.input_names[: found.shape[2]], outputs or self.next_names
+        return compare(what, form.dtype_name, against, found, expected, outputs, inputs, tolerance, **options)
+
     def _adjoint_of_step(self, form: Form, step: Derivative) -> Iterator[Comparison]:
         found = pulled_back(form, self.points, 1)
         yield compare_adjoint(f"step_vjp {form.name}", found, step)
         if form.name != BY_VALUE:
-            yield compare(
-                f"step_vjp {form.name}, second field",
-                "float64",
-                "the first field",
-                pulled_back(form, self.points, 2),
-                found,
-                self.next_names,
-                self.input_names,
-                tolerance=FORM,
-            )
+            second = pulled_back(form, self.points, 2)
+            what = f"step_vjp {form.name}, second field"
+            yield self._compare(form, what, "the first field", second, found, FORM)
         # an adjoint is linear in the cotangent: neither a threshold nor a constant hides behind unit ones
         size = 10.0 ** self.normal(len(self.points.x), 1)
         adj = size * self.normal(len(self.points.x), self.states)
         out = form.run(self.points.x, self.points.u, adj[None], adj[:, 0])
         both = torch.cat([out.adj_x[0], out.adj_u[0]], dim=1)
         expected = torch.einsum("poi,po->pi", found, adj)
-        yield compare(
-            f"step_vjp {form.name}",
-            "float64",
-            "its unit cotangents",
-            (both / size)[:, None],
-            (expected / size)[:, None],
-            ["x_next (random cotangents)"],
-            self.input_names,
-            tolerance=FORM._replace(floor=1e-11),
-        )
+        found, expected = (both / size)[:, None], (expected / size)[:, None]
+        outputs, tolerance = ["x_next (random cotangents)"], FORM._replace(floor=1e-11)
+        what = f"step_vjp {form.name}"
+        yield self._compare(form, what, "its unit cotangents", found, expected, tolerance, outputs)
 
     def _adjoint_of_loss(self, form: Form, gradient: Derivative | None) -> Iterator[Comparison]:
         adj_cost = self.normal(len(self.points.x))
         out = form.run(self.points.x, self.points.u, self.points.x[None], adj_cost)
         if gradient is None or out.adj_x_cost is None:
             return
-        usable = settled(gradient, None, DOUBLE)
-        yield compare(
-            f"loss_vjp {form.name}",
-            "float64",
-            DIFFERENCES,
-            (out.adj_x_cost[0] / adj_cost[:, None])[:, None],
-            gradient.value,
-            ["loss"],
-            self.input_names[: self.states],
-            tolerance=DOUBLE,
-            usable=usable,
-        )
+        found, usable = (out.adj_x_cost[0] / adj_cost[:, None])[:, None], settled(gradient, None, DOUBLE)
+        what, expected = f"loss_vjp {form.name}", gradient.value
+        yield self._compare(form, what, DIFFERENCES, found, expected, DOUBLE, ["loss"], usable=usable)
 
     def _other_form(self, form: Form) -> Iterator[Comparison]:
         """The values of a further form against those by value."""
@@ -265,18 +260,17 @@ class _Checker:
         start: Tensor | float = 0.0,
     ) -> Iterator[Comparison]:
         """What step (less `start`) and loss give, beside the same of another form or dtype."""
-        dtype = str(form.dtype).removeprefix("torch.")
         for name, a, b, outputs, tolerance in (
             ("step", found.x_next - start, expected.x_next - start, self.next_names, of_step),
             ("loss", found.cost, expected.cost, ["loss"], of_loss),
         ):
             if a is not None and b is not None:
                 a, b = (t.reshape(len(t), -1, 1) for t in (a, b))
-                yield compare(f"{name} {form.name}", dtype, against, a, b, outputs, [""], tolerance)
+                yield compare(f"{name} {form.name}", form.dtype_name, against, a, b, outputs, [""], tolerance)
 
     def _exact(self, form: Form) -> Iterator[Comparison]:
         """Numbers of worlds, repetition, what is written and what is not."""
-        dtype = str(form.dtype).removeprefix("torch.")
+        dtype = form.dtype_name
         whole, again = self.trial(form), self.trial(form)
         parts = [(f"{name}, run again", a, b) for name, a, b in _pairs(again, whole, len(whole.x_next))]
         yield exactly(
@@ -310,29 +304,13 @@ class _Checker:
         """Float32 against float64 at the same points."""
         first, other = self.trial(double), self.trial(form)
         yield from self._values(form, "float64", other, first, SINGLE, SINGLE)
-        yield compare(
-            f"step_vjp {form.name}",
-            "float32",
-            "float64",
-            pulled_back(form, self.points, 1),
-            pulled_back(double, self.points, 1),
-            self.next_names,
-            self.input_names,
-            share=self.identity,
-            usable=usable,
-            tolerance=SINGLE,
-        )
+        found, expected = pulled_back(form, self.points, 1), pulled_back(double, self.points, 1)
+        what, share = f"step_vjp {form.name}", self.identity
+        yield self._compare(form, what, "float64", found, expected, SINGLE, share=share, usable=usable)
         if other.adj_x_cost is not None and first.adj_x_cost is not None and gradient is not None:
-            yield compare(
-                f"loss_vjp {form.name}",
-                "float32",
-                "float64",
-                other.adj_x_cost[0][:, None],
-                first.adj_x_cost[0][:, None],
-                ["loss"],
-                self.input_names[: self.states],
-                tolerance=SINGLE,
-            )
+            found, expected = other.adj_x_cost[0][:, None], first.adj_x_cost[0][:, None]
+            what = f"loss_vjp {form.name}"
+            yield self._compare(form, what, "float64", found, expected, SINGLE, ["loss"])
         yield from self._exact(form)
 
 

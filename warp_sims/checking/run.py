@@ -113,8 +113,8 @@ def _compile(system: System, device: torch.device) -> list[Comparison]:
                 form.run(x, torch.zeros(1, controls), x[None], x[:, 0])
             except Exception as error:  # Warp raises whatever its parser meets
                 words = " ".join(f"{type(error).__name__}: {error}".split())
-                name = str(dtype).removeprefix("torch.")
-                failed.append(exactly(f"device functions {form.name}", name, "Warp's compiler", [words], 1))
+                what = f"device functions {form.name}"
+                failed.append(exactly(what, form.dtype_name, "Warp's compiler", [words], 1))
     return failed
 
 
