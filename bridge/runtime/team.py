@@ -63,15 +63,16 @@ class Step(NamedTuple):
     """A launch in a program, with the values that are set before it."""
 
     launch: Launch
-    dim: int
-    """Number of its threads, on one axis."""
+    dim: int | None
+    """Number of its threads, on one axis; None for those that it was recorded with."""
     values: dict[str, int]
     """Integer arguments by name."""
 
     def __call__(self) -> None:
         for name, value in self.values.items():
             self.launch.put(name, value)
-        self.launch.resize(self.dim)
+        if self.dim is not None:
+            self.launch.resize(self.dim)
         self.launch()
 
 
@@ -99,7 +100,7 @@ class Team:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = list(tasks)
         programs = [_calls(task) for task in tasks]
-        known = [calls for calls in programs if calls is not None]
+        known = [steps for steps in programs if steps is not None]
         self._run: Callable[[], None]
         if len(tasks) == 1 and isinstance(tasks[0], Launch):
             self._run = tasks[0]
@@ -113,41 +114,26 @@ class Team:
         self._run()
 
 
-class _Call(NamedTuple):
-    """A step of a program whose launch can be made past Warp's Python."""
-
-    direct: DirectCall
-    launch: Launch
-    dim: int
-    stores: dict[int, int]
-    """Integers by the addresses at which they are to stand."""
-
-
-def _calls(task: Task) -> list[_Call] | None:
-    """The calls of a task; None if some of it cannot be called past Warp's Python."""
+def _calls(task: Task) -> list[Step] | None:
+    """The steps of a task; None if some of it cannot be called past Warp's Python."""
     if not sys.platform.startswith("linux"):
         return None
     if isinstance(task, Launch):
-        return None if task.direct is None else [_Call(task.direct, task, task.dim, {})]
-    if not isinstance(task, Program):
+        steps = [Step(task, None, {})]
+    elif isinstance(task, Program):
+        steps = task.steps
+    else:
         return None
-    calls = []
-    for launch, dim, values in task.steps:
-        direct = launch.direct
-        if direct is None:
-            return None
-        stores = {direct.address_of(name): value for name, value in values.items()}
-        calls.append(_Call(direct, launch, dim, stores | dict.fromkeys(direct.addresses_of_dim(), dim)))
-    return calls
+    return steps if all(step.launch.direct is not None for step in steps) else None
 
 
 class _Job:
     """Programs as kernels/programs.py takes them."""
 
-    def __init__(self, programs: Sequence[Sequence[_Call]]) -> None:
+    def __init__(self, programs: Sequence[Sequence[Step]]) -> None:
         team, clock = openmp(), ctypes.CDLL(None).clock_gettime
         self._programs = programs
-        self._made = [_native_calls(calls) for calls in programs]
+        self._made = [_native_calls(steps) for steps in programs]
         rows = [native.Program(made, len(made)) for made in self._made]
         self._job = native.Job(
             programs=(native.Program * len(rows))(*rows),
@@ -157,7 +143,7 @@ class _Job:
             monotonic=time.CLOCK_MONOTONIC,
             cpu=time.CLOCK_THREAD_CPUTIME_ID,
         )
-        self._directs = list({id(call.direct): call.direct for calls in programs for call in calls}.values())
+        self._directs = list(dict.fromkeys(_direct(step) for steps in programs for step in steps))
         start = 0 if team is None else team.start
         kernel: Any = native.run_job
         values = {"job": ctypes.addressof(self._job), "team": start, "threads": 1}
@@ -172,14 +158,11 @@ class _Job:
         self._start()
         if launches.tracer is None:
             return
-        for calls, made in zip(self._programs, self._made, strict=True):
-            for call, done in zip(calls, made, strict=True):
-                name, kernel, thread = (
-                    call.launch.name,
-                    call.launch.kernel,
-                    threading.get_ident() + done.thread,
-                )
-                launches.tracer.add(name, kernel, call.dim, thread, done.begin, done.end)
+        for steps, made in zip(self._programs, self._made, strict=True):
+            for (launch, dim, _), done in zip(steps, made, strict=True):
+                thread = threading.get_ident() + done.thread
+                dim = launch.dim if dim is None else dim
+                launches.tracer.add(launch.name, launch.kernel, dim, thread, done.begin, done.end)
 
     def _start(self) -> None:
         programs, run = len(self._programs), self._native
@@ -195,16 +178,25 @@ class _Job:
             _backoff.report(time.perf_counter_ns() - start, self._job.cpu_time)
 
 
-def _native_calls(calls: Sequence[_Call]) -> Any:
-    """The calls of a program as an array of structures. Values stay in place after the program, so all are
+def _direct(step: Step) -> DirectCall:
+    assert step.launch.direct is not None  # as `_calls` says
+    return step.launch.direct
+
+
+def _native_calls(steps: Sequence[Step]) -> Any:
+    """The steps of a program as an array of structures. Values stay in place after the program, so all are
     stored before its first call, and before other calls only those that change.
     """
-    made = (native.Call * len(calls))()
+    made = (native.Call * len(steps))()
     stored: dict[int, int] = {}
-    for call, row in zip(calls, made):
-        new = {at: value for at, value in call.stores.items() if stored.get(at) != value}
+    for step, row in zip(steps, made):
+        direct = _direct(step)
+        values = {direct.address_of(name): value for name, value in step.values.items()}
+        if step.dim is not None:
+            values |= dict.fromkeys(direct.addresses_of_dim(), step.dim)
+        new = {at: value for at, value in values.items() if stored.get(at) != value}
         stored |= new
-        row.kernel, row.bounds, row.arguments = call.direct.addresses()
+        row.kernel, row.bounds, row.arguments = direct.addresses()
         row.stores, row.count = (native.Store * len(new))(*new.items()), len(new)
     return made
 
