@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bridge.passes import simulator
-from .bridge.runtime.contract import has_generated_adjoint
-from .bridge.runtime.estimators import with_clip
 from .kernels.flow import check_decay
 from .systems import System
 
-__all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clipped_number", "decay_of", "project_conflicting"]
+__all__ = ["Anneal", "Blend", "Combiner", "PerSecond", "clip_of", "decay_of", "project_conflicting"]
 
 Combiner = Callable[[Tensor], Tensor]
 """A function that makes one gradient (components,) of two (2, components), base and check. The aggregators of
@@ -51,29 +48,19 @@ def decay_of(call: str, system: System, decay: Any) -> float:
     return float(decay.factor**dt)
 
 
-def clipped_number(call: str, system: System, limit: Any, parameters: Any) -> int:
-    """Number of the system, or of the one that clips its cotangents."""
+def clip_of(call: str, limit: Any) -> float:
+    """The largest norm of a cotangent, without a bound for None.
+
+    Raises:
+        TypeError, ValueError: the limit is no finite number above 0.
+    """
     if limit is None:
-        return system.number
+        return math.inf
     if isinstance(limit, bool) or not isinstance(limit, (int, float)):
         raise TypeError(f"{call}: clip_cotangent is {limit!r}, expected a number above 0 or None")
     if not 0.0 < limit < math.inf:
         raise ValueError(f"{call}: clip_cotangent is {limit!r}, expected a finite number above 0 or None")
-    if isinstance(system, simulator.Simulator):
-        return simulator.with_clip(system.number, float(limit))
-    if parameters:
-        raise ValueError(
-            f"{call}: clip_cotangent with parameters, expected one of them: the cotangents of numbers of the "
-            "physics are not clipped"
-        )
-    import warp as wp
-
-    if has_generated_adjoint(system, wp.float32):
-        raise ValueError(
-            f"{call}: clip_cotangent, but the adjoint of {type(system).__name__} is generated, expected a "
-            "step_vjp written by hand"
-        )
-    return with_clip(system.number, float(limit))
+    return float(limit)
 
 
 def project_conflicting(pair: Tensor) -> Tensor:

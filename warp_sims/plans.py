@@ -4,6 +4,7 @@ kernel runs, and collects what the bridge takes.
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from .bridge.passes.spec import (
 )
 from .bridge.runtime.registry import has_loss
 from .bridge.runtime.team import settle
-from .estimators import PerSecond, clipped_number, decay_of
+from .estimators import PerSecond, clip_of, decay_of
 from .kernels.flow import MOST_STEPS, as_int, check_decay
 from .policies.ensembles import Ensemble, fused_ensemble
 from .policies.networks import FusedNetwork, recognise
@@ -119,8 +120,8 @@ def make_plan(
     decay = decay_of(call, system, decay) if isinstance(decay, PerSecond) else check_decay(decay, call)
     weights = _loss_weights(call, system, loss, control_cost, horizon)
     segment = _check_checkpoint(checkpoint_every, call)
-    number = system.number if clip is None else clipped_number(call, system, clip, physics)
-    spec = Spec(number, base, check, decay, *weights)
+    limit = math.inf if clip is None else clip_of(call, clip)
+    spec = Spec(system.number, base, check, decay, *weights, clip=limit)
     foreign = isinstance(system, Simulator)
     if stepwise and ensemble is not None:
         raise ValueError(f"{call}: resets for an Ensemble, expected None; roll out its members() one by one")

@@ -13,6 +13,8 @@ simulator is in simulator.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import warp as wp
 from torch import Tensor
@@ -37,11 +39,11 @@ then small beside its work, of which Jacobians take state_size times as much.
 """
 
 
-def clipped(adj: Tensor, limit: float | None) -> Tensor:
+def clipped(adj: Tensor, limit: float) -> Tensor:
     """Cotangents (nworld, state_size), the norm of each at most the limit; a copy. What is not finite stays
     so.
     """
-    if limit is None:
+    if limit == math.inf:
         return adj.clone()
     norm = torch.linalg.vector_norm(adj, dim=1, keepdim=True)
     return torch.where((norm > limit) & (norm < torch.inf), adj * (limit / norm), adj)
@@ -107,12 +109,12 @@ def adjoint(
     mu = states.new_empty((fields, *controls.shape))
     elements = nworld * n * (n + m)
     # a clipped pullback is not linear, so it has no Jacobian
-    if not simulator.rowwise or simulator.clip is not None or elements > JACOBIAN_WORK:
+    if not simulator.rowwise or spec.clip < math.inf or elements > JACOBIAN_WORK:
         for t in range(steps - 1, -1, -1):
             x_next, pull = simulator.linearize(states[t], controls[t])
             _check_recomputed(simulator, x_next.unsqueeze(0), states[t + 1 : t + 2], t0 + t)
             # a pull may write into its cotangent
-            pulled = [pull(clipped(adj, simulator.clip)) for adj in lam.unbind()]
+            pulled = [pull(clipped(adj, spec.clip)) for adj in lam.unbind()]
             through_x, through_u = (torch.stack(parts) for parts in zip(*pulled))
             mu[:, t] = through_u
             if direct_u is not None:

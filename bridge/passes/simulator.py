@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import abc
-import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..runtime.registry import find, register
+from ..runtime.registry import find
 
 Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes the cotangent of the next states (nworld, state_size) to those of states and controls."""
@@ -32,8 +30,6 @@ class Simulator(abc.ABC):
     """
     parameter_values: tuple[float, ...]
     """Their values if none are given; the controls then have no further columns."""
-    clip: float | None = None
-    """Largest norm of the cotangent that a step pulls back, in every world; see kernels/sweeps/clipped.py."""
 
     @property
     @abc.abstractmethod
@@ -92,14 +88,6 @@ def simulator_of(number: int) -> Simulator | None:
     """The foreign simulator that has this number; None where it is a system with kernels."""
     system = find(number)
     return system if isinstance(system, Simulator) else None
-
-
-@functools.lru_cache(maxsize=256)
-def with_clip(number: int, limit: float) -> int:
-    """Returns the number of the same simulator with a `clip`; the same for the same limit."""
-    simulator = copy.copy(find(number))
-    object.__setattr__(simulator, "clip", limit)
-    return register(simulator)
 
 
 def with_values(simulator: Simulator, controls: Tensor, values: Tensor | None) -> Tensor:

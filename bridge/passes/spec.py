@@ -12,6 +12,7 @@ All decisions here follow from shapes, so that a traced graph knows them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,6 +73,8 @@ class Spec(NamedTuple):
     """Steps whose activations the backward pass recomputes together. 0 if activations are kept or, on the
     torch path, if all steps are taken at once. Or BY_SIZE or NONE_KEPT.
     """
+    clip: float = math.inf
+    """Largest norm of the cotangent that a step pulls back, in every world."""
 
     @property
     def horizon(self) -> int:
@@ -93,22 +96,29 @@ class Spec(NamedTuple):
         """Whether any field crosses a network edge at any step."""
         return network_open(self.base + self.check)
 
-    def arguments(self) -> tuple[int, str, float, float, float, float, int]:
+    def arguments(self) -> tuple[int, str, float, float, float, float, int, float]:
         """Returns the description as arguments of a torch operator, which takes no objects; `described`
         reverses this.
 
         Numbers stay numbers, because a graph that is compiled for several values makes symbols of them.
         """
         flows = f"{self.base} {self.check}"
-        return self.system, flows, self.decay, self.final, self.running, self.control, self.segment
+        return self.system, flows, self.decay, *self.weights, self.segment, self.clip
 
 
 def described(
-    system: int, flows: str, decay: float, final: float, running: float, control: float, segment: int
+    system: int,
+    flows: str,
+    decay: float,
+    final: float,
+    running: float,
+    control: float,
+    segment: int,
+    clip: float,
 ) -> Spec:
     """Returns the description from the arguments that `Spec.arguments` gave."""
     base, check = flows.split(" ")
-    return Spec(system, base, check, decay, final, running, control, segment)
+    return Spec(system, base, check, decay, final, running, control, segment, clip)
 
 
 class Saved(NamedTuple):

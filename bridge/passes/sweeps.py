@@ -227,6 +227,7 @@ class AdjointArguments:
             "p": p.params,
             "edges": edges,
             "decay": spec.decay,
+            "clip": spec.clip,
             "steps": steps,
             "t0": 0,
             "carried": 0,

@@ -4,6 +4,13 @@
     mu_t  = (dS/du)^T lam_{t+1} + dL/du_t
     lam_t = dL/dx_t + decay * [physics edge open] (dS/dx)^T lam_{t+1} + [network edge open] (dN/dx)^T mu_t
 
+An estimator bounds what a step pulls back: with a limit c it takes, world by world,
+
+    lam_{t+1} min(1, c / |lam_{t+1}|)
+
+in place of lam_{t+1}, on the way to the state, the control and the parameters. What is not finite stays so,
+because clipped it would look like a direction.
+
 A rollout may be swept in segments, from the last to the first. The cotangent of a segment's last state then
 comes from the sweep over the later steps.
 
@@ -48,6 +55,20 @@ def make_leave(Value: Any, dtype: Any) -> Any:
     ) -> Value: ...
 
     return leave
+
+
+@functools.cache
+def _make_clipped(State: Any) -> Any:
+    dtype = State._wp_scalar_type_
+
+    @wp.func
+    def clipped(lam: State, limit: dtype) -> State:
+        norm = wp.length(lam)
+        if norm > limit and norm < dtype(wp.inf):
+            return (limit / norm) * lam
+        return lam
+
+    return clipped
 
 
 @functools.cache
@@ -121,7 +142,7 @@ def make_adjoint(
     step_vjp, block_worlds = form.step_vjp, make_block_worlds(size)
     direct_state = _make_direct_state(functions, dtype)
     direct_control = _make_direct_control(Control)
-    leave = make_leave(State, dtype)
+    leave, clipped = make_leave(State, dtype), _make_clipped(State)
     fused = policy is not None
     pull = policy.pull if policy else None
 
@@ -134,6 +155,7 @@ def make_adjoint(
         p: Params,
         edges: wp.array2d(dtype=wp.int32),  # (fields, horizon) masks, entry t for the edges that leave x_t
         decay: dtype,  # factor on what crosses a physics edge; a decay of 0 comes as a closed edge
+        clip: dtype,  # largest norm of the cotangent that a step pulls back, or infinity
         steps: int,  # steps of this sweep, the first of which is
         t0: int,  # this step of the rollout; trajectories, jac and mu begin there, edges at the first of all
         carried: int,  # adj_x0 holds the cotangent of the last state, from the sweep over the later steps
@@ -184,6 +206,10 @@ def make_adjoint(
                 w_state = dtype(0.0)
 
             # adj_x0 becomes what crosses the physics edge, then all of the cotangents of x_t
+            if clip < dtype(wp.inf):
+                for world in range(world0, world0 + worlds):
+                    for f in range(wp.static(fields)):
+                        adj_x0[f, world] = clipped(adj_x0[f, world], clip)
             step_vjp(states, controls, p, t, nworld, world0, worlds, adj_x0, mu)
             if adj_controls.shape[0] > 0 or gl * w_control != dtype(0.0):
                 for world in range(world0, world0 + worlds):
@@ -242,7 +268,7 @@ def make_world_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
     form = world_form(functions, fields)
     step_vjp, add_cost_vjp = form.step_vjp, form.loss_vjp
     has_cost, large = add_cost_vjp is not None, is_large(State)
-    leave = make_leave(dtype if large else State, dtype)
+    leave, clipped = make_leave(dtype if large else State, dtype), _make_clipped(State)
     control_size = Control._length_
     direct_control = _make_direct_control(Control)
 
@@ -262,6 +288,7 @@ def make_world_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
         p: Params,
         edges: wp.array2d(dtype=wp.int32),  # (fields, horizon)
         decay: dtype,
+        clip: dtype,
         steps: int,
         t0: int,
         carried: int,
@@ -310,6 +337,18 @@ def make_world_adjoint(functions: DeviceFunctions, dtype: Any, fields: int) -> w
             direct_u = direct_control(controls, gl * w_control * dtype(2.0), adj_controls, t, world)
 
             # lam becomes what crosses the physics edge, then all of the cotangents of x_t
+            if clip < dtype(wp.inf):
+                for f in range(each_field()):
+                    if wp.static(large):
+                        square = dtype(0.0)
+                        for i in range(size()):
+                            square += get_local(lam, f, i) * get_local(lam, f, i)
+                        norm = wp.sqrt(square)
+                        if norm > clip and norm < dtype(wp.inf):
+                            for i in range(size()):
+                                put_local(lam, f, i, (clip / norm) * get_local(lam, f, i))
+                    else:
+                        lam[f] = clipped(lam[f], clip)
             step_vjp(states, controls, p, t, world, lam, through_u)
             for f in range(each_field()):
                 edge = edges[f, t0 + t]

@@ -15,7 +15,7 @@ from ..bridge.autograd.rollout import split
 from ..bridge.autograd.torch_path import TorchPath, places
 from ..bridge.passes.spec import Cotangents, Spec
 from ..bridge.runtime.launches import span
-from ..estimators import clipped_number
+from ..estimators import clip_of
 from ..kernels.agreement import SUMS
 from ..kernels.flow import schedule
 from .config import ActorCriticConfig
@@ -51,8 +51,8 @@ class Updates:
             "critic": torch.optim.Adam(self.critic.parameters(), lr=config.critic_lr, betas=config.betas),
         }
         base, check = schedule(config.flow, config.horizon, config.window, "train_actor_critic")
-        number = clipped_number("train_actor_critic", config.system, config.step_clip, None)
-        self._spec = Spec(number, base, check, config.decay)
+        clip = clip_of("train_actor_critic", config.step_clip)
+        self._spec = Spec(config.system.number, base, check, config.decay, clip=clip)
         where = places(self.actor)
         self._path = TorchPath(self.actor, tuple(where[n] for n, _ in self.actor.named_parameters()), None)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from ..estimators import Anneal, Combiner, PerSecond, clipped_number, decay_of
+from ..estimators import Anneal, Combiner, PerSecond, clip_of, decay_of
 from ..kernels.flow import MOST_STEPS, Flow, schedule
 from ..policies.ensembles import Ensemble
 from ..policies.gaussian import GaussianPolicy
@@ -133,7 +133,7 @@ class TrainConfig:
             self._set(name, real("TrainConfig", name, getattr(self, name), low, high, above=above))
         step_decay = decay_of("TrainConfig", self.system, self.decay)
         self._set("decay", self.decay if isinstance(self.decay, PerSecond) else step_decay)
-        clipped_number("TrainConfig", self.system, self.clip_cotangent, None)
+        clip_of("TrainConfig", self.clip_cotangent)
         if self.clip_cotangent is not None:
             self._set("clip_cotangent", float(self.clip_cotangent))
         self._check_choice("optimizer", OPTIMIZERS)
