@@ -1,4 +1,4 @@
-"""Derivatives of a step that JAX differentiates; memory is handed over, not copied, in both directions."""
+"""Simulators whose step JAX differentiates; memory is handed over, not copied, in both directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .foreign_torch import ordinary
-from .simulator import Pull, check_output
+from .simulator import Pull, Simulator, check_output, name_of
 
 KEPT = 64
 """Steps whose compiled functions are kept."""
@@ -42,16 +42,6 @@ def to_jax(x: Tensor) -> Any:
         )
     # dlpack takes neither gradients nor strides that leave gaps
     return jax.dlpack.from_dlpack(ordinary(x).resolve_neg().contiguous())
-
-
-def to_torch(system: Any, value: Any, what: str = "step") -> Tensor:
-    """A JAX array as a tensor, when it has been computed."""
-    jax = jax_module()
-    if not isinstance(value, jax.Array):
-        raise TypeError(
-            f"{type(system).__name__}: {what} returned {type(value).__name__}, expected a JAX array of states"
-        )
-    return torch.from_dlpack(value.block_until_ready())
 
 
 def _compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
@@ -91,38 +81,58 @@ def cost_functions_of(cost: Callable[..., Any], jit: bool) -> dict[str, Callable
     }
 
 
-def advance(system: Any, step: Callable[..., Any], jit: bool, x: Tensor, u: Tensor) -> Tensor:
-    """Next states."""
-    return to_torch(system, functions_of(step, jit)["step"](to_jax(x), to_jax(u)))
+class JaxSimulator(Simulator):
+    """A simulator that consists of functions of JAX arrays."""
 
+    _step: Callable[..., Any]
+    _loss: Callable[..., Any] | None
+    _jit: bool
+    """Whether they are compiled."""
 
-def linearize(system: Any, step: Callable[..., Any], jit: bool, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
-    """Next states and the pullback of a step, from one recording."""
-    functions = functions_of(step, jit)
-    value, recorded = functions["linearize"](to_jax(x), to_jax(u))
-    x_next = to_torch(system, value)
-    check_output(system, x_next, x)
+    def advance(self, x: Tensor, u: Tensor) -> Tensor:
+        """Next states (n, state_size)."""
+        return self._to_torch(self._of_step["step"](to_jax(x), to_jax(u)))
 
-    def pull(adj: Tensor) -> tuple[Tensor, Tensor]:
-        adj_x, adj_u = functions["pull"](recorded, to_jax(adj))
-        return to_torch(system, adj_x), to_torch(system, adj_u)
+    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
+        """Next states and the pullback, from one recording."""
+        functions = self._of_step
+        value, recorded = functions["linearize"](to_jax(x), to_jax(u))
+        x_next = self._to_torch(value)
+        check_output(self, x_next, x)
 
-    return x_next, pull
+        def pull(adj: Tensor) -> tuple[Tensor, Tensor]:
+            adj_x, adj_u = functions["pull"](recorded, to_jax(adj))
+            return self._to_torch(adj_x), self._to_torch(adj_u)
 
+        return x_next, pull
 
-def jacobians(
-    system: Any, step: Callable[..., Any], jit: bool, x: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Next states, and [dS/dx dS/du] (rows, state_size, state_size + control_size), rows not mixing."""
-    x_next, both = functions_of(step, jit)["jacobians"](to_jax(x), to_jax(u))
-    return to_torch(system, x_next), to_torch(system, both)
+    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size), rows not mixing."""
+        x_next, both = self._of_step["jacobians"](to_jax(x), to_jax(u))
+        return self._to_torch(x_next), self._to_torch(both)
 
+    def cost(self, x: Tensor) -> Tensor:
+        """Cost of states (n, state_size), one a row (n,)."""
+        return self._to_torch(self._of_loss["cost"](to_jax(x)), "loss")
 
-def cost(system: Any, function: Callable[..., Any], jit: bool, x: Tensor) -> Tensor:
-    """Cost of states, one a row."""
-    return to_torch(system, cost_functions_of(function, jit)["cost"](to_jax(x)), "loss")
+    def cost_gradient(self, x: Tensor) -> Tensor:
+        """Gradient of each row's cost by that row, (n, state_size)."""
+        return self._to_torch(self._of_loss["gradient"](to_jax(x)), "loss")
 
+    @property
+    def _of_step(self) -> dict[str, Callable[..., Any]]:
+        return functions_of(self._step, self._jit)
 
-def cost_gradient(system: Any, function: Callable[..., Any], jit: bool, x: Tensor) -> Tensor:
-    """Gradient of each row's cost by that row."""
-    return to_torch(system, cost_functions_of(function, jit)["gradient"](to_jax(x)), "loss")
+    @property
+    def _of_loss(self) -> dict[str, Callable[..., Any]]:
+        assert self._loss is not None
+        return cost_functions_of(self._loss, self._jit)
+
+    def _to_torch(self, value: Any, what: str = "step") -> Tensor:
+        """A JAX array as a tensor, when it has been computed."""
+        jax = jax_module()
+        if not isinstance(value, jax.Array):
+            raise TypeError(
+                f"{name_of(self)}: {what} returned {type(value).__name__}, expected a JAX array of states"
+            )
+        return torch.from_dlpack(value.block_until_ready())

@@ -11,8 +11,9 @@ import warp as wp
 from torch import Tensor
 
 from ..arguments import check_count
-from ..bridge.passes import foreign_jax, foreign_torch
+from ..bridge.passes.foreign_jax import JaxSimulator
 from ..bridge.passes.foreign_tape import TapeStep
+from ..bridge.passes.foreign_torch import TorchSimulator, exact, gradient
 from ..bridge.passes.simulator import Pull, Simulator
 from ..kernels.system import DeviceFunctions
 from .foreign_steps import check_numbers, check_step, with_columns
@@ -124,13 +125,13 @@ class ForeignSystem(System, Simulator):
     def cost(self, x: Tensor) -> Tensor:
         """Cost of states (n, state_size), one a row (n,)."""
         assert self._loss is not None
-        with foreign_torch.exact(x):
+        with exact(x):
             return self._loss(x)
 
     def cost_gradient(self, x: Tensor) -> Tensor:
         """Gradient of each row's cost by that row, (n, state_size)."""
         assert self._loss is not None
-        return foreign_torch.gradient(self._loss, x)
+        return gradient(self._loss, x)
 
     def device_functions(self, dtype: Any) -> DeviceFunctions:
         """Raises TypeError: there are none."""
@@ -165,7 +166,7 @@ class ForeignSystem(System, Simulator):
 
 
 @foreign_system
-class TorchSystem(ForeignSystem):
+class TorchSystem(ForeignSystem, TorchSimulator):
     """A simulator written in torch.
 
         system = ws.TorchSystem(step, state_size=4, control_size=1, loss=cost)
@@ -211,30 +212,9 @@ class TorchSystem(ForeignSystem):
             parameters=parameters,
         )
 
-    def advance(self, x: Tensor, u: Tensor) -> Tensor:
-        """Next states (n, state_size)."""
-        if not torch.is_autocast_enabled(x.device.type):
-            return self._step(x, u)
-        with foreign_torch.exact(x):
-            return self._step(x, u)
-
-    def first_use(self, x: Tensor, u: Tensor) -> None:
-        """Raises TypeError if step or loss hold a tensor that requires a gradient."""
-        foreign_torch.check_fixed(self, "step", self._step, x, u)
-        if self._loss is not None:
-            foreign_torch.check_fixed(self, "loss", self._loss, x)
-
-    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
-        """Next states and the pullback."""
-        return foreign_torch.linearize(self, self._step, x, u)
-
-    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size)."""
-        return foreign_torch.jacobians(self, self._step, x, u)
-
 
 @foreign_system
-class JaxSystem(ForeignSystem):
+class JaxSystem(JaxSimulator, ForeignSystem):
     """A simulator written in JAX, which works on the memory of the tensors.
 
         system = ws.JaxSystem(step, state_size=4, control_size=1, loss=cost)
@@ -274,7 +254,8 @@ class JaxSystem(ForeignSystem):
         if not isinstance(jit, bool):
             raise TypeError(f"{type(self).__name__}: jit is {jit!r}, expected True or False")
         self._set(_step=with_columns(step, control_size, parameters), _jit=jit)
-        super().__init__(
+        ForeignSystem.__init__(
+            self,
             state_size=state_size,
             control_size=control_size,
             loss=loss,
@@ -283,28 +264,6 @@ class JaxSystem(ForeignSystem):
             initial_states=initial_states,
             parameters=parameters,
         )
-
-    def advance(self, x: Tensor, u: Tensor) -> Tensor:
-        """Next states (n, state_size)."""
-        return foreign_jax.advance(self, self._step, self._jit, x, u)
-
-    def linearize(self, x: Tensor, u: Tensor) -> tuple[Tensor, Pull]:
-        """Next states and the pullback."""
-        return foreign_jax.linearize(self, self._step, self._jit, x, u)
-
-    def jacobians(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Next states, and [dS/dx dS/du] (n, state_size, state_size + control_size)."""
-        return foreign_jax.jacobians(self, self._step, self._jit, x, u)
-
-    def cost(self, x: Tensor) -> Tensor:
-        """Cost of states (n, state_size), one a row (n,)."""
-        assert self._loss is not None
-        return foreign_jax.cost(self, self._loss, self._jit, x)
-
-    def cost_gradient(self, x: Tensor) -> Tensor:
-        """Gradient of each row's cost by that row, (n, state_size)."""
-        assert self._loss is not None
-        return foreign_jax.cost_gradient(self, self._loss, self._jit, x)
 
 
 @foreign_system
