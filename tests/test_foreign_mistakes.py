@@ -182,6 +182,14 @@ def test_arguments(options, error, words):
         ws.TorchSystem(right, **(sizes(CART) | options))
 
 
+def test_a_loss_that_is_missing_is_refused_in_a_compiled_graph_too():
+    """Where a graph is traced, no check of arguments can ask for it."""
+    system, net = of(right, loss=None), make_net(CART)
+    traced = torch.compile(lambda x: ws.rollout(system, net, x, horizon=2).loss, backend="eager")
+    with pytest.raises(Exception, match="no loss of its own; pass a callable of"):
+        traced(make_states(CART, 2))
+
+
 def test_what_needs_kernels_says_so():
     system = of(right)
     with pytest.raises(TypeError, match="no device functions"):

@@ -20,6 +20,7 @@ from ..passes import foreign, foreign_check, fused, sweeps
 from ..passes import generated_check as generated_check  # which checks what registry prepares
 from ..passes.fused_backward import backward
 from ..passes.physical_check import checked_with
+from ..passes.recomputed import furthest
 from ..passes.simulator import simulator_of, with_values
 from ..passes.spec import Cotangents, Spec, described, with_segment
 from ..runtime.arrays import capturing
@@ -319,15 +320,10 @@ def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0:
     """Raises ValueError if recomputed controls (steps, nworld, control_size) of the steps from `t0` on differ
     from those that the rollout stored.
     """
-    if controls.numel() == 0 or capturing(controls.device):
+    found = furthest(recomputed, controls, tolerance)
+    if found is None:
         return
-    if torch.allclose(
-        recomputed, controls, rtol=0.0, atol=tolerance * (1.0 + _largest(controls)), equal_nan=True
-    ):
-        return
-    off = (recomputed - controls).abs()
-    off = torch.where(off.isnan(), torch.inf, off)
-    t, world, c = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+    t, world, c = found
     raise ValueError(
         f"policy: for the state of step {t0 + t}, world {world} it gave control "
         f"{float(controls[t, world, c])!r} in the forward pass and "
@@ -337,11 +333,6 @@ def check_recomputed(recomputed: Tensor, controls: Tensor, tolerance: float, t0:
         "policy.eval() or remove "
         "what mixes rows or draws random numbers"
     )
-
-
-def _largest(x: Tensor) -> float:
-    finite = x[torch.isfinite(x)]
-    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 @_operator("combine")

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ...kernels.flow import NETWORK, PHYSICS, Flow
 from ...kernels.sweeps.linear_sweep import make_linear_sweep
-from ..runtime.arrays import WARP_DTYPE, capturing, constant, stream, warp_device
+from ..runtime.arrays import WARP_DTYPE, constant, stream, warp_device
 from ..runtime.launches import span
+from .recomputed import furthest
 from .simulator import Simulator, name_of, stepped
 from .spec import Cotangents, Spec, pieces
 from .sweeps import edge_masks
@@ -241,18 +242,10 @@ def _direct(
 
 def _check_recomputed(simulator: Simulator, again: Tensor, stored: Tensor, t0: int) -> None:
     """Raises ValueError unless the step gives the stored next states (steps, nworld, state_size) again."""
-    if capturing(stored.device) or torch.equal(again, stored):
+    found = furthest(again, stored, TOLERANCE[stored.dtype])
+    if found is None:
         return
-    finite = stored[torch.isfinite(stored)]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    tolerance = TOLERANCE[stored.dtype] * (1.0 + largest)
-    if torch.allclose(again, stored, rtol=0.0, atol=tolerance, equal_nan=True):
-        return
-    off = (again - stored).abs()
-    # inf - inf is NaN, and no difference
-    off = torch.where((again == stored) | (again.isnan() & stored.isnan()), 0.0, off)
-    off = torch.where(off.isnan(), torch.inf, off)
-    t, world, i = (int(k) for k in torch.unravel_index(off.argmax(), off.shape))
+    t, world, i = found
     raise ValueError(
         f"{name_of(simulator)}: at step {t0 + t}, world {world}, step gave component {i} of the next state "
         f"as {float(stored[t, world, i])!r} in the forward pass and {float(again[t, world, i])!r} when "
