@@ -4,9 +4,8 @@ or anything else that can be linearised.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import warp as wp
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from ..bridge.passes.foreign_torch import TorchSimulator, exact, gradient
 from ..bridge.passes.simulator import Pull, Simulator
 from ..kernels.system import DeviceFunctions
 from .foreign_steps import check_numbers, check_step, with_columns
-from .system import System, check_draw
+from .system import System
 
 __all__ = ["ForeignSystem", "JaxSystem", "TapeSystem", "TorchSystem"]
 
@@ -141,28 +140,20 @@ class ForeignSystem(System, Simulator):
             "(check, profile, bench) does not"
         )
 
-    def initial_states(
-        self,
-        n: int,
-        seed: int = 42,
-        split: Literal["train", "test"] = "train",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Returns `n` initial states (n, state_size) of the function that the system was given."""
+    def sample_states(self, n: int, seed: int, split: str) -> Tensor:
+        """Initial states (n, state_size) of the function that the system was given."""
         name = type(self).__name__
         if self._draw is None:
             raise NotImplementedError(
                 f"{name} has no initial states of its own; give it initial_states=(n, seed, split) -> states"
             )
-        check_draw(f"{name}.initial_states", n, seed, split)
         states = self._draw(n, seed, split)
         if not isinstance(states, Tensor) or tuple(states.shape) != (n, self.state_size):
             given = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
             raise ValueError(
                 f"{name}: initial_states returned {given}, expected a tensor ({n}, {self.state_size})"
             )
-        return states.detach().to(dtype)
+        return states.detach()
 
 
 @foreign_system

@@ -30,7 +30,7 @@ class System(abc.ABC):
       on a module-level factory): kernels are compiled once for each object it returns. Do not use `from
       __future__ import annotations` in that file, because Warp reads the annotations.
     - `initial_states(n, seed, split)`, if it is to be trained from the command line; or `sample_states`,
-      whose arguments are checked already and whose array becomes a tensor.
+      whose arguments are checked already and whose array becomes a tensor of the right dtype.
 
     and may override `parameters` (by default every field of the Warp struct is filled from the dataclass
     field of that name), `running_reduction`, `draw(axes, state)`, `show_controls`, `done`, `train_defaults`
@@ -119,9 +119,9 @@ class System(abc.ABC):
     ) -> torch.Tensor:
         """Returns `n` initial states (n, state_size) of the training or the test set."""
         check_draw(f"{type(self).__name__}.initial_states", n, seed, split)
-        return torch.from_numpy(self.sample_states(n, seed, split)).to(dtype)
+        return torch.as_tensor(self.sample_states(n, seed, split)).to(dtype)
 
-    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray:
+    def sample_states(self, n: int, seed: int, split: str) -> np.ndarray | torch.Tensor:
         """Initial states (n, state_size), the same for the same seed; the arguments are checked."""
         raise NotImplementedError(
             f"{type(self).__name__} has no initial states of its own; define initial_states(self, n, "
