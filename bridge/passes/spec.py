@@ -103,7 +103,8 @@ class Spec(NamedTuple):
         Numbers stay numbers, because a graph that is compiled for several values makes symbols of them.
         """
         flows = f"{self.base} {self.check}"
-        return self.system, flows, self.decay, *self.weights, self.segment, self.clip
+        final, running, control = self.weights
+        return self.system, flows, self.decay, final, running, control, self.segment, self.clip
 
 
 def described(
