@@ -59,6 +59,9 @@ def test_against_an_earlier_report_takes_the_machine_into_account():
     text = "\n".join(against(now, then))
     assert "| 2.00 " in text and "| 1.00 " in text
     assert "No row" in against(now, fake_report(fake_row("M", 64, 0.2)))[0]
+    # reports that are older than a field do not have it
+    del then["rows"][0]["case"]["kind"]
+    assert "| 2.00 " in "\n".join(against(now, then))
 
 
 def test_write_page_makes_a_new_page(tmp_path):

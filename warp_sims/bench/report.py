@@ -330,7 +330,9 @@ def against(report: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
 
 
 def _identity(row: Row) -> tuple:
-    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(row["case"].items()))
+    # what is empty is missing in reports that are older than it
+    given = sorted((name, value) for name, value in row["case"].items() if value != "")
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given)
 
 
 # Pages
