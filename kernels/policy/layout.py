@@ -91,7 +91,7 @@ class _Packing:
 
     def indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`pack`, `unpack` and `numbers` of the layout; a tensor's first part is where its gradient lies."""
-        numbers, first, unpack = [0.0], {}, []
+        numbers, first = [0.0], {}
         sizes = {word: places.size for word, places in self.parts if word[0] in "pc"}
         for word, _ in self.parts:
             if word[0] not in "pc" and word != "-" and word not in first:

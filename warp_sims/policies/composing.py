@@ -1,4 +1,4 @@
-"""From a torch module to a composed policy: what torch's modules, functions and methods become.
+"""From a torch module to a fused policy: what torch's modules, functions and methods become.
 
 `compose` traces a module and translates every node. What it does not know, it names in `NotComposed`; the
 module is then evaluated by torch. The operations are those of kernels/policy/description.py.

@@ -1,4 +1,4 @@
-"""Values with two axes, (channels, positions), on their way to a composed policy: shapes and convolutions.
+"""Values with two axes, (channels, positions), on their way to a fused policy: shapes and convolutions.
 
 torch has channels first, the convolutions of kernels/policy/description.py have them last. A value
 is therefore stored as it is or turned, and is turned over only where something reads it the other way.

@@ -1,4 +1,4 @@
-"""A graph of torch.fx on its way to a composed policy: values, constants and parameters, node by node.
+"""A graph of torch.fx on its way to a fused policy: values, constants and parameters, node by node.
 
 What a module or function becomes is said by a grammar, see composing.py; the operations and the line they are
 written in are those of kernels/policy/description.py.
@@ -66,7 +66,7 @@ BATCH = _Batch()
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A value of the composed policy: (n, width) in torch, or (n, rows, columns)."""
+    """A value of the fused policy: (n, width) in torch, or (n, rows, columns)."""
 
     number: int
     width: int
